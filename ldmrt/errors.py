@@ -1,0 +1,51 @@
+"""Every error that ldmrt raises on purpose.
+
+A message is one line: what happened, what was found against what was expected, and the command or value that cures it.
+The command line prints it as it stands, so it must read well without a traceback.
+"""
+
+from __future__ import annotations
+
+
+class LdmrtError(Exception):
+    """Base of all errors raised by ldmrt. `except ldmrt.LdmrtError` catches each of the others."""
+
+
+class BadRequest(LdmrtError, ValueError):
+    """A value given by the caller cannot be used.
+
+    Attributes:
+        param: the name of the offending parameter as the caller knows it, or None.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class BundleError(LdmrtError):
+    """A bundle is missing, damaged, incomplete, or of a format this version cannot read."""
+
+
+class EngineMismatch(LdmrtError):
+    """An engine does not fit this machine, this library version, or the shape that was asked for."""
+
+
+class BuildError(LdmrtError):
+    """A model cannot be turned into engines."""
+
+
+class Overloaded(LdmrtError):
+    """There is no room for another request now."""
+
+
+class Cancelled(LdmrtError):
+    """The caller withdrew the request."""
+
+
+class DeadlineExceeded(LdmrtError):
+    """The request was not finished in the time it was given."""
+
+
+class NumericalError(LdmrtError):
+    """The model produced NaN or infinity where finite numbers were due."""
