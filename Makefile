@@ -1,0 +1,74 @@
+# make demo    a fresh machine with Python 3.11 to 3.13 -> a picture
+# make test    a fresh machine -> the test suite (without slow, gpu, rtx and browser)
+# make check   format, lint, types
+# make clean   removes what the others made
+#
+# Each works in .venv, which it makes on the first call; later calls are instant unless a file named below has changed.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+MARKS  ?= not slow and not gpu and not rtx and not browser
+
+# Python files are not listed: the install is editable, so they are used as they are.
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+
+.PHONY: demo test check format-check lint types check-native format clean
+
+demo: $(VENV)/.stamp-demo
+	$(BIN)/ldmrt generate "a red circle on a white background" --out demo.png
+	@echo "$(CURDIR)/demo.png"
+
+test: $(VENV)/.stamp-test
+	@$(BIN)/python -m pytest -m "$(MARKS)" $(ARGS)
+
+check: format-check lint types
+
+format-check: $(VENV)/.stamp-lint
+	$(BIN)/ruff format --check .
+
+lint: $(VENV)/.stamp-lint
+	$(BIN)/ruff check .
+
+# The folders kernels/ and export/ are installed inside ldmrt/. mypy sees them there through a tree of symlinks.
+TYPES := build/types
+types: $(VENV)/.stamp-lint
+	@rm -rf $(TYPES) && mkdir -p $(TYPES)/ldmrt
+	@ln -s $(CURDIR)/ldmrt/* $(TYPES)/ldmrt/
+	@ln -s $(CURDIR)/kernels $(CURDIR)/export $(TYPES)/ldmrt/
+	$(BIN)/mypy --python-executable $(BIN)/python $(TYPES)/ldmrt $(wildcard tests examples)
+
+# A wheel without the native library is legal (no compiler) but never what we want to test.
+check-native: $(VENV)/.stamp-test
+	@$(BIN)/python -c "from ldmrt.kernels import native; reason = native.why_not(); assert reason is None, reason"
+
+format: $(VENV)/.stamp-lint
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# pip learnt dependency groups in 25.1.
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else 'ldmrt needs Python 3.11 to 3.13, and $(PYTHON) is ' + sys.version.split()[0] + '; name another one: make PYTHON=python3.11')"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "pip>=25.1"
+	@touch $@
+
+$(VENV)/.stamp-demo: $(SOURCES) | $(VENV)/.stamp-venv
+	$(INSTALL) --editable .
+	@$(BIN)/python -c "import ldmrt.kernels"
+	@touch $@
+
+$(VENV)/.stamp-test: $(SOURCES) | $(VENV)/.stamp-venv
+	$(INSTALL) --editable ".[export,onnxruntime]" --group test
+	@$(BIN)/python -c "import ldmrt.kernels"
+	@touch $@ $(VENV)/.stamp-demo
+
+$(VENV)/.stamp-lint: $(VENV)/.stamp-test
+	$(INSTALL) --group lint
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
