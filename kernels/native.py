@@ -13,7 +13,7 @@ from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
 from typing import NamedTuple
 
-import torch
+import torch  # also brings the OpenMP runtime that the library then shares, with torch.set_num_threads
 
 FILE_NAME = "libldmrt_cpu.so"
 ABI_VERSION = 1  # ldmrt_abi_version() in kernels/cpu/dispatch.cpp
