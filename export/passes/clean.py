@@ -1,0 +1,131 @@
+"""Clean a captured graph: drop what does nothing, compute what is constant, merge what is computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ldmrt.errors import BuildError
+from ldmrt.graph import Argument, Dim, Graph, Node, Ref, prune, substitute
+from ldmrt.operators import ALLOWED, resolve
+
+# A folded constant is stored in the bundle; beyond this many bytes computing it again is the better bargain.
+_LARGEST_CONSTANT = 1 << 20
+
+_IDENTITIES = ("aten.dropout.default", "aten.detach.default", "aten.clone.default", "aten.alias.default")
+_SHAPERS = ("aten.view.default", "aten.reshape.default", "aten.expand.default")
+
+
+def clean(graph: Graph) -> Graph:
+    """The same function in fewer nodes.
+
+    Raises:
+        BuildError: an operator is left that the runtime does not run.
+    """
+    graph = merge_duplicates(fold_constants(drop_identities(graph)))
+    unknown = sorted({node.op for node in graph.nodes} - ALLOWED)
+    if unknown:
+        raise BuildError(f"{graph.name}: the model uses operators that the runtime does not run: {', '.join(unknown)}")
+    return graph
+
+
+def drop_identities(graph: Graph) -> Graph:
+    """Without dropout (inference), casts to the dtype a value has, reshapes to its own shape, `x * 1` and `x / 1`."""
+    made = {node.name: node for node in graph.nodes}
+    specs = {spec.name: spec for spec in (*graph.inputs, *graph.weights.values())}
+
+    def does_nothing(node: Node) -> bool:
+        if not node.args or not isinstance(node.args[0], Ref):
+            return False
+        if node.op == "aten.dropout.default" and node.args[2] is True:
+            raise BuildError(f"{graph.name}: the model was captured in training mode")
+        if node.op in _IDENTITIES:
+            return True
+        source = node.args[0].name
+        if source in made:
+            shape, dtype = made[source].shape, made[source].dtype
+        elif source in specs:
+            spec = specs[source]
+            shape = tuple(Dim(size) if isinstance(size, str) else size for size in spec.shape)
+            dtype = spec.dtype
+        else:
+            return False
+        same = node.dtype == dtype and node.shape == shape
+        if node.op in ("aten.div.Tensor", "aten.mul.Tensor"):
+            return same and isinstance(node.args[1], (int, float)) and node.args[1] == 1
+        return same and (node.op == "aten.to.dtype" or node.op in _SHAPERS)
+
+    return _rewrite(graph, lambda node: node.args[0] if does_nothing(node) else None)
+
+
+def fold_constants(graph: Graph) -> Graph:
+    """With every small value that depends on no input and no weight computed now, on the CPU."""
+    constants = dict(graph.constants)
+
+    def fold(node: Node) -> Argument | None:
+        if node.op not in ALLOWED or _has_dim(node) or any(name not in constants for name in node.refs()):
+            return None
+
+        def load(argument: Ref | Dim) -> Argument:
+            return constants[argument.name]
+
+        args = tuple(_listed(substitute(argument, load)) for argument in node.args)
+        kwargs = {key: _listed(substitute(argument, load)) for key, argument in node.kwargs.items()}
+        with torch.inference_mode():
+            value = resolve(node.op)(*args, **kwargs)
+        if not isinstance(value, torch.Tensor) or value.nbytes > _LARGEST_CONSTANT:
+            return None
+        constants[node.name] = value.clone().contiguous()
+        return Ref(node.name)
+
+    folded = _rewrite(graph, fold)
+    return prune(folded.replace(constants=constants))
+
+
+def merge_duplicates(graph: Graph) -> Graph:
+    """With one node for equal calls on equal arguments. Every operator in a graph is pure, so this is safe."""
+    seen: dict[object, str] = {}
+
+    def merge(node: Node) -> Argument | None:
+        # repr tells 1 from 1.0 from True, which compare equal
+        key = (node.op, repr(node.args), repr(sorted(node.kwargs.items(), key=lambda item: item[0])))
+        first = seen.setdefault(key, node.name)
+        return None if first == node.name else Ref(first)
+
+    return _rewrite(graph, merge)
+
+
+def _rewrite(graph: Graph, replacement: Callable[[Node], Argument | None]) -> Graph:
+    """Walk the nodes in order; where `replacement(node)` gives a `Ref`, users read that instead and the node goes."""
+    renamed: dict[str, Ref] = {}
+
+    def rename(argument: Ref | Dim) -> Argument:
+        return renamed.get(argument.name, argument) if isinstance(argument, Ref) else argument
+
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        node = node.replace(
+            args=substitute(node.args, rename),
+            kwargs={key: substitute(value, rename) for key, value in node.kwargs.items()},
+        )
+        other = replacement(node)
+        if isinstance(other, Ref):
+            renamed[node.name] = other
+        else:
+            nodes.append(node)
+    outputs = {name: renamed.get(value, Ref(value)).name for name, value in graph.outputs.items()}
+    return prune(graph.replace(nodes=tuple(nodes), outputs=outputs))
+
+
+def _has_dim(node: Node) -> bool:
+    def walk(argument: Argument) -> bool:
+        return isinstance(argument, Dim) or (isinstance(argument, tuple) and any(map(walk, argument)))
+
+    return walk(node.args) or walk(tuple(node.kwargs.values()))
+
+
+def _listed(argument: Argument) -> Argument:
+    return list(argument) if isinstance(argument, tuple) else argument
+
+

@@ -1,0 +1,194 @@
+"""Where a model comes from: a folder in the diffusers layout.
+
+Configs are read as JSON, weights as safetensors; nothing is unpickled and nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldmrt.errors import BuildError
+from ldmrt.weights import Entry, WeightFile
+
+KNOWN_KINDS = "Stable Diffusion 1.x and 2.x (StableDiffusionPipeline: CLIPTextModel, UNet2DConditionModel, AutoencoderKL)"
+
+_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model folder, recognised.
+
+    Attributes:
+        path: the folder.
+        kind: the family member.
+        configs: the JSON config of each component and of the noise schedule (`scheduler`).
+        defaults: what the model's maker recommends (optional file `ldmrt-defaults.json`).
+    """
+
+    path: Path
+    kind: str
+    configs: Mapping[str, Mapping[str, Any]]
+    defaults: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.resolve().name
+
+    @classmethod
+    def open(cls, path: Path) -> Source:
+        """Recognise a model.
+
+        Raises:
+            BuildError: there is no model at `path`, or of a kind that ldmrt does not build.
+        """
+        if not path.exists():
+            raise BuildError(f"no such folder: {path}; give the folder of a model in the diffusers layout")
+        if path.is_file():
+            raise BuildError(f"{path} is a file; give the folder of a model in the diffusers layout (with a model_index.json)")
+        if not (path / "model_index.json").is_file():
+            found = ", ".join(sorted(item.name for item in path.iterdir())[:6]) or "nothing"
+            raise BuildError(f"{path} is not a model folder: expected a model_index.json, found {found}")
+        index = read_json(path / "model_index.json")
+        pipeline = index.get("_class_name")
+        if pipeline != "StableDiffusionPipeline":
+            raise BuildError(f"{path} is a {pipeline}, which ldmrt does not build yet; known kinds: {KNOWN_KINDS}")
+        expected = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+        for folder, name in expected.items():
+            found = (index.get(folder) or [None, None])[-1]
+            if found != name:
+                raise BuildError(f"{path}: its {folder} is a {found}, expected {name}; known kinds: {KNOWN_KINDS}")
+        configs = {folder: read_json(path / folder / "config.json") for folder in expected}
+        configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
+        _check_unet(path, configs)
+        extra = path / "ldmrt-defaults.json"
+        return cls(path, "stable-diffusion", configs, read_json(extra) if extra.is_file() else {})
+
+    def weight_files(self, folder: str) -> list[Path]:
+        """The safetensors files of a component: one, or several when sharded.
+
+        Raises:
+            BuildError: there are none; says so when there are pickles instead.
+        """
+        where, stem = self.path / folder, _STEMS[folder]
+        for variant in ("", ".fp16"):
+            single = where / f"{stem}{variant}.safetensors"
+            if single.is_file():
+                return [single]
+            shards = where / f"{stem}.safetensors.index{variant}.json"
+            if shards.is_file():
+                names = sorted(set(read_json(shards).get("weight_map", {}).values()))
+                if not names or any(Path(name).name != name for name in names):
+                    raise BuildError(f"{shards} does not name its shards; copy the model again")
+                return [where / name for name in names]
+        pickles = [item.name for item in sorted(where.iterdir()) if item.suffix in _PICKLES] if where.is_dir() else []
+        if pickles:
+            raise BuildError(
+                f"{where} has only {pickles[0]}, a pickle: loading one can run any code, so ldmrt never does; save the model again "
+                "with diffusers' save_pretrained(safe_serialization=True), or take its safetensors version"
+            )
+        raise BuildError(f"{where} has no weights: expected {stem}.safetensors; copy the model again")
+
+
+class Checkpoint:
+    """The weights of one component, under the names that its module uses.
+
+    Attributes:
+        files: the files.
+        keys: module's name -> (file, name in the file).
+    """
+
+    def __init__(self, source: Source, folder: str, module: torch.nn.Module) -> None:
+        """Match the files with the module.
+
+        Raises:
+            BuildError: a tensor is missing, or there is one too many, or one has the wrong shape.
+            BundleError: a file is damaged.
+        """
+        self.files = [WeightFile(path) for path in source.weight_files(folder)]
+        found: dict[str, WeightFile] = {name: file for file in self.files for name in file}
+        self.keys: dict[str, tuple[WeightFile, str]] = {}
+        missing = []
+        for name, tensor in module.state_dict().items():
+            key = next((alias for alias in _aliases(name) if alias in found), None)
+            if key is None:
+                missing.append(name)
+                continue
+            entry: Entry = found[key].entries[key]
+            if entry.shape != tuple(tensor.shape):
+                raise BuildError(
+                    f"{found[key].path}: {key} has the shape {entry.shape}, the config.json beside it expects {tuple(tensor.shape)}; "
+                    "the weights and the config are of different models"
+                )
+            self.keys[name] = (found[key], key)
+        if missing:
+            raise BuildError(_list_keys(source.path / folder, "lacks", missing))
+        used = {key for _, key in self.keys.values()}
+        extra = [name for name in found if name not in used and not name.endswith("position_ids")]
+        if extra:
+            raise BuildError(_list_keys(source.path / folder, "has, and its config.json does not know,", extra))
+
+    def load(self, name: str) -> torch.Tensor:
+        """A tensor by the module's name, in the file's dtype."""
+        file, key = self.keys[name]
+        return file[key]
+
+    def dtype(self) -> torch.dtype:
+        """The dtype that most of the weights are stored in."""
+        sizes: dict[torch.dtype, int] = {}
+        for file, key in self.keys.values():
+            entry = file.entries[key]
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        BuildError: the file is missing or is not one.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BuildError(f"cannot read {path}: {error.strerror or error}; copy the model again") from error
+    except (ValueError, RecursionError) as error:
+        raise BuildError(f"{path} is not JSON ({error}); copy the model again") from error
+    if not isinstance(data, dict):
+        raise BuildError(f"{path} holds a {type(data).__name__}, expected an object; copy the model again")
+    return data
+
+
+def _aliases(name: str) -> list[str]:
+    """Names that a module's tensor has had in files: transformers moved its prefix, diffusers renamed the VAE's attention."""
+    names = [name, f"text_model.{name}", name.removeprefix("text_model.")]
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        if f".attentions.0.{new}." in name:
+            names.append(name.replace(f".{new}.", f".{old}."))
+    return names
+
+
+def _list_keys(where: Path, verb: str, names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{where} {verb} {', '.join(names[:3])}{more}; the weights and the config are of different models, or the copy is incomplete"
+
+
+def _check_unet(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    unet, vae = configs["unet"], configs["vae"]
+    latents = vae.get("latent_channels", 4)
+    if unet.get("in_channels", 4) != latents:
+        raise BuildError(
+            f"{path}: its U-Net takes {unet.get('in_channels')} channels and its VAE makes {latents}; "
+            f"inpainting and other concatenating models are not built yet; known kinds: {KNOWN_KINDS}"
+        )
+    for key in ("addition_embed_type", "class_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type"):
+        if unet.get(key) is not None:
+            raise BuildError(f"{path}: its U-Net has {key} = {unet[key]!r}, which is not built yet; known kinds: {KNOWN_KINDS}")

@@ -1,0 +1,336 @@
+"""A bundle: the folder that passes from build to run.
+
+`ldmrt.json`, the manifest, says what the folder holds; nothing else is trusted. Every file is named in it with its SHA-256, every
+name stays inside the folder, and the manifest is replaced last and at once, so that a bundle is always whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ldmrt.engines.protocol import Engine
+from ldmrt.errors import BundleError, EngineMismatch
+from ldmrt.graph import Graph, dtype_of, from_json
+from ldmrt.weights import WeightFile, sha256
+
+FORMAT = 1
+MANIFEST = "ldmrt.json"
+
+EngineKind = Literal["torch", "onnxruntime"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Record):
+    """A file of the bundle: its name, relative to the bundle with forward slashes, and its SHA-256."""
+
+    file: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Certificate(_Record):
+    """What is known of an engine's correctness.
+
+    Attributes:
+        status: `verified`, or why not.
+        reference: what it was compared with.
+        relative_error: relative L2 error of the outputs, by kind of input (`random`, `real`).
+        tolerance: the largest error that the build accepts.
+    """
+
+    status: str
+    reference: str
+    relative_error: dict[str, float]
+    tolerance: float
+
+
+class EngineRecord(_Record):
+    """One compiled component.
+
+    Attributes:
+        component: `text_encoder`, `context`, `schedule`, `step`, `decoder` or `encoder`.
+        kind: which engine runs it.
+        dtype: the precision it computes in.
+        size: width and height in pixels that it was made for, or None if it does not depend on them.
+        rows: its batch size, or None if free.
+        key: hash of graph, weights, shapes, precision, library versions and options.
+        files: the engine's own files; the first is the one to open.
+        weights: which of the manifest's weight files it reads.
+        targets: the GPU architectures it was compiled for; empty where that says nothing.
+        versions: the libraries that made it.
+        certificate: how it was verified.
+    """
+
+    component: str
+    kind: EngineKind
+    dtype: DType
+    size: tuple[int, int] | None
+    rows: int | None
+    key: str
+    files: tuple[FileRecord, ...] = Field(min_length=1)
+    weights: str
+    targets: tuple[str, ...] = ()
+    versions: dict[str, str]
+    certificate: Certificate
+
+    @property
+    def label(self) -> str:
+        """How to call it in a message: `step (torch, float32, 512x512, 2 rows)`."""
+        parts = [self.kind, self.dtype]
+        parts += [f"{self.size[0]}x{self.size[1]}"] if self.size else []
+        parts += [f"{self.rows} rows"] if self.rows else []
+        return f"{self.component} ({', '.join(parts)})"
+
+
+class Defaults(_Record):
+    """What a request gets where it says nothing: this model's own habits."""
+
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: str = "ddim"
+
+
+class ModelRecord(_Record):
+    """What the runtime must know of the model.
+
+    Attributes:
+        kind: the family member, such as `stable-diffusion`.
+        name: the source's name, for people.
+        latent_channels: channels of the latents.
+        downscale: pixels per latent cell, each way.
+        tokenizer: folder of the tokenizer inside the bundle.
+        schedule: the noise schedule (`ldmrt.schedule.NoiseSchedule.from_dict`).
+        defaults: see `Defaults`.
+    """
+
+    kind: Literal["stable-diffusion"]
+    name: str
+    latent_channels: int
+    downscale: int
+    tokenizer: str
+    schedule: dict[str, Any]
+    defaults: Defaults
+
+
+class Manifest(_Record):
+    """`ldmrt.json`.
+
+    Attributes:
+        format: version of the bundle format.
+        ldmrt: version of ldmrt that wrote it.
+        model: see `ModelRecord`.
+        source: files that the bundle was made from, with their hashes.
+        tokenizer_files: files of the tokenizer.
+        weights: weight files by name (`unet.bfloat16`).
+        engines: the compiled components.
+        passes: per component, what the compiler found and did (for `ldmrt inspect`).
+    """
+
+    format: int
+    ldmrt: str
+    model: ModelRecord
+    source: tuple[FileRecord, ...]
+    tokenizer_files: tuple[FileRecord, ...]
+    weights: dict[str, FileRecord]
+    engines: tuple[EngineRecord, ...]
+    passes: dict[str, dict[str, int]] = {}
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+
+class Bundle:
+    """An opened bundle. Files are checked against the manifest when they are first used.
+
+    Attributes:
+        path: the folder.
+        manifest: what it holds.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._checked: set[str] = set()
+        self._weight_files: dict[str, WeightFile] = {}
+        self._tensors: dict[tuple[str, str, torch.dtype, torch.device], torch.Tensor] = {}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Open a bundle.
+
+        Raises:
+            BundleError: there is none at `path`, it is damaged, or of a newer format.
+        """
+        folder = Path(path)
+        file = folder / MANIFEST
+        if not folder.is_dir():
+            raise BundleError(f"no such folder: {folder}; build a bundle with `ldmrt build-engines MODEL --out {folder}`")
+        if not file.is_file():
+            hint = "is a model, not a bundle: " if (folder / "model_index.json").is_file() else "is not a bundle: "
+            raise BundleError(f"{folder} {hint}it has no {MANIFEST}; build one with `ldmrt build-engines MODEL --out DIR`")
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            found = data["format"] if isinstance(data, dict) else None
+            if found != FORMAT:
+                raise BundleError(
+                    f"{file} has bundle format {found!r}, this ldmrt reads {FORMAT}: update ldmrt, or build the bundle again"
+                )
+            manifest = Manifest.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise BundleError(f"{file} is damaged ({where}: {first['msg']}); build the bundle again") from error
+        except (OSError, ValueError, KeyError, RecursionError) as error:
+            raise BundleError(f"{file} cannot be read ({str(error)[:120]}); build the bundle again") from error
+        bundle = cls(folder, manifest)
+        for record in bundle.records():
+            bundle.locate(record.file)
+        bundle.locate(manifest.model.tokenizer)
+        return bundle
+
+    def records(self) -> Iterable[FileRecord]:
+        """Every file that the manifest names."""
+        yield from self.manifest.tokenizer_files
+        yield from self.manifest.weights.values()
+        for engine in self.manifest.engines:
+            yield from engine.files
+
+    def locate(self, name: str) -> Path:
+        """The path of a file of the bundle.
+
+        Raises:
+            BundleError: the name leads outside the folder.
+        """
+        pure = PurePosixPath(name)
+        path = self.path / pure
+        if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(self.path.resolve()):
+            raise BundleError(f"{self.path / MANIFEST} names {name!r}, which lies outside the bundle: do not use this bundle")
+        return path
+
+    def checked(self, record: FileRecord) -> Path:
+        """The path of a file whose contents are what the manifest says (hashed once per opened bundle).
+
+        Raises:
+            BundleError: it is missing or has changed.
+        """
+        path = self.locate(record.file)
+        if record.file not in self._checked:
+            if not path.is_file():
+                raise BundleError(f"{path} is missing from the bundle; build it again with `ldmrt build-engines`")
+            found = sha256(path)
+            if found != record.sha256:
+                raise BundleError(
+                    f"{path} is damaged: its SHA-256 is {found[:12]}..., the manifest says {record.sha256[:12]}...; "
+                    "build it again with `ldmrt build-engines`"
+                )
+            self._checked.add(record.file)
+        return path
+
+    def check_tokenizer(self) -> Path:
+        """The tokenizer's folder, its files checked."""
+        for record in self.manifest.tokenizer_files:
+            self.checked(record)
+        return self.locate(self.manifest.model.tokenizer)
+
+    def find(
+        self,
+        component: str,
+        *,
+        kind: str | None = None,
+        dtype: str | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> list[EngineRecord]:
+        """The engines of a component that fit, smallest row count first. `size` only sorts out those that depend on it."""
+        found = [
+            engine
+            for engine in self.manifest.engines
+            if engine.component == component
+            and kind in (None, engine.kind)
+            and dtype in (None, engine.dtype)
+            and (size is None or engine.size in (None, size))
+        ]
+        return sorted(found, key=lambda engine: engine.rows or 0)
+
+    def graph(self, record: EngineRecord) -> Graph:
+        """The graph of a `torch` engine."""
+        path = self.checked(record.files[0])
+        constants = {name: tensor for extra in record.files[1:] for name, tensor in WeightFile(self.checked(extra)).items()}
+        return from_json(path.read_text(encoding="utf-8"), constants, where=str(path))
+
+    def load(self, record: EngineRecord, device: torch.device) -> Engine:
+        """Load an engine onto a device. Weights are shared between the engines of one opened bundle.
+
+        Raises:
+            BundleError: a file is damaged, or the graph is not allowed.
+            EngineMismatch: the engine cannot run on the device.
+        """
+        if record.kind == "torch":
+            from ldmrt.engines.torch import TorchEngine
+
+            graph = self.graph(record)
+            weights = {name: self._tensor(record.weights, name, spec.dtype, device) for name, spec in graph.weights.items()}
+            return TorchEngine(graph, weights, device)
+        from ldmrt.engines.onnxruntime import OnnxRuntimeEngine
+
+        if device.type != "cpu":
+            raise EngineMismatch(f"{record.label} was built for the CPU, the device is {device}: use --device cpu")
+        self.checked(self.manifest.weights[record.weights])
+        return OnnxRuntimeEngine(self.checked(record.files[0]), threads=torch.get_num_threads())
+
+    def _tensor(self, weights: str, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        key = (weights, name, dtype, device)
+        if key not in self._tensors:
+            if weights not in self._weight_files:
+                record = self.manifest.weights.get(weights)
+                if record is None:
+                    raise BundleError(f"{self.path / MANIFEST} has no weights {weights!r}; build the bundle again")
+                self._weight_files[weights] = WeightFile(self.checked(record))
+            file = self._weight_files[weights]
+            if name not in file:
+                raise BundleError(f"{file.path} has no tensor {name!r}, which an engine needs; build the bundle again")
+            self._tensors[key] = file[name].to(device=device, dtype=dtype)
+        return self._tensors[key]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Put the manifest in place at once: a reader sees the old one or the new one."""
+    write_atomically(folder / MANIFEST, manifest.to_json().encode())
+
+
+def write_atomically(path: Path, data: bytes) -> str:
+    """Write a file to a temporary name, then rename it. Returns its SHA-256."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return hashlib.sha256(data).hexdigest()
+
+
+def engine_key(parts: Mapping[str, Any]) -> str:
+    """The hash that names an engine: equal parts, equal key. `parts` is JSON-safe."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def bytes_of(dtype: str) -> int:
+    """Bytes of one element."""
+    return dtype_of(dtype).itemsize
