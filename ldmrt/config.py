@@ -1,0 +1,83 @@
+"""What the environment may set. It is read here and nowhere else; a command line flag wins over it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldmrt.errors import BadRequest
+
+_TRUE = ("1", "true", "yes", "on")
+_FALSE = ("0", "false", "no", "off")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a process.
+
+    Attributes:
+        cache: the folder for what can be made again. LDMRT_CACHE; by default `ldmrt` in $XDG_CACHE_HOME or ~/.cache.
+        device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one. LDMRT_DEVICE.
+        threads: CPU threads for the model, 0 for torch's own choice. LDMRT_THREADS.
+        cuda_graphs: capture the sampling step on a GPU; off helps to debug it. LDMRT_CUDA_GRAPHS.
+    """
+
+    cache: Path
+    device: str = "auto"
+    threads: int = 0
+    cuda_graphs: bool = True
+
+
+def from_env(environ: Mapping[str, str]) -> Config:
+    """Read the settings from `os.environ` or its like; a variable that is empty counts as not set.
+
+    Raises:
+        BadRequest: a value cannot be understood; the variable is named.
+    """
+    return Config(
+        cache=_cache(environ),
+        device=parse_device(environ.get("LDMRT_DEVICE") or "auto", param="LDMRT_DEVICE"),
+        threads=_count(environ, "LDMRT_THREADS"),
+        cuda_graphs=_boolean(environ, "LDMRT_CUDA_GRAPHS", default=True),
+    )
+
+
+def parse_device(text: str, *, param: str = "device") -> str:
+    """Check the name of a device, and return it in lower case.
+
+    Raises:
+        BadRequest: it is not auto, cpu, cuda or cuda:N.
+    """
+    device = text.strip().lower()
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device, re.ASCII):
+        raise BadRequest(f"{param} is {text!r}, expected auto, cpu, cuda or cuda:N", param=param)
+    return device
+
+
+def _cache(environ: Mapping[str, str]) -> Path:
+    if own := environ.get("LDMRT_CACHE"):
+        return Path(own).expanduser().absolute()
+    base = Path(environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # the XDG specification: a relative path is invalid, and to be ignored
+        base = Path(environ.get("HOME") or Path.home()) / ".cache"
+    return base / "ldmrt"
+
+
+def _count(environ: Mapping[str, str], name: str) -> int:
+    text = environ.get(name) or "0"
+    if not (text.isascii() and text.isdigit()):
+        raise BadRequest(f"{name} is {text!r}, expected a whole number, 0 or more", param=name)
+    return int(text)
+
+
+def _boolean(environ: Mapping[str, str], name: str, *, default: bool) -> bool:
+    text = environ.get(name, "").strip().lower()
+    if text in _TRUE:
+        return True
+    if text in _FALSE:
+        return False
+    if text:
+        raise BadRequest(f"{name} is {environ[name]!r}, expected one of: {', '.join(_TRUE + _FALSE)}", param=name)
+    return default

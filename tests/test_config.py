@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ldmrt.config import Config, from_env
+from ldmrt.errors import BadRequest
+
+
+def test_nothing_set() -> None:
+    assert from_env({"HOME": "/home/a"}) == Config(cache=Path("/home/a/.cache/ldmrt"))
+    assert from_env({}).cache == Path.home() / ".cache" / "ldmrt"
+
+
+def test_everything_set() -> None:
+    environ = {"LDMRT_CACHE": "/c", "LDMRT_DEVICE": "CUDA:1", "LDMRT_THREADS": "4", "LDMRT_CUDA_GRAPHS": "off"}
+    assert from_env(environ) == Config(cache=Path("/c"), device="cuda:1", threads=4, cuda_graphs=False)
+
+
+def test_empty_is_not_set() -> None:
+    environ = dict.fromkeys(("LDMRT_CACHE", "LDMRT_DEVICE", "LDMRT_THREADS", "LDMRT_CUDA_GRAPHS", "XDG_CACHE_HOME"), "")
+    assert from_env(environ | {"HOME": "/h"}) == from_env({"HOME": "/h"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "cache"),
+    [
+        ({"XDG_CACHE_HOME": "/x"}, "/x/ldmrt"),
+        ({"XDG_CACHE_HOME": "relative"}, "/h/.cache/ldmrt"),
+        ({"XDG_CACHE_HOME": "/x", "LDMRT_CACHE": "/own"}, "/own"),
+        ({"LDMRT_CACHE": "here"}, str(Path.cwd() / "here")),
+    ],
+)
+def test_cache(environ: dict[str, str], cache: str) -> None:
+    assert from_env({"HOME": "/h"} | environ).cache == Path(cache)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1", True),
+        ("true", True),
+        ("Yes", True),
+        (" ON ", True),
+        ("0", False),
+        ("FALSE", False),
+        ("no", False),
+        ("off", False),
+        ("", True),
+        (" ", True),
+    ],
+)
+def test_booleans(text: str, value: bool) -> None:
+    assert from_env({"LDMRT_CUDA_GRAPHS": text}).cuda_graphs is value
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("LDMRT_CUDA_GRAPHS", text) for text in ("2", "maybe", "None", "-1")]
+    + [("LDMRT_THREADS", text) for text in ("-1", "two", "1.5", " ", "\u0663")]
+    + [("LDMRT_DEVICE", text) for text in ("gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "cuda:1 2", " ")],
+)
+def test_garbage_names_the_variable(name: str, text: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        from_env({name: text})
+    assert caught.value.param == name
+    assert str(caught.value).startswith(f"{name} is {text!r}, expected ")
