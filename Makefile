@@ -33,6 +33,7 @@ lint: $(VENV)/.stamp-lint
 	$(BIN)/ruff check .
 
 # The folders kernels/ and export/ are installed inside ldmrt/. mypy sees them there through a tree of symlinks.
+# What lies in the three is checked without being named; another folder of Python files is added to the list at the end.
 TYPES := build/types
 types: $(VENV)/.stamp-lint
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/ldmrt
