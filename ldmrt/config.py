@@ -1,4 +1,4 @@
-"""What the environment may set. It is read here and nowhere else; a command line flag wins over it."""
+"""What the environment may set, but for LDMRT_NATIVE, which the kernels read themselves. A command line flag wins over it."""
 
 from __future__ import annotations
 

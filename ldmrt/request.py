@@ -1,0 +1,243 @@
+"""From what a caller asked for to what will be done: checked, complete, and without None.
+
+Everything that can be wrong with a request is found here, before any work; what comes after trusts the `Job`.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+from ldmrt.errors import BadRequest
+from ldmrt.schedule import SAMPLERS
+
+T = TypeVar("T")
+LongPrompt = Literal["chunk", "cut"]
+
+_SEED_LIMIT = 2**63
+# Drawn seeds stay short enough for every tool that reads them back.
+_DRAWN_SEED_LIMIT = 2**32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a caller may give. None stands for the model's default, in `seed` for a seed to be drawn.
+
+    Attributes:
+        prompt: one prompt, or several.
+        negative_prompt: one for all prompts, or as many as there are prompts. Used only when guidance_scale > 1.
+        num_inference_steps: steps of the sampler.
+        guidance_scale: how far to follow the prompt (arXiv 2207.12598, as 1 + w there); 1 or less: without guidance.
+        sampler: a key of `ldmrt.schedule.SAMPLERS`.
+        eta: DDIM's noise, 0 to 1.
+        seed: of the first image; image i of the whole call gets seed + i.
+        num_images_per_prompt: images for each prompt.
+        width: in pixels.
+        height: in pixels.
+        clip_skip: how many of the text encoder's last layers are left out.
+        long_prompt: what to do with a prompt longer than the text encoder takes: "chunk" it into windows, or "cut" it.
+    """
+
+    prompt: str | Sequence[str]
+    negative_prompt: str | Sequence[str] | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    eta: float = 0.0
+    seed: int | None = None
+    num_images_per_prompt: int = 1
+    width: int | None = None
+    height: int | None = None
+    clip_skip: int | None = None
+    long_prompt: LongPrompt = "chunk"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a bundle says about its model: the values for what is left out, and the bounds.
+
+    Attributes:
+        width: in pixels.
+        height: in pixels.
+        num_inference_steps: steps of the sampler.
+        guidance_scale: see `Request`.
+        sampler: see `Request`.
+        sizes: the (width, height) that the bundle has engines for.
+        size_multiple: pixels that a latent is wide.
+        max_steps: the steps the model was trained with.
+        max_images: the most images of one call.
+        max_clip_skip: the layers that can be left out.
+    """
+
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    sizes: tuple[tuple[int, int], ...]
+    sampler: str = "ddim"
+    size_multiple: int = 8
+    max_steps: int = 1000
+    max_images: int = 1000
+    max_clip_skip: int = 11
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A request that can be done. Image i belongs to prompt i // num_images_per_prompt.
+
+    Attributes:
+        prompts: at least one.
+        negative_prompts: one for each prompt.
+        seeds: one for each image.
+        num_images_per_prompt: see `Request`, as are the others.
+        seed_was_drawn: no seed was given; whoever wants the images again needs `seeds`.
+    """
+
+    prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...]
+    num_images_per_prompt: int
+    seeds: tuple[int, ...]
+    seed_was_drawn: bool
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: str
+    eta: float
+    width: int
+    height: int
+    clip_skip: int
+    long_prompt: LongPrompt
+
+    @property
+    def num_images(self) -> int:
+        """Images of the whole call."""
+        return len(self.seeds)
+
+    @property
+    def do_cfg(self) -> bool:
+        """Whether the model runs twice for each image, with the prompt and with the negative prompt."""
+        return self.guidance_scale > 1
+
+
+def resolve(request: Request, defaults: Defaults) -> Job:
+    """Fill in what was left out, and check all of it.
+
+    Raises:
+        BadRequest: something cannot be done; `param` names the field of `Request`.
+    """
+    prompts = _prompts(request.prompt)
+    per_prompt = _whole("num_images_per_prompt", request.num_images_per_prompt, low=1)
+    images = len(prompts) * per_prompt
+    if images > defaults.max_images:
+        raise BadRequest(
+            f"{len(prompts)} prompts with {per_prompt} images each are {images} images, expected at most"
+            f" {defaults.max_images}: ask for fewer at a time",
+            param="num_images_per_prompt",
+        )
+    seed = request.seed
+    if seed is None:
+        seed = secrets.randbelow(_DRAWN_SEED_LIMIT)
+    seed = _whole("seed", seed, low=0, high=_SEED_LIMIT - images)
+    width, height = _size(request, defaults)
+    return Job(
+        prompts=prompts,
+        negative_prompts=_negative_prompts(request.negative_prompt, len(prompts)),
+        num_images_per_prompt=per_prompt,
+        seeds=tuple(range(seed, seed + images)),
+        seed_was_drawn=request.seed is None,
+        num_inference_steps=_whole(
+            "num_inference_steps",
+            _either(request.num_inference_steps, defaults.num_inference_steps),
+            low=1,
+            high=defaults.max_steps,
+        ),
+        guidance_scale=_number("guidance_scale", _either(request.guidance_scale, defaults.guidance_scale), low=0.0),
+        sampler=_one_of("sampler", _either(request.sampler, defaults.sampler), tuple(SAMPLERS)),
+        eta=_number("eta", request.eta, low=0.0, high=1.0),
+        width=width,
+        height=height,
+        clip_skip=_whole("clip_skip", _either(request.clip_skip, 0), low=0, high=defaults.max_clip_skip),
+        long_prompt=_one_of("long_prompt", request.long_prompt, get_args(LongPrompt)),
+    )
+
+
+def _prompts(value: object) -> tuple[str, ...]:
+    prompts = _texts("prompt", value)
+    if not prompts:
+        raise BadRequest("prompt is an empty list, expected at least one prompt", param="prompt")
+    return prompts
+
+
+def _negative_prompts(value: object, count: int) -> tuple[str, ...]:
+    if value is None or isinstance(value, str):
+        return (value or "",) * count
+    negatives = _texts("negative_prompt", value)
+    if len(negatives) != count:
+        raise BadRequest(
+            f"there are {len(negatives)} negative prompts for {count} prompts, expected one, or one for each prompt",
+            param="negative_prompt",
+        )
+    return negatives
+
+
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list | tuple):
+        raise BadRequest(f"{name} is of type {type(value).__name__}, expected str or a list of str", param=name)
+    for index, text in enumerate(value):
+        if not isinstance(text, str):
+            raise BadRequest(f"{name}[{index}] is of type {type(text).__name__}, expected str", param=name)
+    return tuple(value)
+
+
+def _size(request: Request, defaults: Defaults) -> tuple[int, int]:
+    width = _whole("width", _either(request.width, defaults.width), low=1)
+    height = _whole("height", _either(request.height, defaults.height), low=1)
+    for name, value in (("width", width), ("height", height)):
+        if value % defaults.size_multiple:
+            raise BadRequest(f"{name} is {value}, expected a multiple of {defaults.size_multiple}", param=name)
+    if (width, height) not in defaults.sizes:
+        known = ", ".join(f"{w}x{h}" for w, h in defaults.sizes)
+        raise BadRequest(
+            f"there is no engine for {width}x{height}, this bundle has: {known}; to add one:"
+            f" ldmrt build-engines MODEL --out DIR --size {width}x{height}",
+            param="height" if any(w == width for w, _ in defaults.sizes) else "width",
+        )
+    return width, height
+
+
+def _either(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _whole(name: str, value: object, *, low: int, high: int | None = None) -> int:
+    """An int from low to high, or a NumPy integer; a bool is neither."""
+    wanted = f"{low} or more" if high is None else f"{low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise BadRequest(f"{name} is {value!r}, expected a whole number, {wanted}", param=name)
+    number = operator.index(value)
+    if number < low or (high is not None and number > high):
+        raise BadRequest(f"{name} is {number}, expected {wanted}", param=name)
+    return number
+
+
+def _number(name: str, value: object, *, low: float, high: float = math.inf) -> float:
+    """A finite float from low to high; a bool is none."""
+    wanted = f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a number, {low:g} or more"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise BadRequest(f"{name} is {value!r}, expected {wanted}", param=name)
+    number = float(value)
+    if not (math.isfinite(number) and low <= number <= high):
+        raise BadRequest(f"{name} is {number}, expected {wanted}", param=name)
+    return number
+
+
+def _one_of(name: str, value: T, known: tuple[Any, ...]) -> T:
+    if value not in known:
+        raise BadRequest(f"{name} is {value!r}, expected one of: {', '.join(known)}", param=name)
+    return value
