@@ -253,5 +253,5 @@ def _metadata(name: str, parameters: str) -> dict[str, object]:
         chunks.add_text(_PNG_KEY, parameters)
         return {"pnginfo": chunks}
     exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _UNICODE + parameters.encode("utf-16-be")
+    exif[ExifTags.IFD.Exif] = {int(ExifTags.Base.UserComment): _UNICODE + parameters.encode("utf-16-be")}
     return {"exif": exif.tobytes()}
