@@ -67,8 +67,8 @@ def write_onnx(graph: Graph, weights: Mapping[str, WeightFile], path: Path) -> s
     with _quiet():
         from onnxscript import optimizer
 
-        # Small limits: a folded Transpose of a weight would be a second copy of it, inside the .onnx file.
-        optimizer.optimize(model, input_size_limit=1024, output_size_limit=1024)
+        # Never a Transpose: of a weight, that would be a second copy of it, inside the .onnx file.
+        optimizer.optimize_ir(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
     digest = write_atomically(path, onnx_ir.to_proto(model).SerializeToString())
     try:
         onnx.checker.check_model(str(path), full_check=False)

@@ -1,5 +1,66 @@
-"""ldmrt: a compiled inference runtime for latent diffusion models."""
+"""ldmrt: a compiled inference runtime for latent diffusion models.
+
+    import ldmrt
+    pipe = ldmrt.Pipeline.from_bundle()                     # the built-in model
+    pipe("a red circle on a white background").images[0].save("circle.png")
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from ldmrt.errors import (
+    BadRequest,
+    BuildError,
+    BundleError,
+    Cancelled,
+    DeadlineExceeded,
+    EngineMismatch,
+    LdmrtError,
+    NumericalError,
+    Overloaded,
+)
+
+if TYPE_CHECKING:
+    from ldmrt.bundle import Bundle
+    from ldmrt.export.build import build_engines
+    from ldmrt.pipeline import Pipeline, Result
+
 __version__ = "0.1.0"
+
+# What is heavy is imported when it is first used; `build_engines` needs the packages of `ldmrt[export]`.
+_LAZY = {
+    "Bundle": "ldmrt.bundle",
+    "Pipeline": "ldmrt.pipeline",
+    "Result": "ldmrt.pipeline",
+    "build_engines": "ldmrt.export.build",
+}
+
+__all__ = [
+    "BadRequest",
+    "BuildError",
+    "Bundle",
+    "BundleError",
+    "Cancelled",
+    "DeadlineExceeded",
+    "EngineMismatch",
+    "LdmrtError",
+    "NumericalError",
+    "Overloaded",
+    "Pipeline",
+    "Result",
+    "build_engines",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'ldmrt' has no attribute {name!r}")
+    import importlib
+
+    try:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        if name == "build_engines" and (error.name or "").partition(".")[0] in ("diffusers", "transformers", "onnx"):
+            raise BuildError(f"building engines needs {error.name}: `pip install 'ldmrt[export]'`") from error
+        raise

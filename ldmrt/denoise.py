@@ -1,0 +1,168 @@
+"""The sampling loop: one step over static buffers, for images that may each be at another step.
+
+A step is three things in a row: the `step` engine, the sampler's update (guidance, one row of coefficients, the next model input),
+and the advance of the row indices. Nothing is allocated for it and nothing is read back, so that the same calls can be captured as
+a CUDA graph; on the CPU they run as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ldmrt.engines.protocol import Engine, TensorSpec
+from ldmrt.errors import EngineMismatch
+from ldmrt.kernels.sampler import advance, sampler_step
+from ldmrt.schedule import SamplerTable
+from ldmrt.slots import Slots
+
+
+class Denoiser:
+    """A batch of images being denoised.
+
+    Args:
+        context: turns text embeddings into what the step reads of them (keys and values), once per request.
+        schedule: turns timesteps into what the step reads of them, once per request for all steps.
+        step: the denoising network; its row count is the batch's.
+        capacity: images at a time. An image takes one row, or two with guidance.
+        tokens: length of the text embeddings.
+        evaluations: the most model evaluations of one image.
+        with_noise: whether samplers that draw noise may be admitted.
+        device: where all of it lies.
+    """
+
+    def __init__(
+        self,
+        context: Engine,
+        schedule: Engine,
+        step: Engine,
+        *,
+        capacity: int,
+        tokens: int,
+        evaluations: int,
+        with_noise: bool,
+        device: torch.device,
+    ) -> None:
+        latents = step.inputs["latents"]
+        rows, *latent_shape = _sizes(latents)
+        self._context, self._schedule, self._step = context, schedule, step
+        self.capacity, self.tokens, self.rows = capacity, tokens, rows
+        self.slots = Slots(
+            capacity,
+            rows,
+            (latent_shape[0], latent_shape[1], latent_shape[2]),
+            entries=capacity * (evaluations + 1),  # one more: the row on which a finished slot rests
+            device=device,
+            model_dtype=latents.dtype,
+            with_noise=with_noise,
+        )
+        self._slot_of_row = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._entry = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._contexts = {
+            name: torch.zeros(_sizes(spec, rows=rows, tokens=tokens), dtype=spec.dtype, device=device)
+            for name, spec in context.outputs.items()
+        }
+        self._current = {
+            name: torch.zeros(_sizes(spec, rows=rows), dtype=spec.dtype, device=device)
+            for name, spec in schedule.outputs.items()
+        }
+        self._tables = {
+            name: torch.zeros((self.slots.table.shape[0], *tensor.shape[1:]), dtype=tensor.dtype, device=device)
+            for name, tensor in self._current.items()
+        }
+        output = next(iter(step.outputs.values()))
+        self._output = torch.zeros(_sizes(output), dtype=output.dtype, device=device)
+        step.bind({"latents": self.slots.model_input, output.name: self._output, **self._contexts, **self._current})
+
+    @torch.inference_mode()
+    def admit(
+        self,
+        slot: int,
+        *,
+        latents: torch.Tensor,
+        table: SamplerTable,
+        guidance_scale: float,
+        cond: torch.Tensor,
+        uncond: torch.Tensor | None,
+        noise: torch.Tensor | None = None,
+    ) -> None:
+        """Put an image into a slot.
+
+        Args:
+            slot: which one; whatever it held is given up.
+            latents: (C, h, w) float32, standard normal noise.
+            table: the sampler.
+            guidance_scale: classifier-free guidance; ignored without `uncond`.
+            cond: (tokens, width), the prompt's text embeddings.
+            uncond: the same of the negative prompt, or None for no guidance.
+            noise: (evaluations, C, h, w) float32 for a sampler that draws noise.
+
+        Raises:
+            EngineMismatch: there is no row left for it.
+            BadRequest: the sampler has more evaluations than the batch was made for.
+        """
+        per_image = self.rows // self.capacity
+        embeddings = [cond] if uncond is None else [cond, uncond]
+        if len(embeddings) > per_image:
+            raise EngineMismatch(f"a batch of {self.capacity} in {self.rows} rows has no room for guidance, which takes two rows an image")
+        first = slot * per_image
+        rows = slice(first, first + len(embeddings))
+        stacked = torch.stack(embeddings)
+        for name, tensor in self._context_of(stacked).items():
+            self._contexts[name][rows].copy_(tensor)
+        timesteps = torch.from_numpy(table.timesteps).to(device=stacked.device, dtype=torch.float32)
+        start = slot * self.slots.entries_per_slot
+        for name, tensor in self._schedule.run({"timesteps": timesteps}).items():
+            self._tables[name][start : start + len(tensor)].copy_(tensor)
+        self._slot_of_row[rows] = slot
+        self.slots.admit(
+            slot,
+            latents=latents,
+            table=table,
+            guidance_scale=guidance_scale,
+            cond_row=first,
+            uncond_row=None if uncond is None else first + 1,
+            noise=noise,
+        )
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One model evaluation and one sampler update for every admitted slot."""
+        slots = self.slots
+        torch.index_select(slots.row, 0, self._slot_of_row, out=self._entry)
+        for name, current in self._current.items():
+            torch.index_select(self._tables[name], 0, self._entry, out=current)
+        self._step.enqueue()
+        sampler_step(
+            slots.x,
+            slots.saved,
+            slots.history,
+            self._output,
+            slots.table,
+            slots.row,
+            slots.noise,
+            slots.guidance_scale,
+            slots.cond_row,
+            slots.uncond_row,
+            slots.model_input,
+        )
+        advance(slots.row, slots.last_row)
+        slots.stepped()
+
+    def latents(self, slot: int) -> torch.Tensor:
+        """(C, h, w) float32: the slot's latents as they are now, in the static buffer."""
+        return self.slots.x[slot]
+
+    def release(self, slot: int) -> None:
+        """Give a slot up; its rows are left alone from now on."""
+        self.slots.release(slot)
+
+    def _context_of(self, embeddings: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        spec = self._context.inputs["encoder_hidden_states"]
+        return self._context.run({spec.name: embeddings.to(spec.dtype)})
+
+
+def _sizes(spec: TensorSpec, **free: int) -> tuple[int, ...]:
+    """The shape of a tensor, its free dimensions given."""
+    return tuple(free[size] if isinstance(size, str) else size for size in spec.shape)
