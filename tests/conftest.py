@@ -1,0 +1,256 @@
+"""Small random models in the diffusers layout, and the bundles built from them; each is made once, by the first test that asks."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ldmrt
+from ldmrt.bundle import Bundle
+
+SIZE = 64  # pixels; 8 x 8 latents
+WORDS = (
+    "a",
+    "the",
+    "red",
+    "blue",
+    "green",
+    "circle",
+    "square",
+    "on",
+    "of",
+    "white",
+    "background",
+    "photo",
+    "small",
+    "big",
+    "left",
+    "right",
+    "highly",
+    "detailed",
+)
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors are fastest on one thread, and sums are always taken in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like Stable Diffusion 1.5's, with random weights: 64 x 64 pixels, 77 tokens."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    write_model(folder, version=1, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like Stable Diffusion 2.1's: v-prediction, linear projections, upcast attention, heads by level, padded with `!`."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-v"
+    write_model(folder, version=2, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model` on the torch engine in float32, for one and two images. Do not write to it."""
+    return _built(tiny_model, tmp_path_factory, "torch")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_v(tiny_model_v: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model_v` on the torch engine in float32, for one and two images. Do not write to it."""
+    return _built(tiny_model_v, tmp_path_factory, "torch")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_onnx(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model` on ONNX Runtime, for one image. Do not write to it."""
+    pytest.importorskip("onnxruntime")
+    return _built(tiny_model, tmp_path_factory, "onnxruntime", (1,))
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_v_onnx(tiny_model_v: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model_v` on ONNX Runtime, for one image. Do not write to it."""
+    pytest.importorskip("onnxruntime")
+    return _built(tiny_model_v, tmp_path_factory, "onnxruntime", (1,))
+
+
+def _built(model: Path, factory: pytest.TempPathFactory, engine: str, batch_sizes: tuple[int, ...] = (1, 2)) -> Path:
+    out = factory.mktemp("bundles") / f"{model.name}-{engine}"
+    bundle: Bundle = ldmrt.build_engines(model, out, engine=engine, dtype="float32", batch_sizes=batch_sizes)
+    return bundle.path
+
+
+# ---------------------------------------------------------------------------------------------------- the models
+
+
+def write_model(folder: Path, *, version: int, seed: int) -> None:
+    """Write a model in the diffusers layout with weights drawn from a seed. `version` is Stable Diffusion's: 1 or 2."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    for name in ("transformers", "diffusers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    second = version == 2
+    vocabulary, merges = _vocabulary()
+    width, levels, tokens = (48, 3, 77) if second else (32, 2, 77)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(vocabulary),
+                hidden_size=width,
+                intermediate_size=2 * width,
+                projection_dim=width,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=tokens,
+                hidden_act="gelu" if second else "quick_gelu",
+                bos_token_id=vocabulary[START],
+                eos_token_id=vocabulary[END],
+                pad_token_id=vocabulary["!" if second else END],
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=SIZE // 8,
+            down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
+            block_out_channels=(16, 32, 32)[:levels],
+            layers_per_block=1,
+            norm_num_groups=8,
+            cross_attention_dim=width,
+            # In Stable Diffusion's configs this is the number of heads; 2.x has one for each level.
+            attention_head_dim=[2, 4, 4] if second else 4,
+            use_linear_projection=second,
+            upcast_attention=second,
+        )
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8, 16, 16, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            sample_size=SIZE,
+            scaling_factor=0.18215,
+        )
+        for module in (text_encoder, unet, vae):
+            _enliven(module)
+    text_encoder.save_pretrained(folder / "text_encoder")
+    unet.save_pretrained(folder / "unet")
+    vae.save_pretrained(folder / "vae")
+    _write_tokenizer(folder / "tokenizer", vocabulary, merges, tokens, pad="!" if second else END)
+    _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULERS[version])
+    _write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": "StableDiffusionPipeline",
+            "_diffusers_version": "0.36.0",
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", _SCHEDULERS[version]["_class_name"]],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+
+
+_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+_SCHEDULERS: dict[int, dict[str, Any]] = {
+    # As in the two models' own files.
+    1: {
+        "_class_name": "PNDMScheduler",
+        "_diffusers_version": "0.6.0",
+        **_NOISE,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
+        "clip_sample": False,
+    },
+    2: {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": "0.8.0",
+        **_NOISE,
+        "clip_sample": False,
+        "prediction_type": "v_prediction",
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
+    },
+}
+
+
+@torch.no_grad()
+def _enliven(module: torch.nn.Module) -> None:
+    """Move norms and biases off 1 and 0, where mistakes would not show, and let the network listen to its text."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 1:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        elif "embedding" in name and "time" not in name:
+            parameter.mul_(5.0)
+        elif ".attn2." in name:
+            parameter.mul_(3.0)
+
+
+def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's: the 256 bytes, bare and at a word's end, then pairs (here the beginnings of `WORDS`), then the special tokens."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + rank) for rank in range(256 - len(printable))]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        for end in range(1, len(parts)):
+            pair = ("".join(parts[:end]), parts[end])
+            if pair not in merges:
+                merges.append(pair)
+    tokens = (
+        letters + [letter + "</w>" for letter in letters] + [first + second for first, second in merges] + [START, END]
+    )
+    return {token: index for index, token in enumerate(tokens)}, merges
+
+
+def _write_tokenizer(
+    folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], tokens: int, *, pad: str
+) -> None:
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
+    _write_json(folder / "vocab.json", vocabulary)
+    _write_json(folder / "special_tokens_map.json", special)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "add_prefix_space": False,
+            "do_lower_case": True,
+            "errors": "replace",
+            "model_max_length": tokens,
+            "tokenizer_class": "CLIPTokenizer",
+            **special,
+        },
+    )
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
