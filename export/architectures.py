@@ -93,7 +93,9 @@ def components(source: Source, sizes: Sequence[tuple[int, int]]) -> Iterator[Pla
             encoder = reference(Component("encoder", "vae", Encoder(module), (), ()), Checkpoint(source, "vae", module))
             with torch.inference_mode():
                 mean = encoder(sample_picture(*size))[0]
-            return [Trial("random", {"latents": noise(5, 1, channels, h, w)}), Trial("real", {"latents": mean * scaling})]
+            # What a sampler hands over has unit variance: that is what the scaling factor is for. It holds for weights that were
+            # never trained only if it is seen to.
+            return [Trial("random", {"latents": noise(5, 1, channels, h, w)}), Trial("real", {"latents": mean / mean.std()})]
 
         yield (
             size,
