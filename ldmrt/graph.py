@@ -265,17 +265,7 @@ def from_json(text: str, constants: Mapping[str, torch.Tensor], *, where: str = 
             inputs=tuple(_read_spec(item) for item in data["inputs"]),
             weights={item[0]: _read_spec(item) for item in data["weights"]},
             constants={name: constants[name] for name in names},
-            nodes=tuple(
-                Node(
-                    name=name,
-                    op=op,
-                    args=_decode(args),
-                    kwargs={key: _decode(value) for key, value in kwargs.items()},
-                    shape=_decode(shape),
-                    dtype=dtype_of(dtype),
-                )
-                for name, op, args, kwargs, shape, dtype in data["nodes"]
-            ),
+            nodes=tuple(_read_node(item) for item in data["nodes"]),
             outputs=dict(data["outputs"]),
         )
         _check(graph)
@@ -354,6 +344,23 @@ def _read_spec(item: Any) -> TensorSpec:
     if not isinstance(name, str) or not all(isinstance(size, (int, str)) for size in shape):
         raise ValueError(f"bad tensor description {str(item)[:60]}")
     return TensorSpec(name, tuple(shape), dtype_of(dtype))
+
+
+def _read_node(item: Any) -> Node:
+    name, op, args, kwargs, shape, dtype = item
+    if not (isinstance(op, str) and isinstance(args, list) and isinstance(kwargs, dict) and isinstance(shape, list)):
+        raise ValueError(f"bad node {str(item)[:60]}")
+    sizes = _decode(shape)
+    if not all(isinstance(size, (int, Dim)) for size in sizes):
+        raise ValueError(f"node {str(name)[:60]!r} has the shape {str(shape)[:60]}")
+    return Node(
+        name=name,
+        op=op,
+        args=_decode(args),
+        kwargs={key: _decode(value) for key, value in kwargs.items()},
+        shape=sizes,
+        dtype=dtype_of(dtype),
+    )
 
 
 def _check(graph: Graph) -> None:
