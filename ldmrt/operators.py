@@ -23,7 +23,7 @@ embedding.default eq.Scalar eq.Tensor exp.default expand.default expand_as.defau
 full.default full_like.default gather.default ge.Scalar ge.Tensor gelu.default group_norm.default gt.Scalar gt.Tensor
 index.Tensor index_select.default instance_norm.default layer_norm.default le.Scalar le.Tensor linear.default log.default
 logical_and.default logical_not.default logical_or.default lt.Scalar lt.Tensor masked_fill.Scalar matmul.default
-maximum.default mean.dim minimum.default mm.default mul.Scalar mul.Tensor narrow.int ne.Scalar neg.default
+maximum.default mean.dim minimum.default mm.default mul.Scalar mul.Tensor narrow.default ne.Scalar neg.default
 new_full.default new_ones.default new_zeros.default ones.default ones_like.default pad.default permute.default
 pow.Tensor_Scalar reciprocal.default relu.default reshape.default rsqrt.default rsub.Scalar
 scaled_dot_product_attention.default scalar_tensor.default select.int sigmoid.default silu.default sin.default
