@@ -1,0 +1,54 @@
+"""The command line. Every command is a file; heavy imports happen inside it, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import ldmrt
+from ldmrt.cli.build import build_engines
+from ldmrt.cli.common import Commands, Verbose
+from ldmrt.cli.doctor import doctor
+from ldmrt.cli.generate import generate
+from ldmrt.cli.inspect import inspect
+
+app = typer.Typer(
+    name="ldmrt",
+    cls=Commands,
+    help="Compile latent diffusion models, and run them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+app.command("generate")(generate)
+app.command("build-engines")(build_engines)
+app.command("inspect")(inspect)
+app.command("doctor")(doctor)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"ldmrt {ldmrt.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    _verbose: Verbose = False,
+) -> None:
+    """Compile latent diffusion models, and run them."""
+
+
+def main() -> None:
+    """The entry point `ldmrt`."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file name that is not UTF-8 must not stop the output
+            stream.reconfigure(errors="backslashreplace")
+    app()

@@ -1,0 +1,88 @@
+"""`ldmrt build-engines`: from a model folder to a bundle."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ldmrt.cli.common import (
+    Dtype,
+    EngineChoice,
+    Json,
+    Size,
+    Verbose,
+    parse_size,
+    print_json,
+    progress_bar,
+    size_text,
+    table,
+)
+
+
+def build_engines(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model in the diffusers layout.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder of the bundle. Engines are added to one that is there.")
+    ],
+    engine: Annotated[EngineChoice, typer.Option(help="What runs the model. auto: torch.")] = EngineChoice.auto,
+    size: Annotated[
+        list[Size] | None,
+        typer.Option(
+            metavar="WxH", parser=parse_size, help="Width and height in pixels; repeatable. Default: the model's own."
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Images at a time; repeatable. Default: 1.")
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Precision. auto: bfloat16 on a CPU that computes in it, else float32.")
+    ] = Dtype.auto,
+    json: Json = False,
+    _verbose: Verbose = False,
+) -> None:
+    """Compile a model into a bundle of verified engines."""
+    started = time.perf_counter()
+    import ldmrt
+
+    build = ldmrt.build_engines  # here, so that a missing package is reported before the bar appears
+    with progress_bar("starting") as update:
+        bundle = build(
+            model,
+            out,
+            engine=engine.value,
+            sizes=size or None,
+            batch_sizes=batch or (1,),
+            dtype=dtype.value,
+            on_progress=lambda what, done, total: update(description=what, completed=done, total=total),
+        )
+    seconds = time.perf_counter() - started
+    engines = bundle.manifest.engines
+    if json:
+        document: dict[str, Any] = {
+            "bundle": str(bundle.path.resolve()),
+            "model": bundle.manifest.model.name,
+            "engines": [record.model_dump(mode="json") for record in engines],
+            "seconds": round(seconds, 3),
+        }
+        print_json(document)
+        return
+    rows = [
+        [
+            record.component,
+            record.kind,
+            record.dtype,
+            size_text(record.size),
+            str(record.rows or "any"),
+            f"{max(record.certificate.relative_error.values(), default=float('nan')):.1e}",
+            f"{record.certificate.tolerance:.0e}",
+            record.certificate.status,
+        ]
+        for record in engines
+    ]
+    table(rows, ["component", "engine", "dtype", "size", "rows", "error", "allowed", "status"])
+    typer.echo(f"\n{len(engines)} engines in {out} after {seconds:.1f} s. Next:")
+    typer.echo(f'  ldmrt generate "a prompt" --engines {shlex.quote(str(out))}')

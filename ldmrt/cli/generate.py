@@ -1,0 +1,290 @@
+"""`ldmrt generate`: from a prompt to picture files."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ldmrt.cli.common import (
+    Dtype,
+    EngineChoice,
+    Json,
+    Size,
+    Verbose,
+    parse_device,
+    parse_size,
+    print_json,
+    progress_bar,
+    shown_warnings,
+)
+from ldmrt.errors import BadRequest
+
+if TYPE_CHECKING:
+    from ldmrt.pipeline import Pipeline
+    from ldmrt.request import Job
+
+
+class LongPromptChoice(StrEnum):
+    """What to do with a prompt that is longer than the text encoder's window."""
+
+    chunk = "chunk"
+    cut = "cut"
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the picture shows.")],
+    engines: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A bundle made by build-engines. Default: the built-in model.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What it does not show.")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Denoising steps. Default: the model's.")] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(metavar="F", help="How closely to follow the prompt; 1: without guidance. Default: the model's."),
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(metavar="NAME", help="ddim.")] = None,
+    eta: Annotated[float, typer.Option(metavar="F", help="Noise added by DDIM in each step, 0 to 1.")] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Image i is drawn from seed N + i. Default: drawn, and reported.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(metavar="N", help="How many pictures.")] = 1,
+    size: Annotated[
+        Size | None,
+        typer.Option(metavar="WxH", parser=parse_size, help="Width and height in pixels, of an engine in the bundle."),
+    ] = None,
+    clip_skip: Annotated[
+        int, typer.Option(metavar="N", help="Layers of the text encoder to leave out at its end.")
+    ] = 0,
+    long_prompt: Annotated[
+        LongPromptChoice, typer.Option(help="A prompt beyond the text encoder's window: in several windows, or cut.")
+    ] = LongPromptChoice.chunk,
+    engine: Annotated[
+        EngineChoice, typer.Option(help="Which engines to use where the bundle has several kinds.")
+    ] = EngineChoice.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Which engines to use where the bundle has several precisions.")
+    ] = Dtype.auto,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="cpu|cuda[:N]",
+            parser=parse_device,
+            help="Where to run. Default: LDMRT_DEVICE, or a GPU if there is one.",
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|DIR",
+            help="A .png, .jpg or .webp file, which is overwritten, or a folder. Default: ldmrt-SEED.png here, never overwritten.",
+        ),
+    ] = None,
+    json: Json = False,
+    _verbose: Verbose = False,
+) -> None:
+    """Draw pictures from a prompt. The files say how they were made."""
+    started = time.perf_counter()
+    from ldmrt.config import from_env
+
+    config = from_env(os.environ)
+    destination = Destination.of(out, several=num_images > 1)
+    destination.check()
+
+    import torch
+
+    from ldmrt.pipeline import Pipeline
+    from ldmrt.request import Request, resolve
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    pipe = Pipeline.from_bundle(
+        engines,
+        device or config.device,
+        engine=None if engine is EngineChoice.auto else engine.value,
+        dtype=None if dtype is Dtype.auto else dtype.value,
+    )
+    job = resolve(
+        Request(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            eta=eta,
+            seed=seed,
+            num_images_per_prompt=num_images,
+            width=size.width if size else None,
+            height=size.height if size else None,
+            clip_skip=clip_skip,
+            long_prompt=long_prompt.value,
+        ),
+        pipe.defaults,
+    )
+    timings = {"load": time.perf_counter() - started}
+    with shown_warnings():
+        pictures = _draw(pipe, job, destination, timings)
+    timings["total"] = time.perf_counter() - started
+    if json:
+        print_json(
+            {
+                "images": pictures,
+                "timings": {stage: round(seconds, 4) for stage, seconds in timings.items()},
+                "settings": _settings(pipe, job),
+            }
+        )
+        return
+    for picture in pictures:
+        typer.echo(f"{picture['path']}  {picture['width']}x{picture['height']}  seed {picture['seed']}")
+    stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in timings.items() if stage != "total")
+    typer.echo(f"{timings['total']:.2f} s: {stages}")
+
+
+def _draw(pipe: Pipeline, job: Job, destination: Destination, timings: dict[str, float]) -> list[dict[str, Any]]:
+    """Make the pictures batch by batch, and save each batch when it is done. Adds to `timings`."""
+    import hashlib
+
+    from ldmrt.image import save
+
+    at_a_time = pipe.images_at_a_time(job.width, job.height, guidance=job.do_cfg)
+    pictures = []
+    with progress_bar("denoising") as update:
+        update(total=job.num_images * job.num_inference_steps)
+        for first in range(0, job.num_images, at_a_time):
+            seeds = job.seeds[first : first + at_a_time]
+            result = pipe(
+                job.prompts[0],
+                job.negative_prompts[0],
+                job.num_inference_steps,
+                job.guidance_scale,
+                job.sampler,
+                job.eta,
+                seeds[0],
+                len(seeds),
+                job.width,
+                job.height,
+                clip_skip=job.clip_skip,
+                long_prompt=job.long_prompt,
+                on_step=lambda step, latents: update(advance=len(latents)),
+            )
+            saving = time.perf_counter()
+            for number, image in enumerate(result.images, start=first):
+                path = destination.path(number, job.seeds[number])
+                save(image, path, parameters=_parameters(pipe, job, number))
+                pictures.append(
+                    {
+                        "path": str(path),
+                        "seed": job.seeds[number],
+                        "width": job.width,
+                        "height": job.height,
+                        "sha256": hashlib.sha256(image.tobytes()).hexdigest(),
+                    }
+                )
+            for stage, seconds in {**result.timings, "save": time.perf_counter() - saving}.items():
+                timings[stage] = timings.get(stage, 0.0) + seconds
+    return pictures
+
+
+def _parameters(pipe: Pipeline, job: Job, number: int) -> str:
+    import ldmrt
+    from ldmrt.image import parameters_text
+
+    extra: dict[str, object] = {"Eta": f"{job.eta:g}"} if job.eta else {}
+    if job.clip_skip:
+        extra["Clip skip"] = job.clip_skip + 1  # AUTOMATIC1111 counts from 1
+    return parameters_text(
+        job.prompts[0],
+        job.negative_prompts[0],
+        steps=job.num_inference_steps,
+        sampler=job.sampler,
+        guidance_scale=job.guidance_scale,
+        seed=job.seeds[number],
+        width=job.width,
+        height=job.height,
+        model=pipe.bundle.manifest.model.name,
+        extra={**extra, "Version": f"ldmrt {ldmrt.__version__}"},
+    )
+
+
+def _settings(pipe: Pipeline, job: Job) -> dict[str, Any]:
+    return {
+        "prompt": job.prompts[0],
+        "negative_prompt": job.negative_prompts[0],
+        "num_inference_steps": job.num_inference_steps,
+        "guidance_scale": job.guidance_scale,
+        "sampler": job.sampler,
+        "eta": job.eta,
+        "seed": job.seeds[0],
+        "num_images": job.num_images,
+        "width": job.width,
+        "height": job.height,
+        "clip_skip": job.clip_skip,
+        "long_prompt": job.long_prompt,
+        "model": pipe.bundle.manifest.model.name,
+        "bundle": str(pipe.bundle.path.resolve()),
+        "engine": pipe.kind,
+        "dtype": pipe.dtype,
+        "device": str(pipe.device),
+    }
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where pictures go.
+
+    Attributes:
+        folder: the folder.
+        name: the file in it, or None for names made of the seed.
+        several: whether there is more than one picture; their number then becomes part of `name`.
+    """
+
+    folder: Path
+    name: str | None
+    several: bool
+
+    @classmethod
+    def of(cls, out: str | None, *, several: bool) -> Destination:
+        """Read `--out`: nothing, a file, or a folder (one that exists, or ends in a slash)."""
+        path = Path(out or ".")
+        if out is None or out.endswith(("/", os.sep)) or path.is_dir():
+            return cls(path, None, several)
+        return cls(path.parent, path.name, several)
+
+    def check(self) -> None:
+        """Find out before anything is loaded that nothing could be written.
+
+        Raises:
+            BadRequest: see `ldmrt.image.check_writable`.
+        """
+        from ldmrt.image import check_writable
+
+        if self.name is not None:
+            check_writable(self.path(0, 0))
+            return
+        folder = self.folder.absolute()
+        while (
+            not folder.exists() and folder != folder.parent
+        ):  # what is missing is made when the first picture is there
+            folder = folder.parent
+        check_writable(folder / "ldmrt-0.png")
+
+    def path(self, number: int, seed: int) -> Path:
+        """The file of a picture; a name that we choose is never one that is taken."""
+        if self.name is not None:
+            chosen = Path(self.name)
+            return self.folder / (f"{chosen.stem}-{number}{chosen.suffix}" if self.several else self.name)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadRequest(f"cannot make the folder {self.folder}: {error.strerror}; choose another --out") from error
+        path = self.folder / f"ldmrt-{seed}.png"
+        again = 1
+        while path.exists():
+            path = self.folder / f"ldmrt-{seed}-{again}.png"
+            again += 1
+        return path

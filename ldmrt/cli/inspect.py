@@ -1,0 +1,141 @@
+"""`ldmrt inspect`: what a bundle holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ldmrt.cli.common import Json, Verbose, bytes_text, print_json, size_text, table
+from ldmrt.errors import BundleError
+
+if TYPE_CHECKING:
+    from ldmrt.bundle import Bundle, EngineRecord, FileRecord
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle made by build-engines.")],
+    check: Annotated[bool, typer.Option("--check", help="Also compare every file with its SHA-256.")] = False,
+    json: Json = False,
+    _verbose: Verbose = False,
+) -> None:
+    """Show what a bundle holds, and what of it runs here."""
+    from ldmrt.bundle import Bundle
+
+    bundle = Bundle.open(folder)
+    document = describe(bundle)
+    problems = damage(bundle) if check else []
+    if check:
+        document["check"] = {"files": len({record.file for record in bundle.records()}), "problems": problems}
+    if json:
+        print_json(document)
+    else:
+        _print(bundle, document)
+        if check and not problems:
+            typer.echo(f"\n{document['check']['files']} files checked: all are as they were built")
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise BundleError(problems[0] + more)
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """The contents of a bundle as one JSON-safe document."""
+    from ldmrt.doctor import engine_kinds
+
+    manifest, missing = bundle.manifest, engine_kinds()
+
+    def file(record: FileRecord) -> dict[str, Any]:
+        path = bundle.locate(record.file)
+        return {**record.model_dump(), "bytes": path.stat().st_size if path.is_file() else None}
+
+    def engine(record: EngineRecord) -> dict[str, Any]:
+        return {
+            **record.model_dump(mode="json"),
+            "files": [file(item) for item in record.files],
+            "runs_here": missing[record.kind] is None,
+            "missing_here": missing[record.kind],
+        }
+
+    weights = {name: file(record) for name, record in manifest.weights.items()}
+    engines = [engine(record) for record in manifest.engines]
+    sizes = {item["file"]: item["bytes"] or 0 for item in weights.values()}
+    sizes |= {item["file"]: item["bytes"] or 0 for record in engines for item in record["files"]}
+    return {
+        "path": str(bundle.path.resolve()),
+        "format": manifest.format,
+        "ldmrt": manifest.ldmrt,
+        "model": manifest.model.model_dump(mode="json"),
+        "bytes": sum(sizes.values()),
+        "weights": weights,
+        "engines": engines,
+        "passes": manifest.passes,
+    }
+
+
+def damage(bundle: Bundle) -> list[str]:
+    """What is wrong with the files, one line each."""
+    problems = []
+    for record in bundle.records():
+        try:
+            bundle.checked(record)
+        except BundleError as error:
+            problems.append(str(error))
+    return list(dict.fromkeys(problems))
+
+
+def _print(bundle: Bundle, document: dict[str, Any]) -> None:
+    manifest = bundle.manifest
+    model, defaults = manifest.model, manifest.model.defaults
+    typer.echo(f"{model.name} ({model.kind}), built by ldmrt {manifest.ldmrt}, {bytes_text(document['bytes'])}")
+    typer.echo(
+        f"defaults: {defaults.width}x{defaults.height}, {defaults.num_inference_steps} steps, guidance "
+        f"{defaults.guidance_scale:g}, {defaults.sampler}\n"
+    )
+    rows = [
+        [
+            record["component"],
+            record["kind"],
+            record["dtype"],
+            size_text(record["size"]),
+            str(record["rows"] or "any"),
+            record["key"][:8],
+            _size_of(record["files"]),
+            record["weights"],
+            _certificate(record["certificate"]),
+            "yes" if record["runs_here"] else "no",
+        ]
+        for record in document["engines"]
+    ]
+    if rows:
+        table(rows, ["component", "engine", "dtype", "size", "rows", "key", "file", "weights", "error", "runs here"])
+    for reason in dict.fromkeys(record["missing_here"] for record in document["engines"] if record["missing_here"]):
+        typer.echo(reason)
+    if document["weights"]:
+        typer.echo()
+        table(
+            [[name, item["file"], _size_of([item])] for name, item in document["weights"].items()],
+            ["weights", "file", "size"],
+        )
+    if manifest.passes:
+        typer.echo()
+        table(
+            [
+                [component, ", ".join(f"{count} {what}" for what, count in counts.items())]
+                for component, counts in manifest.passes.items()
+            ],
+            ["compiled", "nodes"],
+        )
+
+
+def _size_of(files: list[dict[str, Any]]) -> str:
+    if any(item["bytes"] is None for item in files):
+        return "missing"
+    return bytes_text(sum(item["bytes"] for item in files))
+
+
+def _certificate(certificate: dict[str, Any]) -> str:
+    errors = certificate["relative_error"].values()
+    if certificate["status"] != "verified" or not errors:
+        return str(certificate["status"])
+    return f"{max(errors):.1e} of {certificate['tolerance']:.0e}"
