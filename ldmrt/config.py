@@ -9,9 +9,6 @@ from pathlib import Path
 
 from ldmrt.errors import BadRequest
 
-_TRUE = ("1", "true", "yes", "on")
-_FALSE = ("0", "false", "no", "off")
-
 
 @dataclass(frozen=True)
 class Config:
@@ -21,13 +18,11 @@ class Config:
         cache: the folder for what can be made again. LDMRT_CACHE; by default `ldmrt` in $XDG_CACHE_HOME or ~/.cache.
         device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one. LDMRT_DEVICE.
         threads: CPU threads for the model, 0 for torch's own choice. LDMRT_THREADS.
-        cuda_graphs: capture the sampling step on a GPU; off helps to debug it. LDMRT_CUDA_GRAPHS.
     """
 
     cache: Path
     device: str = "auto"
     threads: int = 0
-    cuda_graphs: bool = True
 
 
 def from_env(environ: Mapping[str, str]) -> Config:
@@ -40,7 +35,6 @@ def from_env(environ: Mapping[str, str]) -> Config:
         cache=_cache(environ),
         device=parse_device(environ.get("LDMRT_DEVICE") or "auto", param="LDMRT_DEVICE"),
         threads=_count(environ, "LDMRT_THREADS"),
-        cuda_graphs=_boolean(environ, "LDMRT_CUDA_GRAPHS", default=True),
     )
 
 
@@ -70,14 +64,3 @@ def _count(environ: Mapping[str, str], name: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise BadRequest(f"{name} is {text!r}, expected a whole number, 0 or more", param=name)
     return int(text)
-
-
-def _boolean(environ: Mapping[str, str], name: str, *, default: bool) -> bool:
-    text = environ.get(name, "").strip().lower()
-    if text in _TRUE:
-        return True
-    if text in _FALSE:
-        return False
-    if text:
-        raise BadRequest(f"{name} is {environ[name]!r}, expected one of: {', '.join(_TRUE + _FALSE)}", param=name)
-    return default

@@ -14,12 +14,12 @@ def test_nothing_set() -> None:
 
 
 def test_everything_set() -> None:
-    environ = {"LDMRT_CACHE": "/c", "LDMRT_DEVICE": "CUDA:1", "LDMRT_THREADS": "4", "LDMRT_CUDA_GRAPHS": "off"}
-    assert from_env(environ) == Config(cache=Path("/c"), device="cuda:1", threads=4, cuda_graphs=False)
+    environ = {"LDMRT_CACHE": "/c", "LDMRT_DEVICE": "CUDA:1", "LDMRT_THREADS": "4"}
+    assert from_env(environ) == Config(cache=Path("/c"), device="cuda:1", threads=4)
 
 
 def test_empty_is_not_set() -> None:
-    environ = dict.fromkeys(("LDMRT_CACHE", "LDMRT_DEVICE", "LDMRT_THREADS", "LDMRT_CUDA_GRAPHS", "XDG_CACHE_HOME"), "")
+    environ = dict.fromkeys(("LDMRT_CACHE", "LDMRT_DEVICE", "LDMRT_THREADS", "XDG_CACHE_HOME"), "")
     assert from_env(environ | {"HOME": "/h"}) == from_env({"HOME": "/h"})
 
 
@@ -37,28 +37,8 @@ def test_cache(environ: dict[str, str], cache: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1", True),
-        ("true", True),
-        ("Yes", True),
-        (" ON ", True),
-        ("0", False),
-        ("FALSE", False),
-        ("no", False),
-        ("off", False),
-        ("", True),
-        (" ", True),
-    ],
-)
-def test_booleans(text: str, value: bool) -> None:
-    assert from_env({"LDMRT_CUDA_GRAPHS": text}).cuda_graphs is value
-
-
-@pytest.mark.parametrize(
     ("name", "text"),
-    [("LDMRT_CUDA_GRAPHS", text) for text in ("2", "maybe", "None", "-1")]
-    + [("LDMRT_THREADS", text) for text in ("-1", "two", "1.5", " ", "\u0663")]
+    [("LDMRT_THREADS", text) for text in ("-1", "two", "1.5", " ", "\u0663")]
     + [("LDMRT_DEVICE", text) for text in ("gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "cuda:1 2", " ")],
 )
 def test_garbage_names_the_variable(name: str, text: str) -> None:
