@@ -44,7 +44,7 @@ def examine() -> dict[str, Any]:
         "cuda": _cuda(torch["missing"]),
         "native": {"missing": _native(torch["missing"])},
         "engines": engine_kinds(),
-        "extras": {name: extra(name) for name in EXTRAS},
+        "extras": {name: packages(name) for name in EXTRAS},
     }
 
 
@@ -57,7 +57,7 @@ def engine_kinds() -> dict[str, str | None]:
     }
 
 
-def extra(name: str) -> dict[str, Any]:
+def packages(name: str) -> dict[str, Any]:
     """The packages of an extra that are there with their versions, those that are not, and how to install them."""
     versions = {package: _version(package) for package in EXTRAS[name]}
     return {

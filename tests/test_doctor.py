@@ -64,7 +64,7 @@ def test_a_missing_package_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatc
         return "1.0"
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    found = doctor.extra("export")
+    found = doctor.packages("export")
     assert found["missing"] == ["onnx"]
     assert "diffusers" in found["present"]
     assert found["install"] == "pip install 'ldmrt[export]'"

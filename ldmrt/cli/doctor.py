@@ -39,8 +39,8 @@ def doctor(json: Json = False, _verbose: Verbose = False) -> None:
     table([[kind, missing or "runs here"] for kind, missing in found["engines"].items()], ["engine", ""])
     typer.echo()
     rows = []
-    for extra, packages in found["extras"].items():
-        present = ", ".join(f"{name} {version}" for name, version in packages["present"].items())
+    for name, packages in found["extras"].items():
+        present = ", ".join(f"{package} {version}" for package, version in packages["present"].items())
         missing = f"missing {', '.join(packages['missing'])}: {packages['install']}" if packages["missing"] else ""
-        rows.append([extra, "; ".join(part for part in (present, missing) if part)])
+        rows.append([name, "; ".join(part for part in (present, missing) if part)])
     table(rows, ["extra", ""])
