@@ -19,6 +19,8 @@ PROMPTS = (
     "a photograph of an astronaut riding a horse, highly detailed, 35mm",
 )
 
+FOLDERS = ("text_encoder", "unet", "vae")
+
 Plan = tuple[tuple[int, int] | None, Component, Callable[[], list[Trial]]]
 
 
@@ -57,7 +59,10 @@ def components(source: Source, sizes: Sequence[tuple[int, int]]) -> Iterator[Pla
 
     def embeddings() -> torch.Tensor:
         module = instantiate(source, "text_encoder")
-        encoder = reference(Component("text_encoder", "text_encoder", TextEncoder(module), (), ()), Checkpoint(source, "text_encoder", module))
+        encoder = reference(
+            Component("text_encoder", "text_encoder", TextEncoder(module), (), ()),
+            Checkpoint(source, "text_encoder", module),
+        )
         with torch.inference_mode():
             return encoder(prompt_ids())[0][0]  # type: ignore[no-any-return]
 
@@ -67,7 +72,11 @@ def components(source: Source, sizes: Sequence[tuple[int, int]]) -> Iterator[Pla
         def denoiser_trials(w: int = w, h: int = h) -> list[Trial]:
             steps = torch.tensor([999.0, 261.0])
             text = embeddings()
-            random = {"latents": noise(2, 2, channels, h, w), "timesteps": steps, "encoder_hidden_states": noise(3, *text.shape)}
+            random = {
+                "latents": noise(2, 2, channels, h, w),
+                "timesteps": steps,
+                "encoder_hidden_states": noise(3, *text.shape),
+            }
             real = {"latents": noise(4, 2, channels, h, w), "timesteps": steps.flip(0), "encoder_hidden_states": text}
             return [Trial("random", random), Trial("real", real)]
 
@@ -95,7 +104,10 @@ def components(source: Source, sizes: Sequence[tuple[int, int]]) -> Iterator[Pla
                 mean = encoder(sample_picture(*size))[0]
             # What a sampler hands over has unit variance: that is what the scaling factor is for. It holds for weights that were
             # never trained only if it is seen to.
-            return [Trial("random", {"latents": noise(5, 1, channels, h, w)}), Trial("real", {"latents": mean / mean.std()})]
+            return [
+                Trial("random", {"latents": noise(5, 1, channels, h, w)}),
+                Trial("real", {"latents": mean / mean.std()}),
+            ]
 
         yield (
             size,
@@ -111,7 +123,10 @@ def components(source: Source, sizes: Sequence[tuple[int, int]]) -> Iterator[Pla
 
         def encoder_trials(size: tuple[int, int] = size) -> list[Trial]:
             shape = (1, 3, size[1], size[0])
-            return [Trial("random", {"image": noise(6, *shape).clamp(-1, 1)}), Trial("real", {"image": sample_picture(*size)})]
+            return [
+                Trial("random", {"image": noise(6, *shape).clamp(-1, 1)}),
+                Trial("real", {"image": sample_picture(*size)}),
+            ]
 
         yield (
             size,
@@ -142,11 +157,12 @@ def instantiate(source: Source, folder: str) -> torch.nn.Module:
 
 def reference(component: Component, checkpoint: Checkpoint) -> torch.nn.Module:
     """The component's wrapper around the original module, its weights loaded in float32."""
-    module = component.module.module
-    state = {name: checkpoint.load(name).float() for name in checkpoint.keys}
-    module.load_state_dict(state, strict=True, assign=True)  # type: ignore[operator, union-attr]
-    for name, buffer in list(module.named_buffers()):  # type: ignore[operator, union-attr]
+    module = component.original
+    module.load_state_dict({name: checkpoint.load(name).float() for name in checkpoint.keys}, strict=True, assign=True)
+    for name, buffer in list(module.named_buffers()):
         if buffer.is_meta and name.endswith("position_ids"):
-            owner = module.get_submodule(name.rpartition(".")[0])  # type: ignore[operator, union-attr]
-            owner.position_ids = torch.arange(buffer.shape[-1]).reshape(buffer.shape)
+            owner = module.get_submodule(name.rpartition(".")[0])
+            owner.register_buffer(
+                "position_ids", torch.arange(buffer.shape[-1]).reshape(buffer.shape), persistent=False
+            )
     return component.module

@@ -19,7 +19,11 @@ from ldmrt.graph import Argument, Dim, Graph, Node, Ref, Size
 # Rows beyond 63 take another path in some modules (diffusers copies before it upsamples 64 rows or more).
 _LARGEST = {"rows": 63, "tokens": 4096}
 _EXAMPLE = {"rows": 3, "tokens": 77}
-_SILENT = ("aten._assert_tensor_metadata.default", "aten._assert_scalar.default", "aten.sym_constrain_range_for_size.default")
+_SILENT = (
+    "aten._assert_tensor_metadata.default",
+    "aten._assert_scalar.default",
+    "aten.sym_constrain_range_for_size.default",
+)
 
 
 def capture(name: str, module: torch.nn.Module, inputs: Sequence[TensorSpec], outputs: Sequence[str]) -> Graph:
@@ -44,13 +48,19 @@ def capture(name: str, module: torch.nn.Module, inputs: Sequence[TensorSpec], ou
         if isinstance(size, str)
     }
     examples = tuple(
-        torch.empty([_EXAMPLE[size] if isinstance(size, str) else size for size in spec.shape], dtype=spec.dtype, device="meta")
+        torch.empty(
+            [_EXAMPLE[size] if isinstance(size, str) else size for size in spec.shape], dtype=spec.dtype, device="meta"
+        )
         for spec in inputs
     )
-    dynamic = tuple({axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs)
+    dynamic = tuple(
+        {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs
+    )
     try:
         with torch.no_grad():
-            program = torch.export.export(module, examples, dynamic_shapes=(dynamic,) if _is_variadic(module) else dynamic)
+            program = torch.export.export(
+                module, examples, dynamic_shapes=(dynamic,) if _is_variadic(module) else dynamic
+            )
     except Exception as error:  # torch.export raises what the module raises, and its own kinds besides
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BuildError(f"{name}: the model cannot be traced ({reason})") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -37,6 +38,11 @@ class Component:
     outputs: tuple[str, ...]
     kinds: Mapping[str, Kind] = field(default_factory=dict)
 
+    @property
+    def original(self) -> torch.nn.Module:
+        """The module inside the wrapper, of diffusers or transformers."""
+        return self.module.get_submodule("module")
+
 
 class TextEncoder(torch.nn.Module):
     """CLIP text encoder: token ids to the hidden states of every layer, each behind the final layer norm.
@@ -45,7 +51,7 @@ class TextEncoder(torch.nn.Module):
     the last layer.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         super().__init__()
         self.module = module
 
@@ -63,7 +69,7 @@ class UNet(torch.nn.Module):
     prediction in the model's own terms (epsilon or v).
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         super().__init__()
         self.module = module
 
@@ -77,7 +83,7 @@ class UNet(torch.nn.Module):
 class Decoder(torch.nn.Module):
     """The first stage's decoder: scaled latents (rows, C, h, w) to images (rows, 3, H, W) in [-1, 1] (not clamped)."""
 
-    def __init__(self, module: torch.nn.Module, scaling_factor: float, shift: float) -> None:
+    def __init__(self, module: Any, scaling_factor: float, shift: float) -> None:
         super().__init__()
         self.module = module
         self.scaling_factor = scaling_factor
@@ -94,7 +100,7 @@ class Decoder(torch.nn.Module):
 class Encoder(torch.nn.Module):
     """The first stage's encoder: images (rows, 3, H, W) in [-1, 1] to the posterior's mean and log variance, unscaled."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         super().__init__()
         self.module = module
 

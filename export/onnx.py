@@ -21,7 +21,11 @@ from ldmrt.weights import WeightFile
 
 OPSET = 21  # the first with a whole GroupNormalization; 18 and 20 take it apart
 
-_TYPES = {torch.float32: onnx_ir.DataType.FLOAT, torch.float16: onnx_ir.DataType.FLOAT16, torch.bfloat16: onnx_ir.DataType.BFLOAT16}
+_TYPES = {
+    torch.float32: onnx_ir.DataType.FLOAT,
+    torch.float16: onnx_ir.DataType.FLOAT16,
+    torch.bfloat16: onnx_ir.DataType.BFLOAT16,
+}
 
 
 def write_onnx(graph: Graph, weights: Mapping[str, WeightFile], path: Path) -> str:
@@ -44,7 +48,9 @@ def write_onnx(graph: Graph, weights: Mapping[str, WeightFile], path: Path) -> s
         torch.empty([3 if isinstance(size, str) else size for size in spec.shape], dtype=spec.dtype, device="meta")
         for spec in graph.inputs
     )
-    dynamic = tuple({i: dims[size] for i, size in enumerate(spec.shape) if isinstance(size, str)} for spec in graph.inputs)
+    dynamic = tuple(
+        {i: dims[size] for i, size in enumerate(spec.shape) if isinstance(size, str)} for spec in graph.inputs
+    )
     with _quiet():
         try:
             exported = torch.export.export(replay, examples, dynamic_shapes=(dynamic,) if dims else None)
@@ -74,7 +80,9 @@ def write_onnx(graph: Graph, weights: Mapping[str, WeightFile], path: Path) -> s
         onnx.checker.check_model(str(path), full_check=False)
     except onnx.checker.ValidationError as error:
         path.unlink()
-        raise BuildError(f"{graph.name}: onnx.checker refuses the graph ({str(error).splitlines()[0][:200]})") from error
+        raise BuildError(
+            f"{graph.name}: onnx.checker refuses the graph ({str(error).splitlines()[0][:200]})"
+        ) from error
     return digest
 
 
@@ -90,7 +98,7 @@ class _Replay(torch.nn.Module):
         self.graph = graph
         self.names: dict[str, str] = {}  # our parameter -> value of the graph
         for name, spec in graph.weights.items():
-            self._add(name, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
+            self._add(name, torch.empty([int(n) for n in spec.shape], dtype=spec.dtype, device="meta"))
         for name, tensor in graph.constants.items():
             self._add(name, tensor.to("meta"))
 

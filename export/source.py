@@ -16,7 +16,9 @@ import torch
 from ldmrt.errors import BuildError
 from ldmrt.weights import Entry, WeightFile
 
-KNOWN_KINDS = "Stable Diffusion 1.x and 2.x (StableDiffusionPipeline: CLIPTextModel, UNet2DConditionModel, AutoencoderKL)"
+KNOWN_KINDS = (
+    "Stable Diffusion 1.x and 2.x (StableDiffusionPipeline: CLIPTextModel, UNet2DConditionModel, AutoencoderKL)"
+)
 
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -53,7 +55,9 @@ class Source:
         if not path.exists():
             raise BuildError(f"no such folder: {path}; give the folder of a model in the diffusers layout")
         if path.is_file():
-            raise BuildError(f"{path} is a file; give the folder of a model in the diffusers layout (with a model_index.json)")
+            raise BuildError(
+                f"{path} is a file; give the folder of a model in the diffusers layout (with a model_index.json)"
+            )
         if not (path / "model_index.json").is_file():
             found = ", ".join(sorted(item.name for item in path.iterdir())[:6]) or "nothing"
             raise BuildError(f"{path} is not a model folder: expected a model_index.json, found {found}")
@@ -191,4 +195,6 @@ def _check_unet(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
         )
     for key in ("addition_embed_type", "class_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type"):
         if unet.get(key) is not None:
-            raise BuildError(f"{path}: its U-Net has {key} = {unet[key]!r}, which is not built yet; known kinds: {KNOWN_KINDS}")
+            raise BuildError(
+                f"{path}: its U-Net has {key} = {unet[key]!r}, which is not built yet; known kinds: {KNOWN_KINDS}"
+            )

@@ -6,7 +6,7 @@ the largest of them where there are several.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +30,9 @@ class Trial:
     inputs: Tensors
 
 
-def reference_outputs(module: torch.nn.Module, trials: Sequence[Trial], names: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+def reference_outputs(
+    module: torch.nn.Module, trials: Sequence[Trial], names: Sequence[str]
+) -> list[dict[str, torch.Tensor]]:
     """What the original module, in float32, makes of each trial."""
     with torch.inference_mode():
         return [dict(zip(names, module(*trial.inputs.values()), strict=True)) for trial in trials]
@@ -87,6 +89,21 @@ def run_denoiser(context: Engine, schedule: Engine, step: Engine, inputs: Tensor
     """Run the three parts of a denoising network one after the other, as one network."""
     hoisted = run_engine(context, inputs) | run_engine(schedule, inputs)
     return run_engine(step, {**inputs, **hoisted})
+
+
+def run_rows(
+    run: Callable[[Tensors], dict[str, torch.Tensor]], trial: Trial, rows: int | None
+) -> dict[str, torch.Tensor]:
+    """Run a trial through an engine of `rows` rows: in slices, the last one filled up by repetition."""
+    if rows is None:
+        return run(trial.inputs)
+    count = next(iter(trial.inputs.values())).shape[0]
+    parts: list[dict[str, torch.Tensor]] = []
+    for start in range(0, count, rows):
+        index = torch.arange(start, start + rows) % count
+        result = run({name: tensor[index] for name, tensor in trial.inputs.items()})
+        parts.append({name: tensor[: count - start] for name, tensor in result.items()})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def sample_picture(width: int, height: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """ldmrt: a compiled inference runtime for latent diffusion models.
 
-    import ldmrt
-    pipe = ldmrt.Pipeline.from_bundle()                     # the built-in model
-    pipe("a red circle on a white background").images[0].save("circle.png")
+import ldmrt
+pipe = ldmrt.Pipeline.from_bundle()                     # the built-in model
+pipe("a red circle on a white background").images[0].save("circle.png")
 """
 
 from __future__ import annotations
@@ -58,9 +58,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'ldmrt' has no attribute {name!r}")
     import importlib
 
-    try:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    except ModuleNotFoundError as error:
-        if name == "build_engines" and (error.name or "").partition(".")[0] in ("diffusers", "transformers", "onnx"):
-            raise BuildError(f"building engines needs {error.name}: `pip install 'ldmrt[export]'`") from error
-        raise
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -18,14 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ldmrt.engines.protocol import Engine
 from ldmrt.errors import BundleError, EngineMismatch
-from ldmrt.graph import Graph, dtype_of, from_json
+from ldmrt.graph import Graph, from_json
 from ldmrt.weights import WeightFile, sha256
 
 FORMAT = 1
 MANIFEST = "ldmrt.json"
-
-EngineKind = Literal["torch", "onnxruntime"]
-DType = Literal["float32", "bfloat16", "float16"]
 
 
 class _Record(BaseModel):
@@ -73,8 +70,8 @@ class EngineRecord(_Record):
     """
 
     component: str
-    kind: EngineKind
-    dtype: DType
+    kind: str = Field(pattern="^(torch|onnxruntime)$")
+    dtype: str = Field(pattern="^(float32|bfloat16|float16)$")
     size: tuple[int, int] | None
     rows: int | None
     key: str
@@ -87,7 +84,7 @@ class EngineRecord(_Record):
     @property
     def label(self) -> str:
         """How to call it in a message: `step (torch, float32, 512x512, 2 rows)`."""
-        parts = [self.kind, self.dtype]
+        parts: list[str] = [self.kind, self.dtype]
         parts += [f"{self.size[0]}x{self.size[1]}"] if self.size else []
         parts += [f"{self.rows} rows"] if self.rows else []
         return f"{self.component} ({', '.join(parts)})"
@@ -178,10 +175,14 @@ class Bundle:
         folder = Path(path)
         file = folder / MANIFEST
         if not folder.is_dir():
-            raise BundleError(f"no such folder: {folder}; build a bundle with `ldmrt build-engines MODEL --out {folder}`")
+            raise BundleError(
+                f"no such folder: {folder}; build a bundle with `ldmrt build-engines MODEL --out {folder}`"
+            )
         if not file.is_file():
             hint = "is a model, not a bundle: " if (folder / "model_index.json").is_file() else "is not a bundle: "
-            raise BundleError(f"{folder} {hint}it has no {MANIFEST}; build one with `ldmrt build-engines MODEL --out DIR`")
+            raise BundleError(
+                f"{folder} {hint}it has no {MANIFEST}; build one with `ldmrt build-engines MODEL --out DIR`"
+            )
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
             found = data["format"] if isinstance(data, dict) else None
@@ -218,7 +219,9 @@ class Bundle:
         pure = PurePosixPath(name)
         path = self.path / pure
         if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(self.path.resolve()):
-            raise BundleError(f"{self.path / MANIFEST} names {name!r}, which lies outside the bundle: do not use this bundle")
+            raise BundleError(
+                f"{self.path / MANIFEST} names {name!r}, which lies outside the bundle: do not use this bundle"
+            )
         return path
 
     def checked(self, record: FileRecord) -> Path:
@@ -268,7 +271,9 @@ class Bundle:
     def graph(self, record: EngineRecord) -> Graph:
         """The graph of a `torch` engine."""
         path = self.checked(record.files[0])
-        constants = {name: tensor for extra in record.files[1:] for name, tensor in WeightFile(self.checked(extra)).items()}
+        constants = {
+            name: tensor for extra in record.files[1:] for name, tensor in WeightFile(self.checked(extra)).items()
+        }
         return from_json(path.read_text(encoding="utf-8"), constants, where=str(path))
 
     def load(self, record: EngineRecord, device: torch.device) -> Engine:
@@ -282,7 +287,9 @@ class Bundle:
             from ldmrt.engines.torch import TorchEngine
 
             graph = self.graph(record)
-            weights = {name: self._tensor(record.weights, name, spec.dtype, device) for name, spec in graph.weights.items()}
+            weights = {
+                name: self._tensor(record.weights, name, spec.dtype, device) for name, spec in graph.weights.items()
+            }
             return TorchEngine(graph, weights, device)
         from ldmrt.engines.onnxruntime import OnnxRuntimeEngine
 
@@ -319,7 +326,7 @@ def write_atomically(path: Path, data: bytes) -> str:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return hashlib.sha256(data).hexdigest()
@@ -329,8 +336,3 @@ def engine_key(parts: Mapping[str, Any]) -> str:
     """The hash that names an engine: equal parts, equal key. `parts` is JSON-safe."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def bytes_of(dtype: str) -> int:
-    """Bytes of one element."""
-    return dtype_of(dtype).itemsize

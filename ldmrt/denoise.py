@@ -105,7 +105,9 @@ class Denoiser:
         per_image = self.rows // self.capacity
         embeddings = [cond] if uncond is None else [cond, uncond]
         if len(embeddings) > per_image:
-            raise EngineMismatch(f"a batch of {self.capacity} in {self.rows} rows has no room for guidance, which takes two rows an image")
+            raise EngineMismatch(
+                f"a batch of {self.capacity} in {self.rows} rows has no room for guidance, which takes two rows an image"
+            )
         first = slot * per_image
         rows = slice(first, first + len(embeddings))
         stacked = torch.stack(embeddings)

@@ -230,8 +230,7 @@ def to_json(graph: Graph) -> str:
         "constants": lines([[name, list(t.shape), dtype_name(t.dtype)] for name, t in graph.constants.items()]),
         "nodes": lines(
             [
-                [n.name, n.op, _encode(n.args), {k: _encode(v) for k, v in n.kwargs.items()}]
-                + [_encode(n.shape), dtype_name(n.dtype)]
+                [n.name, n.op, _encode(n.args), _encode_all(n.kwargs), _encode(n.shape), dtype_name(n.dtype)]
                 for n in graph.nodes
             ]
         ),
@@ -318,6 +317,10 @@ def _encode(argument: Argument) -> Any:
         case None | bool() | int() | float() | str():
             return argument
     raise TypeError(f"an argument of type {type(argument).__name__} has no place in a graph")
+
+
+def _encode_all(arguments: Mapping[str, Argument]) -> dict[str, Any]:
+    return {key: _encode(value) for key, value in arguments.items()}
 
 
 def _decode(value: Any) -> Argument:

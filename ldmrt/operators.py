@@ -40,10 +40,18 @@ ALLOWED: frozenset[str] = frozenset({f"aten.{name}" for name in _ATEN.split()} |
 # Operators that give another view of the same elements: free to run, and safe to move across a boundary between graphs.
 VIEWS: frozenset[str] = frozenset(
     f"aten.{name}"
-    for name in (
-        "view.default unsqueeze.default squeeze.dim squeeze.dims transpose.int permute.default expand.default t.default "
-        "unflatten.int flatten.using_ints"
-    ).split()
+    for name in [
+        "view.default",
+        "unsqueeze.default",
+        "squeeze.dim",
+        "squeeze.dims",
+        "transpose.int",
+        "permute.default",
+        "expand.default",
+        "t.default",
+        "unflatten.int",
+        "flatten.using_ints",
+    ]
 )
 
 

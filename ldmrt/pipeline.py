@@ -216,6 +216,16 @@ class Pipeline:
         images = finals if output_type == "latent" else images
         return Result(images=images, latents=finals, seeds=job.seeds, timings=clock.seconds, job=job)
 
+    @property
+    def kind(self) -> str:
+        """The engine kind in use."""
+        return self._kind
+
+    @property
+    def dtype(self) -> str:
+        """The precision in use."""
+        return self._records("step")[0].dtype
+
     def images_at_a_time(self, width: int, height: int, *, guidance: bool) -> int:
         """The largest batch that the bundle's step engines run at once."""
         rows = max(record.rows or 1 for record in self._records("step", (width, height)))
@@ -263,7 +273,8 @@ class Pipeline:
             width = self._text_encoder.outputs["hidden_states"].shape[-1]
             if embeds.dim() != 3 or embeds.shape[0] not in (1, len(job.prompts)) or embeds.shape[2] != width:
                 raise BadRequest(
-                    f"{name} has the shape {tuple(embeds.shape)}, expected (1 or {len(job.prompts)}, tokens, {width})", param=name
+                    f"{name} has the shape {tuple(embeds.shape)}, expected (1 or {len(job.prompts)}, tokens, {width})",
+                    param=name,
                 )
             return [embeds[i % len(embeds)].to(self.device) for i in range(len(job.prompts))]
 
@@ -287,7 +298,9 @@ class Pipeline:
                         param="negative_prompt_embeds",
                     )
         repeat = job.num_images_per_prompt
-        return [c for c in conds for _ in range(repeat)], None if unconds is None else [u for u in unconds for _ in range(repeat)]
+        return [c for c in conds for _ in range(repeat)], None if unconds is None else [
+            u for u in unconds for _ in range(repeat)
+        ]
 
     def _noise(
         self, job: Job, table: SamplerTable, generator: Generators | None, latents: torch.Tensor | None
@@ -302,27 +315,40 @@ class Pipeline:
         if isinstance(generator, torch.Generator):
             generators, block = [generator], count
         else:
-            generators = list(generator) if generator is not None else [torch.Generator("cpu").manual_seed(s) for s in job.seeds]
+            generators = (
+                list(generator) if generator is not None else [torch.Generator("cpu").manual_seed(s) for s in job.seeds]
+            )
             block = 1
         if len(generators) * block != count:
             raise BadRequest(f"{len(generators)} generators were given for {count} images", param="generator")
         if any(g.device.type != "cpu" for g in generators):
-            raise BadRequest("the generator is on a GPU, expected torch.Generator('cpu'): noise is drawn on the CPU", param="generator")
+            raise BadRequest(
+                "the generator is on a GPU, expected torch.Generator('cpu'): noise is drawn on the CPU",
+                param="generator",
+            )
         if latents is not None and tuple(latents.shape) != (count, *shape):
-            raise BadRequest(f"latents has the shape {tuple(latents.shape)}, expected {(count, *shape)}", param="latents")
+            raise BadRequest(
+                f"latents has the shape {tuple(latents.shape)}, expected {(count, *shape)}", param="latents"
+            )
         starts, noises = [], []
         for one in generators:
             starts.append(torch.randn((block, *shape), generator=one) if latents is None else torch.empty(0))
             if table.uses_noise:
                 zeros = torch.zeros(block, *shape)
-                noises.append(torch.stack([torch.randn((block, *shape), generator=one) if draw else zeros for draw in draws], dim=1))
+                noises.append(
+                    torch.stack(
+                        [torch.randn((block, *shape), generator=one) if draw else zeros for draw in draws], dim=1
+                    )
+                )
         start = torch.cat(starts) if latents is None else latents.detach().to("cpu", torch.float32)
         return start, torch.cat(noises) if noises else None
 
     def _groups(self, job: Job, conds: list[torch.Tensor]) -> Iterator[list[int]]:
         """Image numbers that run together: as many as the largest fitting step engine takes, all with equally long text."""
         per_image = 2 if job.do_cfg else 1
-        available = sorted({(record.rows or 1) // per_image for record in self._records("step", (job.width, job.height))} - {0})
+        available = sorted(
+            {(record.rows or 1) // per_image for record in self._records("step", (job.width, job.height))} - {0}
+        )
         if not available:
             raise EngineMismatch(
                 f"{self.bundle.path} has no step engine of 2 rows, which guidance needs; build one with `ldmrt build-engines`"
@@ -331,10 +357,11 @@ class Pipeline:
         for number, cond in enumerate(conds):
             by_tokens.setdefault(len(cond), []).append(number)
         for numbers in by_tokens.values():
-            while numbers:
-                size = max((n for n in available if n <= len(numbers)), default=available[0])
-                yield numbers[:size]
-                numbers = numbers[size:]
+            start = 0
+            while start < len(numbers):
+                size = max((n for n in available if n <= len(numbers) - start), default=available[0])
+                yield numbers[start : start + size]
+                start += size
 
     def _prepare(
         self,
@@ -410,10 +437,10 @@ class Pipeline:
             batch = torch.zeros((rows, *latents.shape[1:]), dtype=spec.dtype, device=self.device)
             batch[: min(rows, left)].copy_(latents[done : done + rows])
             images = engine.run({"latents": batch})["image"][: min(rows, left)]
-            decoded.append(pixels.to_float(images) if output_type == "np" else pixels.to_uint8(images))
+            decoded.append(images)
             done += rows
-        array = np.concatenate(decoded)
-        return array if output_type == "np" else pixels.to_pil(array)
+        images = torch.cat(decoded)
+        return pixels.to_float(images) if output_type == "np" else pixels.to_pil(pixels.to_uint8(images))
 
     # ------------------------------------------------------------------------------------------------ engines
 

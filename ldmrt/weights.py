@@ -98,9 +98,13 @@ def read_header(path: Path) -> dict[str, Entry]:
             _refuse_pickle(path, start)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > size - 8:
-                raise BundleError(f"{path} is cut short: it has {size} bytes, its header alone claims {length + 8}; copy it again")
+                raise BundleError(
+                    f"{path} is cut short: it has {size} bytes, its header alone claims {length + 8}; copy it again"
+                )
             if length > MAX_HEADER_BYTES:
-                raise BundleError(f"{path} has a header of {length} bytes, the limit is {MAX_HEADER_BYTES}; it is not a model's weights")
+                raise BundleError(
+                    f"{path} has a header of {length} bytes, the limit is {MAX_HEADER_BYTES}; it is not a model's weights"
+                )
             header = file.read(length)
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror or error}") from error
@@ -113,14 +117,20 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise ValueError(f"{len(table)} tensors, the limit is {MAX_TENSORS}")
         entries = {name: _entry(name, value, 8 + length) for name, value in table.items()}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise BundleError(f"{path} is not a valid safetensors file ({str(error)[:160]}); copy or convert it again") from error
+        raise BundleError(
+            f"{path} is not a valid safetensors file ({str(error)[:160]}); copy or convert it again"
+        ) from error
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != end:
-            raise BundleError(f"{path} is damaged: tensor {name!r} starts at byte {entry.offset}, expected {end}; copy it again")
+            raise BundleError(
+                f"{path} is damaged: tensor {name!r} starts at byte {entry.offset}, expected {end}; copy it again"
+            )
         end += entry.nbytes
     if end != size:
-        raise BundleError(f"{path} is cut short or padded: it has {size} bytes, its header describes {end}; copy it again")
+        raise BundleError(
+            f"{path} is cut short or padded: it has {size} bytes, its header describes {end}; copy it again"
+        )
     return entries
 
 
@@ -157,7 +167,7 @@ def write(path: Path, specs: Iterable[TensorSpec], load: Callable[[str], torch.T
                 digest.update(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return digest.hexdigest()
@@ -174,7 +184,11 @@ def _entry(name: str, value: Mapping[str, object], base: int) -> Entry:
     if value["dtype"] not in DTYPES:
         raise ValueError(f"tensor {name[:80]!r} has dtype {str(value['dtype'])[:20]!r}, known are {', '.join(DTYPES)}")
     dtype = DTYPES[str(value["dtype"])]
-    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 40 for size in shape) or len(shape) > 8:
+    if (
+        not isinstance(shape, list)
+        or not all(type(size) is int and 0 <= size < 1 << 40 for size in shape)
+        or len(shape) > 8
+    ):
         raise ValueError(f"tensor {name[:80]!r} has the shape {str(shape)[:60]}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(o) is int and o >= 0 for o in offsets):
         raise ValueError(f"tensor {name[:80]!r} has the offsets {str(offsets)[:60]}")

@@ -104,10 +104,10 @@ def _rewrite(graph: Graph, replacement: Callable[[Node], Argument | None]) -> Gr
         return renamed.get(argument.name, argument) if isinstance(argument, Ref) else argument
 
     nodes: list[Node] = []
-    for node in graph.nodes:
-        node = node.replace(
-            args=substitute(node.args, rename),
-            kwargs={key: substitute(value, rename) for key, value in node.kwargs.items()},
+    for original in graph.nodes:
+        node = original.replace(
+            args=substitute(original.args, rename),
+            kwargs={key: substitute(value, rename) for key, value in original.kwargs.items()},
         )
         other = replacement(node)
         if isinstance(other, Ref):
@@ -127,5 +127,3 @@ def _has_dim(node: Node) -> bool:
 
 def _listed(argument: Argument) -> Argument:
     return list(argument) if isinstance(argument, tuple) else argument
-
-

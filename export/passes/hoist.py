@@ -75,7 +75,9 @@ def hoist(graph: Graph, kinds: Mapping[str, Kind]) -> Hoisted:
 
     names = {value: _layer(nodes[value]) for value in crossing}
     specs = {
-        value: TensorSpec(names[value], tuple(d.name if isinstance(d, Dim) else d for d in nodes[value].shape), nodes[value].dtype)
+        value: TensorSpec(
+            names[value], tuple(d.name if isinstance(d, Dim) else d for d in nodes[value].shape), nodes[value].dtype
+        )
         for value in crossing
     }
     order = [node.name for node in graph.nodes if node.name in crossing]

@@ -183,7 +183,7 @@ def _getter(numbers: list[int]) -> _Getter:
     return itemgetter(*numbers)
 
 
-def _nothing(registers: list[Any]) -> tuple[Any, ...]:
+def _nothing(_registers: list[Any]) -> tuple[Any, ...]:
     return ()
 
 
@@ -195,9 +195,8 @@ def _match(
         raise EngineMismatch(f"{where}: {what} {spec.name!r} is missing")
     fits = tensor.dtype == spec.dtype and tensor.dim() == len(spec.shape)
     if fits:
-        for size, expected in zip(tensor.shape, spec.shape, strict=True):
-            if isinstance(expected, str):
-                expected = sizes.setdefault(expected, size) if sizes is not None else size
+        for size, asked in zip(tensor.shape, spec.shape, strict=True):
+            expected = asked if isinstance(asked, int) else size if sizes is None else sizes.setdefault(asked, size)
             fits = fits and size == expected
     if not fits:
         raise EngineMismatch(

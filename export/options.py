@@ -1,0 +1,82 @@
+"""What to build: asked for, checked, filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ldmrt.errors import BuildError
+from ldmrt.export.architectures import downscale
+from ldmrt.export.source import Source
+
+ENGINES = ("auto", "torch", "onnxruntime")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# With guidance an image takes two rows, and modules are traced for at most 63.
+_LARGEST_BATCH = 31
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to build, with nothing left open.
+
+    Attributes:
+        engine: the engine kind.
+        dtype: the precision.
+        sizes: (width, height) in pixels.
+        batch_sizes: images per call, in order.
+    """
+
+    engine: str
+    dtype: str
+    sizes: tuple[tuple[int, int], ...]
+    batch_sizes: tuple[int, ...]
+
+    @classmethod
+    def resolve(
+        cls,
+        source: Source,
+        *,
+        engine: str,
+        sizes: Sequence[tuple[int, int]] | None,
+        batch_sizes: Sequence[int],
+        dtype: str,
+    ) -> Options:
+        """Check what was asked and fill in what was not.
+
+        Raises:
+            BuildError: a value cannot be used.
+        """
+        if engine not in ENGINES:
+            raise BuildError(f"engine {engine!r} is not known; choose one of {', '.join(ENGINES)}")
+        if dtype not in DTYPES:
+            raise BuildError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+        engine = "torch" if engine == "auto" else engine
+        if engine == "onnxruntime":
+            if dtype not in ("auto", "float32"):
+                raise BuildError(
+                    f"engine onnxruntime runs on the CPU in float32 only, {dtype} was asked for; use --dtype float32"
+                )
+            dtype = "float32"
+        if dtype == "auto":
+            dtype = "bfloat16" if has_native_bfloat16() else "float32"
+        if sizes is None:
+            side = int(source.configs["unet"].get("sample_size") or 64) * downscale(source)
+            sizes = [(int(source.defaults.get("width", side)), int(source.defaults.get("height", side)))]
+        step = downscale(source)
+        for width, height in sizes:
+            if width < step or height < step or width % step or height % step:
+                near = f"{max(1, round(width / step)) * step}x{max(1, round(height / step)) * step}"
+                raise BuildError(
+                    f"size {width}x{height} is not a multiple of {step} pixels each way; the nearest is {near}"
+                )
+        if not sizes or not batch_sizes or not all(1 <= batch <= _LARGEST_BATCH for batch in batch_sizes):
+            raise BuildError(f"batch sizes are {list(batch_sizes)}, expected at least one, from 1 to {_LARGEST_BATCH}")
+        return cls(engine, dtype, tuple(dict.fromkeys(sizes)), tuple(sorted(set(batch_sizes))))
+
+
+def has_native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
