@@ -69,6 +69,7 @@ def write_onnx(graph: Graph, weights: Mapping[str, WeightFile], path: Path) -> s
     if program is None:
         raise BuildError(f"{graph.name}: the ONNX exporter made nothing; use --engine torch")
     model = program.model
+    _name_dimensions(model, graph)
     _place_weights(model, replay, graph, weights, path)
     with _quiet():
         from onnxscript import optimizer
@@ -88,6 +89,20 @@ def write_onnx(graph: Graph, weights: Mapping[str, WeightFile], path: Path) -> s
 
 def _free(graph: Graph) -> list[str]:
     return list(dict.fromkeys(size for spec in graph.inputs for size in spec.shape if isinstance(size, str)))
+
+
+def _name_dimensions(model: onnx_ir.Model, graph: Graph) -> None:
+    """Give free dimensions the graph's names for them; the exporter numbers them."""
+    names: dict[str | None, str] = {}
+    for spec, value in zip(graph.inputs, model.graph.inputs, strict=True):
+        for size, dim in zip(spec.shape, value.shape or (), strict=True):
+            if isinstance(size, str) and isinstance(dim, onnx_ir.SymbolicDim):
+                names[dim.value] = size
+    values = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
+    for shape in [value.shape for value in values if value.shape is not None]:
+        for axis, dim in enumerate(shape):
+            if isinstance(dim, onnx_ir.SymbolicDim) and dim.value in names:
+                shape[axis] = names[dim.value]
 
 
 class _Replay(torch.nn.Module):
