@@ -39,7 +39,7 @@ types: $(VENV)/.stamp-lint
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/ldmrt
 	@ln -s $(CURDIR)/ldmrt/* $(TYPES)/ldmrt/
 	@ln -s $(CURDIR)/kernels $(CURDIR)/export $(TYPES)/ldmrt/
-	$(BIN)/mypy --python-executable $(BIN)/python $(TYPES)/ldmrt $(wildcard tests examples)
+	$(BIN)/mypy --python-executable $(BIN)/python $(TYPES)/ldmrt $(wildcard tests examples benchmarks)
 
 # A wheel without the native library is legal (no compiler) but never what we want to test.
 check-native: $(VENV)/.stamp-test

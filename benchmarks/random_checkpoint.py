@@ -1,0 +1,77 @@
+"""Write a checkpoint of a real architecture with random weights: real size, real speed, no download, and pictures that mean nothing.
+
+    python benchmarks/random_checkpoint.py sd15 OUT [--dtype float16] [--seed 0]
+
+The weights are the modules' own initialisation; the tokenizer is the built-in model's, whose ids every CLIP vocabulary has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ldmrt.graph import dtype_of
+from ldmrt.pipeline import builtin_bundle
+
+ARCHITECTURES = Path(__file__).parent / "architectures"
+
+
+def write_checkpoint(name: str, out: Path, *, dtype: torch.dtype, seed: int = 0) -> None:
+    """Write the checkpoint in the diffusers layout.
+
+    Args:
+        name: an architecture: a file in benchmarks/architectures.
+        out: the folder.
+        dtype: how to store the weights.
+        seed: of the weights.
+    """
+    configs = json.loads((ARCHITECTURES / f"{name}.json").read_text())
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", configs["scheduler"]["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    out.mkdir(parents=True)
+    (out / "scheduler").mkdir()
+    (out / "model_index.json").write_text(json.dumps(index, indent=1))
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(configs["scheduler"], indent=1))
+    tokens = configs["text_encoder"]["max_position_embeddings"]
+    shutil.copytree(builtin_bundle() / "tokenizer", out / "tokenizer")
+    settings = json.loads((out / "tokenizer" / "tokenizer_config.json").read_text())
+    (out / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": tokens}))
+    for folder in ("text_encoder", "unet", "vae"):
+        torch.manual_seed(seed)
+        module: Any
+        if folder == "text_encoder":
+            module = CLIPTextModel(CLIPTextConfig(**configs[folder]))
+        else:
+            module = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[folder].from_config(configs[folder])
+        module.to(dtype).save_pretrained(out / folder, safe_serialization=True)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architecture", choices=sorted(path.stem for path in ARCHITECTURES.glob("*.json")))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    write_checkpoint(args.architecture, args.out, dtype=dtype_of(args.dtype), seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()

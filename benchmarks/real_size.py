@@ -1,0 +1,73 @@
+"""Build a model of real size and make a picture from it: seconds and peak memory, as rows of the ledger.
+
+    python benchmarks/real_size.py [--architecture sd15] [--dtype bfloat16] [--steps 4] [--work DIR] [--no-record]
+
+Uses `ldmrt` as installed, through its commands, each in a process of its own. Needs about 5 GB of disk for SD1.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from random_checkpoint import write_checkpoint
+
+from ldmrt.bench.ledger import append
+from ldmrt.graph import dtype_of
+
+RESULTS = Path(__file__).parent / "results" / "real_size.jsonl"
+
+
+def timed(*command: str) -> dict[str, float]:
+    """Run a command: its seconds and its peak resident memory in bytes, files mapped by it included."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} failed with exit code {process.returncode}")
+    return {"seconds": round(time.perf_counter() - start, 1), "peak_rss_bytes": usage.ru_maxrss * 1024}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default="sd15")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--work", type=Path, default=None, help="where to put the checkpoint and the bundle; kept")
+    parser.add_argument("--no-record", action="store_true", help="print the rows only")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        model, bundle, picture = work / args.architecture, work / "bundle", work / "picture.png"
+        if not model.is_dir():
+            write_checkpoint(args.architecture, model, dtype=dtype_of("float16"))
+        ldmrt = [sys.executable, "-P", "-m", "ldmrt"]
+        rows = {
+            "build-engines": timed(
+                *ldmrt, "build-engines", str(model), "--out", str(bundle), "--dtype", args.dtype, "--engine", "torch"
+            ),
+            "generate": timed(
+                *ldmrt, "generate", "a photograph", "--engines", str(bundle), "--steps", str(args.steps), "--seed", "0",
+                "--out", str(picture)
+            ),
+        }  # fmt: skip
+        for name, figures in rows.items():
+            facts = {"architecture": args.architecture, "dtype": args.dtype, "threads": os.cpu_count(), **figures}
+            if name == "generate":
+                facts["steps"] = args.steps
+            if args.no_record:
+                sys.stdout.write(json.dumps({"name": name, **facts}) + "\n")
+            else:
+                sys.stdout.write(json.dumps(append(RESULTS, name, facts)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

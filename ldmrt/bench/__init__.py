@@ -1,0 +1,1 @@
+"""Measuring: how figures are taken and where they are kept."""
