@@ -16,10 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from random_checkpoint import write_checkpoint
-
 from ldmrt.bench.ledger import append
 from ldmrt.graph import dtype_of
+from random_checkpoint import write_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "real_size.jsonl"
 
