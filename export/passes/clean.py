@@ -41,7 +41,8 @@ def drop_identities(graph: Graph) -> Graph:
         if node.op == "aten.dropout.default" and node.args[2] is True:
             raise BuildError(f"{graph.name}: the model was captured in training mode")
         if node.op in _IDENTITIES:
-            return True
+            # A copy may be there to make the elements lie as a later view needs them.
+            return node.kwargs.get("memory_format") in (None, torch.preserve_format)
         source = node.args[0].name
         if source in made:
             shape, dtype = made[source].shape, made[source].dtype
