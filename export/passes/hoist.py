@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal
 
 from ldmrt.engines.protocol import TensorSpec
@@ -73,14 +74,18 @@ def hoist(graph: Graph, kinds: Mapping[str, Kind]) -> Hoisted:
         else:
             crossing[name] = kind
 
-    names = {value: _layer(nodes[value]) for value in crossing}
+    order = [node.name for node in graph.nodes if node.name in crossing]
+    taken = {*nodes, *inputs, *graph.weights, *graph.constants} - set(order)
+    names: dict[str, str] = {}
+    for value in order:
+        names[value] = _unused(_layer(nodes[value]), taken)
+        taken.add(names[value])
     specs = {
         value: TensorSpec(
             names[value], tuple(d.name if isinstance(d, Dim) else d for d in nodes[value].shape), nodes[value].dtype
         )
-        for value in crossing
+        for value in order
     }
-    order = [node.name for node in graph.nodes if node.name in crossing]
 
     def part(name: str, kind: Kind) -> Graph:
         outputs = {names[value]: value for value in order if crossing[value] == kind}
@@ -117,6 +122,12 @@ def _layer(node: Node) -> str:
         if name.endswith(".weight"):
             return name.removesuffix(".weight")
     return f"hoisted.{node.name}"
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """The name, numbered if it is taken: a layer may be used twice."""
+    candidates = (name if number == 1 else f"{name}.{number}" for number in count(1))
+    return next(candidate for candidate in candidates if candidate not in taken)
 
 
 def _with_used_inputs(graph: Graph, keep: set[str] | frozenset[str] = frozenset()) -> Graph:
