@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,12 @@ def tiny_bundle_v(tiny_model_v: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle_onnx(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_model` on ONNX Runtime, for one image. Do not write to it."""
+def tiny_bundle_onnx(tiny_model: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `tiny_bundle` with engines for ONNX Runtime added, for one image. Do not write to it."""
     pytest.importorskip("onnxruntime")
-    return _built(tiny_model, tmp_path_factory, "onnxruntime", (1,))
+    out = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("bundles") / "tiny-both")
+    bundle: Bundle = ldmrt.build_engines(tiny_model, out, engine="onnxruntime", dtype="float32")
+    return bundle.path
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,204 @@
+"""Model folders: recognised or refused, and their weights matched with the modules that use them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ldmrt.errors import BuildError, BundleError
+from ldmrt.export.architectures import downscale, instantiate
+from ldmrt.export.source import Checkpoint, Source
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy to be changed."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    data = json.loads(path.read_text())
+    data.update(changes)
+    path.write_text(json.dumps(data))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    save_file(change(load_file(path)), path)
+
+
+def checkpoint(model: Path, folder: str) -> Checkpoint:
+    source = Source.open(model)
+    return Checkpoint(source, folder, instantiate(source, folder))
+
+
+def test_a_model_is_recognised(tiny_model: Path) -> None:
+    source = Source.open(tiny_model)
+    assert (source.kind, source.name) == ("stable-diffusion", "tiny")
+    assert set(source.configs) == {"unet", "vae", "text_encoder", "scheduler"}
+    assert downscale(source) == 8
+    assert not source.defaults
+
+
+def test_the_makers_recommendations_are_read(model: Path) -> None:
+    (model / "ldmrt-defaults.json").write_text('{"guidance_scale": 5.0}')
+    assert Source.open(model).defaults == {"guidance_scale": 5.0}
+
+
+@pytest.mark.parametrize("folder", ["unet", "vae", "text_encoder"])
+def test_every_weight_is_found(tiny_model: Path, tiny_model_v: Path, folder: str) -> None:
+    for path in (tiny_model, tiny_model_v):
+        found = checkpoint(path, folder)
+        assert set(found.keys) == set(instantiate(Source.open(path), folder).state_dict())
+        assert found.dtype() == torch.float32
+
+
+def test_old_names_in_the_vaes_attention(model: Path, tiny_model: Path) -> None:
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        renamed = {}
+        for name, tensor in tensors.items():
+            new = next((name.replace(f".{a}.", f".{b}.") for a, b in old.items() if f".{a}." in name), name)
+            renamed[new] = tensor
+        assert sum(name not in tensors for name in renamed) == 16  # four layers, weight and bias, encoder and decoder
+        return renamed
+
+    rewrite(model / VAE, rename)
+    ours, reference = checkpoint(model, "vae"), checkpoint(tiny_model, "vae")
+    assert all(torch.equal(ours.load(name), reference.load(name)) for name in reference.keys)
+
+
+def test_the_text_encoders_prefix_may_be_there_or_not(model: Path, tiny_model: Path) -> None:
+    reference = checkpoint(tiny_model, "text_encoder")
+    bare = {name.removeprefix("text_model."): tensor for name, tensor in load_file(model / TEXT).items()}
+    for prefix in ("", "text_model."):
+        save_file({prefix + name: tensor for name, tensor in bare.items()}, model / TEXT)
+        ours = checkpoint(model, "text_encoder")
+        assert all(torch.equal(ours.load(name), reference.load(name)) for name in reference.keys)
+
+
+def test_position_ids_of_old_files_are_ignored(model: Path) -> None:
+    rewrite(model / TEXT, lambda tensors: {**tensors, "text_model.embeddings.position_ids": torch.arange(77)[None]})
+    assert "position_ids" not in " ".join(checkpoint(model, "text_encoder").keys)
+
+
+def shard(path: Path) -> list[Path]:
+    """Split a weight file in two, with an index, as large models are saved."""
+    tensors = load_file(path)
+    names = sorted(tensors)
+    stem = path.name.removesuffix(".safetensors")
+    parts = {f"{stem}-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for name, held in parts.items():
+        save_file({key: tensors[key] for key in held}, path.with_name(name))
+    index = {"metadata": {}, "weight_map": {key: name for name, held in parts.items() for key in held}}
+    path.with_name(f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    path.unlink()
+    return [path.with_name(name) for name in parts]
+
+
+def test_shards(model: Path, tiny_model: Path) -> None:
+    files = shard(model / UNET)
+    assert Source.open(model).weight_files("unet") == files
+    ours, reference = checkpoint(model, "unet"), checkpoint(tiny_model, "unet")
+    assert all(torch.equal(ours.load(name), reference.load(name)) for name in reference.keys)
+
+
+def test_an_index_that_leads_elsewhere(model: Path) -> None:
+    shard(model / UNET)
+    edit(model / "unet/diffusion_pytorch_model.safetensors.index.json", weight_map={"a": "../../secret.safetensors"})
+    with pytest.raises(BuildError, match="does not name its shards"):
+        Source.open(model).weight_files("unet")
+
+
+def test_half_precision_variants_are_taken_where_there_is_nothing_else(model: Path) -> None:
+    variant = model / "unet/diffusion_pytorch_model.fp16.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(model / UNET).items()}, variant)
+    assert Source.open(model).weight_files("unet") == [model / UNET]
+    (model / UNET).unlink()
+    assert Source.open(model).weight_files("unet") == [variant]
+    assert checkpoint(model, "unet").dtype() == torch.float16
+
+
+def test_a_pickle_alone_is_refused(model: Path) -> None:
+    (model / UNET).rename(model / "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(BuildError, match=r"only diffusion_pytorch_model\.bin, a pickle"):
+        Source.open(model).weight_files("unet")
+    (model / "unet/diffusion_pytorch_model.bin").unlink()
+    with pytest.raises(BuildError, match=r"has no weights: expected diffusion_pytorch_model\.safetensors"):
+        Source.open(model).weight_files("unet")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: dict(list(tensors.items())[1:]), "lacks "),
+        (lambda tensors: {**tensors, "surprise": torch.ones(1)}, "does not know, surprise"),
+        (lambda tensors: {**tensors, "conv_in.weight": torch.ones(16, 4, 1, 1)}, r"conv_in\.weight has the shape"),
+    ],
+)
+def test_weights_of_another_model(model: Path, change: Any, message: str) -> None:
+    rewrite(model / UNET, change)
+    with pytest.raises(BuildError, match=message):
+        checkpoint(model, "unet")
+
+
+def test_a_damaged_weight_file(model: Path) -> None:
+    (model / UNET).write_bytes((model / UNET).read_bytes()[:-1])
+    with pytest.raises(BundleError, match="cut short"):
+        checkpoint(model, "unet")
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="no such folder"):
+        Source.open(tmp_path / "none")
+    with pytest.raises(BuildError, match="expected a model_index.json, found nothing"):
+        Source.open(tmp_path)
+    (tmp_path / "model.ckpt").touch()
+    with pytest.raises(BuildError, match=r"found model\.ckpt"):
+        Source.open(tmp_path)
+    with pytest.raises(BuildError, match="is a file"):
+        Source.open(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline, which ldmrt does not build yet"),
+        ("model_index.json", {"unet": ["diffusers", "Other"]}, "its unet is a Other, expected UNet2DConditionModel"),
+        ("model_index.json", {"text_encoder": None}, "its text_encoder is a None, expected CLIPTextModel"),
+        ("unet/config.json", {"in_channels": 9}, "takes 9 channels and its VAE makes 4"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type = 'text_time'"),
+    ],
+)
+def test_kinds_that_are_not_built(model: Path, file: str, change: dict[str, Any], message: str) -> None:
+    edit(model / file, **change)
+    with pytest.raises(BuildError, match=message):
+        Source.open(model)
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "vae/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot read"), ("{", "is not JSON"), ("[1]", "holds a list, expected an object")]
+)
+def test_damaged_configs_are_named(model: Path, file: str, content: str | None, message: str) -> None:
+    if content is None:
+        (model / file).unlink()
+        message = "expected a model_index.json" if file == "model_index.json" else message
+    else:
+        (model / file).write_text(content)
+    with pytest.raises(BuildError, match=message):
+        Source.open(model)
