@@ -95,7 +95,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
-            _refuse_pickle(path, start)
+            _refuse_pickle(path, start, file.read(1))
+            file.seek(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > size - 8:
                 raise BundleError(
@@ -107,7 +108,7 @@ def read_header(path: Path) -> dict[str, Entry]:
                 )
             header = file.read(length)
     except OSError as error:
-        raise BundleError(f"cannot read {path}: {error.strerror or error}") from error
+        raise BundleError(f"cannot read {path}: {error.strerror or error}; copy or build it again") from error
     try:
         table = json.loads(header)
         if not isinstance(table, dict):
@@ -198,8 +199,9 @@ def _entry(name: str, value: Mapping[str, object], base: int) -> Entry:
     return Entry(dtype, tuple(shape), base + offsets[0], nbytes)
 
 
-def _refuse_pickle(path: Path, start: bytes) -> None:
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+def _refuse_pickle(path: Path, start: bytes, header: bytes) -> None:
+    # A length may begin with the same bytes as a zip or a pickle; what follows a length is a brace.
+    if header != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise BundleError(
             f"{path} is a pickle, whatever its name: loading one can run any code, so ldmrt never does; "
             "ask its author for safetensors, or save it again with diffusers' save_pretrained(safe_serialization=True)"
