@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,9 +24,21 @@ from ldmrt.weights import WeightFile, sha256
 FORMAT = 1
 MANIFEST = "ldmrt.json"
 
+Pixels = Annotated[int, Field(ge=1, le=1 << 16)]
+
+# The inputs and outputs that the runtime relies on, and how many dimensions they have.
+_INTERFACES: dict[str, dict[str, int]] = {
+    "text_encoder": {"input_ids": 2, "hidden_states": 4},
+    "context": {"encoder_hidden_states": 3},
+    "schedule": {"timesteps": 1},
+    "step": {"latents": 4},
+    "decoder": {"latents": 4, "image": 4},
+    "encoder": {"image": 4, "latent_mean": 4, "latent_logvar": 4},
+}
+
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class FileRecord(_Record):
@@ -72,8 +84,8 @@ class EngineRecord(_Record):
     component: str
     kind: str = Field(pattern="^(torch|onnxruntime)$")
     dtype: str = Field(pattern="^(float32|bfloat16|float16)$")
-    size: tuple[int, int] | None
-    rows: int | None
+    size: tuple[Pixels, Pixels] | None
+    rows: int | None = Field(ge=1)
     key: str
     files: tuple[FileRecord, ...] = Field(min_length=1)
     weights: str
@@ -93,10 +105,10 @@ class EngineRecord(_Record):
 class Defaults(_Record):
     """What a request gets where it says nothing: this model's own habits."""
 
-    width: int
-    height: int
-    num_inference_steps: int
-    guidance_scale: float
+    width: int = Field(ge=1)
+    height: int = Field(ge=1)
+    num_inference_steps: int = Field(ge=1)
+    guidance_scale: float = Field(ge=0)
     sampler: str = "ddim"
 
 
@@ -115,8 +127,8 @@ class ModelRecord(_Record):
 
     kind: Literal["stable-diffusion"]
     name: str
-    latent_channels: int
-    downscale: int
+    latent_channels: int = Field(ge=1, le=1024)
+    downscale: int = Field(ge=1, le=1024)
     tokenizer: str
     schedule: dict[str, Any]
     defaults: Defaults
@@ -218,7 +230,14 @@ class Bundle:
         """
         pure = PurePosixPath(name)
         path = self.path / pure
-        if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(self.path.resolve()):
+        try:
+            inside = path.resolve().is_relative_to(self.path.resolve())
+            path.exists()
+        except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a null
+            raise BundleError(
+                f"{self.path / MANIFEST} names {name[:80]!r}, which is no file ({str(error)[:40]}); build the bundle again"
+            ) from error
+        if pure.is_absolute() or ".." in pure.parts or not inside:
             raise BundleError(
                 f"{self.path / MANIFEST} names {name!r}, which lies outside the bundle: do not use this bundle"
             )
@@ -290,27 +309,52 @@ class Bundle:
             weights = {
                 name: self._tensor(record.weights, name, spec.dtype, device) for name, spec in graph.weights.items()
             }
-            return TorchEngine(graph, weights, device)
+            return _as_agreed(record, TorchEngine(graph, weights, device))
         from ldmrt.engines.onnxruntime import OnnxRuntimeEngine
 
         if device.type != "cpu":
             raise EngineMismatch(f"{record.label} was built for the CPU, the device is {device}: use --device cpu")
-        self.checked(self.manifest.weights[record.weights])
-        return OnnxRuntimeEngine(self.checked(record.files[0]), threads=torch.get_num_threads())
+        self.checked(self._weights_record(record.weights))
+        engine = OnnxRuntimeEngine(self.checked(record.files[0]), threads=torch.get_num_threads())
+        return _as_agreed(record, engine)
+
+    def _weights_record(self, weights: str) -> FileRecord:
+        if weights not in self.manifest.weights:
+            raise BundleError(f"{self.path / MANIFEST} has no weights {weights!r}; build the bundle again")
+        return self.manifest.weights[weights]
 
     def _tensor(self, weights: str, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         key = (weights, name, dtype, device)
         if key not in self._tensors:
             if weights not in self._weight_files:
-                record = self.manifest.weights.get(weights)
-                if record is None:
-                    raise BundleError(f"{self.path / MANIFEST} has no weights {weights!r}; build the bundle again")
-                self._weight_files[weights] = WeightFile(self.checked(record))
+                self._weight_files[weights] = WeightFile(self.checked(self._weights_record(weights)))
             file = self._weight_files[weights]
             if name not in file:
                 raise BundleError(f"{file.path} has no tensor {name!r}, which an engine needs; build the bundle again")
             self._tensors[key] = file[name].to(device=device, dtype=dtype)
         return self._tensors[key]
+
+
+def _as_agreed(record: EngineRecord, engine: Engine) -> Engine:
+    """The engine, if it has the inputs and outputs of its component.
+
+    Raises:
+        BundleError: one is missing or has another form.
+    """
+    found = {**engine.inputs, **engine.outputs}
+    fits = all(
+        name in found and len(found[name].shape) == dimensions
+        for name, dimensions in _INTERFACES.get(record.component, {}).items()
+    )
+    if fits and record.component == "step":
+        latents = engine.inputs.get("latents")
+        fits = latents is not None and [spec.shape for spec in engine.outputs.values()] == [latents.shape]
+    if not fits:
+        raise BundleError(
+            f"{record.label} does not have the inputs and outputs of its kind: the bundle is damaged, "
+            "build it again with `ldmrt build-engines`"
+        )
+    return engine
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

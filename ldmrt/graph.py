@@ -21,6 +21,11 @@ from ldmrt.errors import BundleError
 
 FORMAT = 1
 
+# No tensor of a model comes near: 256 GB in float32.
+MAX_ELEMENTS = 1 << 36
+# Arguments are lists of lists at most.
+_MAX_DEPTH = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Ref:
@@ -323,10 +328,10 @@ def _encode_all(arguments: Mapping[str, Argument]) -> dict[str, Any]:
     return {key: _encode(value) for key, value in arguments.items()}
 
 
-def _decode(value: Any) -> Argument:
+def _decode(value: Any, depth: int = 0) -> Argument:
     match value:
-        case list():
-            return tuple(_decode(item) for item in value)
+        case list() if depth < _MAX_DEPTH:
+            return tuple(_decode(item, depth + 1) for item in value)
         case {"ref": str(name)}:
             return Ref(name)
         case {"dim": str(name), "factor": int(factor)}:
@@ -366,6 +371,12 @@ def _read_node(item: Any) -> Node:
     )
 
 
+def _check_shape(name: str, shape: tuple[Size | str, ...]) -> None:
+    sizes = [size for size in shape if isinstance(size, int)]
+    if any(size < 0 for size in sizes) or math.prod(sizes) > MAX_ELEMENTS:
+        raise ValueError(f"value {name[:60]!r} has the shape {str(sizes)[:60]}")
+
+
 def _check(graph: Graph) -> None:
     known: set[str] = set()
 
@@ -374,6 +385,8 @@ def _check(graph: Graph) -> None:
             raise ValueError(f"value {str(name)[:60]!r} is defined twice")
         known.add(name)
 
+    for spec in (*graph.inputs, *graph.weights.values()):
+        _check_shape(spec.name, spec.shape)
     for spec in graph.inputs:
         define(spec.name)
     for name in (*graph.weights, *graph.constants):
@@ -383,6 +396,9 @@ def _check(graph: Graph) -> None:
             if name not in known:
                 raise ValueError(f"node {node.name!r} reads {name!r}, which is not defined before it")
         define(node.name)
+        _check_shape(node.name, node.shape)
+    if not graph.outputs:
+        raise ValueError("it has no outputs")
     for name, value in graph.outputs.items():
         if value not in known:
             raise ValueError(f"output {name!r} is {value!r}, which is not defined")

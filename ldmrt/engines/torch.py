@@ -6,14 +6,14 @@ GPU the list runs once, under CUDA graph capture; on a CPU it runs as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
 import torch
 
 from ldmrt.engines.protocol import TensorSpec
-from ldmrt.errors import EngineMismatch
+from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.graph import Argument, Dim, Graph, Ref, dtype_name
 from ldmrt.operators import resolve
 
@@ -66,6 +66,8 @@ class TorchEngine:
         if not self._bound_outputs:
             raise EngineMismatch(f"{self.graph.name}: enqueue before bind")
         for target, result in zip(self._bound_outputs, self._execute(self._bound_inputs), strict=True):
+            if not isinstance(result, torch.Tensor) or result.shape != target.shape:
+                raise self._wrong_output(result, target.shape)
             target.copy_(result)
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -75,6 +77,9 @@ class TorchEngine:
             _match(self.graph.name, "input", spec, inputs.get(spec.name), sizes)
         with torch.inference_mode():
             results = self._execute([inputs[name] for name in self._inputs])
+        for spec, result in zip(self._outputs.values(), results, strict=True):
+            if not isinstance(result, torch.Tensor) or result.dim() != len(spec.shape):
+                raise self._wrong_output(result, spec.shape)
         return dict(zip(self._outputs, results, strict=True))
 
     # ------------------------------------------------------------------------------------------------ assembly
@@ -147,20 +152,45 @@ class TorchEngine:
                 return number, spec.shape.index(dim.name)
         raise EngineMismatch(f"{self.graph.name}: no input has the dimension {dim.name!r}")
 
+    def _explain(self, function: Callable[..., Any] | None, error: Exception) -> Exception:
+        """What to raise when an operator fails, which it does in a damaged graph, or for want of memory."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return error
+        reason = " ".join(str(error).split())[:200]
+        if "can't allocate memory" in reason:
+            return EngineMismatch(
+                f"{self.graph.name}: there is not enough memory; use a smaller size or batch ({reason})"
+            )
+        return BundleError(
+            f"{self.graph.name}: operator {function} failed ({reason}): the bundle is damaged, "
+            "build it again with `ldmrt build-engines`"
+        )
+
+    def _wrong_output(self, result: Any, expected: Sequence[int | str]) -> BundleError:
+        found = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
+        return BundleError(
+            f"{self.graph.name}: an output is {found}, expected {tuple(expected)}: the bundle is damaged, "
+            "build it again with `ldmrt build-engines`"
+        )
+
     def _execute(self, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         registers = self._template.copy()
         registers[: len(inputs)] = inputs
         for register, (number, axis), factor in self._dims:
             registers[register] = factor * inputs[number].shape[axis]
-        for function, arguments, names, keywords, register, dying in self._instructions:
-            if keywords is None:
-                registers[register] = function(*arguments(registers))
-            else:
-                registers[register] = function(
-                    *arguments(registers), **dict(zip(names, keywords(registers), strict=True))
-                )
-            for number in dying:
-                registers[number] = None
+        function: Callable[..., Any] | None = None
+        try:
+            for function, arguments, names, keywords, register, dying in self._instructions:
+                if keywords is None:
+                    registers[register] = function(*arguments(registers))
+                else:
+                    registers[register] = function(
+                        *arguments(registers), **dict(zip(names, keywords(registers), strict=True))
+                    )
+                for number in dying:
+                    registers[number] = None
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise self._explain(function, error) from error
         return self._result(registers)
 
 
