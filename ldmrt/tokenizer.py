@@ -100,19 +100,23 @@ class Tokenizer:
         except BundleError:
             raise
         except Exception as error:
-            raise BundleError(f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())}") from error
+            raise BundleError(
+                f"the tokenizer in {folder} cannot be read ({' '.join(str(error).split())[:200]}); copy or build it again"
+            ) from error
         for token_id, value in added.items():
             found = backend.token_to_id(_content(value))
             if found != token_id:
                 raise BundleError(
-                    f"the tokenizer in {folder} gives {_content(value)!r} the id {found}, expected {token_id}"
+                    f"the tokenizer in {folder} gives {_content(value)!r} the id {found}, expected {token_id}; copy or build it again"
                 )
 
         def id_of(key: str) -> int:
             token_id = backend.token_to_id(_content(special[key]))
             if token_id is None or (token_id >= known and token_id not in added):
                 # A token the vocabulary lacks got a new id, for which the text encoder has no embedding.
-                raise BundleError(f"the vocabulary in {folder} has no {key} {_content(special[key])!r}")
+                raise BundleError(
+                    f"the vocabulary in {folder} has no {key} {_content(special[key])!r}; copy or build it again"
+                )
             return token_id
 
         return cls(
@@ -256,7 +260,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise BundleError(
+            f"{path} cannot be read ({' '.join(str(error).split())[:200]}); copy or build it again"
+        ) from error
     if not isinstance(value, dict):
-        raise BundleError(f"{path} holds a {type(value).__name__}, expected an object")
+        raise BundleError(f"{path} holds a {type(value).__name__}, expected an object; copy or build it again")
     return value
