@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ldmrt.engines.protocol import TensorSpec
+from ldmrt.errors import BuildError
 from ldmrt.export.component import Component, Decoder, Encoder, TextEncoder, UNet
 from ldmrt.export.source import Checkpoint, Source
 from ldmrt.export.verify import Trial, noise, sample_picture
@@ -147,11 +148,17 @@ def instantiate(source: Source, folder: str) -> torch.nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config: dict[str, Any] = dict(source.configs[folder])
-    with torch.device("meta"):
-        if folder == "text_encoder":
-            module: torch.nn.Module = CLIPTextModel(CLIPTextConfig(**config))
-        else:
-            module = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[folder].from_config(config)
+    try:
+        with torch.device("meta"):
+            if folder == "text_encoder":
+                module: torch.nn.Module = CLIPTextModel(CLIPTextConfig(**config))
+            else:
+                module = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[folder].from_config(config)
+    except Exception as error:  # whatever a constructor makes of values that nobody has checked
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise BuildError(
+            f"{source.path / folder / 'config.json'} does not describe a model ({reason}); copy the model again"
+        ) from error
     return module.eval()
 
 

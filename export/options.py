@@ -16,6 +16,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # With guidance an image takes two rows, and modules are traced for at most 63.
 _LARGEST_BATCH = 31
+_LARGEST_SIDE = 8192
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,18 @@ class Options:
         if sizes is None:
             side = int(source.configs["unet"].get("sample_size") or 64) * downscale(source)
             sizes = [(int(source.defaults.get("width", side)), int(source.defaults.get("height", side)))]
+        if not sizes:
+            raise BuildError("there are no sizes, expected at least one, such as (512, 512)")
         step = downscale(source)
         for width, height in sizes:
             if width < step or height < step or width % step or height % step:
                 near = f"{max(1, round(width / step)) * step}x{max(1, round(height / step)) * step}"
                 raise BuildError(
-                    f"size {width}x{height} is not a multiple of {step} pixels each way; the nearest is {near}"
+                    f"size {width}x{height} is not a multiple of {step} pixels each way; use {near}, the nearest"
                 )
-        if not sizes or not batch_sizes or not all(1 <= batch <= _LARGEST_BATCH for batch in batch_sizes):
+            if max(width, height) > _LARGEST_SIDE:
+                raise BuildError(f"size {width}x{height} is too large, expected at most {_LARGEST_SIDE} each way")
+        if not batch_sizes or not all(1 <= batch <= _LARGEST_BATCH for batch in batch_sizes):
             raise BuildError(f"batch sizes are {list(batch_sizes)}, expected at least one, from 1 to {_LARGEST_BATCH}")
         return cls(engine, dtype, tuple(dict.fromkeys(sizes)), tuple(sorted(set(batch_sizes))))
 

@@ -6,6 +6,7 @@ Configs are read as JSON, weights as safetensors; nothing is unpickled and nothi
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,18 +64,27 @@ class Source:
             raise BuildError(f"{path} is not a model folder: expected a model_index.json, found {found}")
         index = read_json(path / "model_index.json")
         pipeline = index.get("_class_name")
+        if not isinstance(pipeline, str):
+            raise BuildError(
+                f"{path / 'model_index.json'} does not name a pipeline (_class_name); copy the model again"
+            )
         if pipeline != "StableDiffusionPipeline":
             raise BuildError(f"{path} is a {pipeline}, which ldmrt does not build yet; known kinds: {KNOWN_KINDS}")
         expected = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
         for folder, name in expected.items():
-            found = (index.get(folder) or [None, None])[-1]
+            entry = index.get(folder)
+            found = entry[-1] if isinstance(entry, list) and entry else entry
             if found != name:
                 raise BuildError(f"{path}: its {folder} is a {found}, expected {name}; known kinds: {KNOWN_KINDS}")
         configs = {folder: read_json(path / folder / "config.json") for folder in expected}
         configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
-        _check_unet(path, configs)
         extra = path / "ldmrt-defaults.json"
-        return cls(path, "stable-diffusion", configs, read_json(extra) if extra.is_file() else {})
+        defaults = read_json(extra) if extra.is_file() else {}
+        _check_values(path, configs, defaults)
+        _check_unet(path, configs)
+        if not (path / "tokenizer").is_dir():
+            raise BuildError(f"{path} has no folder tokenizer; copy the model again")
+        return cls(path, "stable-diffusion", configs, defaults)
 
     def weight_files(self, folder: str) -> list[Path]:
         """The safetensors files of a component: one, or several when sharded.
@@ -89,10 +99,11 @@ class Source:
                 return [single]
             shards = where / f"{stem}.safetensors.index{variant}.json"
             if shards.is_file():
-                names = sorted(set(read_json(shards).get("weight_map", {}).values()))
-                if not names or any(Path(name).name != name for name in names):
+                shard_of = read_json(shards).get("weight_map")
+                names = list(shard_of.values()) if isinstance(shard_of, dict) else []
+                if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
                     raise BuildError(f"{shards} does not name its shards; copy the model again")
-                return [where / name for name in names]
+                return [where / name for name in sorted(set(names))]
         pickles = [item.name for item in sorted(where.iterdir()) if item.suffix in _PICKLES] if where.is_dir() else []
         if pickles:
             raise BuildError(
@@ -130,7 +141,7 @@ class Checkpoint:
             if entry.shape != tuple(tensor.shape):
                 raise BuildError(
                     f"{found[key].path}: {key} has the shape {entry.shape}, the config.json beside it expects {tuple(tensor.shape)}; "
-                    "the weights and the config are of different models"
+                    "the weights and the config are of different models: copy the model again"
                 )
             self.keys[name] = (found[key], key)
         if missing:
@@ -182,7 +193,36 @@ def _aliases(name: str) -> list[str]:
 
 def _list_keys(where: Path, verb: str, names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{where} {verb} {', '.join(names[:3])}{more}; the weights and the config are of different models, or the copy is incomplete"
+    return f"{where} {verb} {', '.join(names[:3])}{more}; the weights and the config are of different models, or the copy is incomplete: copy the model again"
+
+
+def _check_values(path: Path, configs: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]) -> None:
+    """Refuse values of another type than the build computes with."""
+
+    def check(where: str, values: Mapping[str, Any], key: str, what: str, *, optional: bool = True) -> None:
+        value = values.get(key)
+        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        number = whole or (isinstance(value, float) and math.isfinite(value))
+        if value is None and optional:
+            return
+        if not (whole if what == "a whole number" else number):
+            raise BuildError(f"{path / where}: {key} is {str(value)[:40]!r}, expected {what}; copy the model again")
+
+    for key in ("max_position_embeddings", "vocab_size"):
+        check("text_encoder/config.json", configs["text_encoder"], key, "a whole number", optional=False)
+    check("unet/config.json", configs["unet"], "cross_attention_dim", "a whole number", optional=False)
+    check("unet/config.json", configs["unet"], "sample_size", "a whole number")
+    check("vae/config.json", configs["vae"], "latent_channels", "a whole number")
+    check("vae/config.json", configs["vae"], "scaling_factor", "a number")
+    check("vae/config.json", configs["vae"], "shift_factor", "a number")
+    for key in ("width", "height", "num_inference_steps"):
+        check("ldmrt-defaults.json", defaults, key, "a whole number")
+    check("ldmrt-defaults.json", defaults, "guidance_scale", "a number")
+    channels = configs["vae"].get("block_out_channels")
+    if not isinstance(channels, list) or not 1 <= len(channels) <= 8:
+        raise BuildError(
+            f"{path / 'vae/config.json'}: block_out_channels is {str(channels)[:40]!r}, expected a list; copy the model again"
+        )
 
 
 def _check_unet(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
