@@ -124,7 +124,7 @@ class _Build:
             old = self.folder.old
             if old is not None and old.source != self.source_files:
                 raise BuildError(
-                    f"{self.folder.path} holds a bundle of another model ({old.model.name}), or of other weights; "
+                    f"{self.folder.path} holds a bundle of another model ({old.model.name}), or the model has changed since; "
                     "choose another --out, or remove it"
                 )
             for size, component, trials in components:
@@ -297,7 +297,13 @@ class _Build:
         paths = [root / "scheduler" / "scheduler_config.json"]
         for folder in architectures.FOLDERS:
             paths += [root / folder / "config.json", *self.source.weight_files(folder)]
+        paths += self.tokenizer_paths()
         return tuple(FileRecord(file=path.relative_to(root).as_posix(), sha256=sha256(path)) for path in paths)
+
+    def tokenizer_paths(self) -> list[Path]:
+        """The tokenizer's files in the model."""
+        found = sorted((self.source.path / "tokenizer").iterdir())
+        return [path for path in found if path.suffix in (".json", ".txt") and path.is_file()]
 
     def weights_for(self, folder: str, checkpoint: Checkpoint) -> str:
         """The weight file that a component's engines read, written if need be. Returns its name in the manifest."""
@@ -324,13 +330,12 @@ class _Build:
     def copy_tokenizer(self) -> tuple[FileRecord, ...]:
         """The tokenizer's files, in the bundle."""
         files = []
-        for path in sorted((self.source.path / "tokenizer").iterdir()):
-            if path.suffix in (".json", ".txt") and path.is_file():
-                name = f"tokenizer/{path.name}"
-                if self.in_place:
-                    files.append(FileRecord(file=name, sha256=sha256(path)))
-                else:
-                    files.append(self.folder.write_bytes(name, path.read_bytes()))
+        for path in self.tokenizer_paths():
+            name = f"tokenizer/{path.name}"
+            if self.in_place:
+                files.append(FileRecord(file=name, sha256=sha256(path)))
+            else:
+                files.append(self.folder.write_bytes(name, path.read_bytes()))
         return tuple(files)
 
     def manifest(self, tokenizer_files: tuple[FileRecord, ...]) -> Manifest:

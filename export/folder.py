@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import fcntl
+import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ldmrt.bundle import MANIFEST, Bundle, FileRecord, Manifest, write_atomically, write_manifest
-from ldmrt.errors import BuildError
+from ldmrt.bundle import FORMAT, MANIFEST, Bundle, FileRecord, Manifest, write_atomically, write_manifest
+from ldmrt.errors import BuildError, BundleError
 from ldmrt.weights import sha256
+
+# Names that a build gives to its files. What bears one, and is not in the manifest, was left by a build that was killed.
+_OURS = re.compile(
+    r"(graphs/[a-z_]+-[0-9a-z-]*-[0-9a-f]{8}\.(json|safetensors)"
+    r"|[a-z_]+-[0-9a-z-]*-[0-9a-f]{8}\.onnx"
+    r"|weights/[a-z_]+\.(float32|bfloat16|float16)\.safetensors"
+    r"|(graphs/|weights/)?\..*\.tmp)"
+)
 
 
 class BundleFolder:
@@ -36,26 +47,49 @@ class BundleFolder:
         Raises:
             BuildError: the folder cannot be made or written, or another build holds it.
         """
-        created = not self.path.exists()
+        created: list[Path] = []
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            for folder in (*reversed(self.path.parents), self.path):
+                if not folder.is_dir():
+                    folder.mkdir(exist_ok=True)
+                    created.append(folder)
         except OSError as error:
+            _remove_empty(created)
             raise BuildError(f"cannot make the folder {self.path}: {error.strerror}; choose another --out") from error
         try:
             with self._locked():
-                self.old = Bundle.open(self.path).manifest if (self.path / MANIFEST).is_file() else None
-                yield
-        except BaseException as error:
-            for path in self._written:
-                path.unlink(missing_ok=True)
-            if created:
-                shutil.rmtree(self.path, ignore_errors=True)
-            if isinstance(error, OSError):
-                reason = error.strerror or str(error)
-                raise BuildError(
-                    f"cannot write the bundle {self.path}: {reason}; free some space or choose another --out"
-                ) from error
-            raise
+                try:
+                    self.old = self._previous()
+                    yield
+                except BaseException:
+                    for path in self._written:
+                        path.unlink(missing_ok=True)
+                    if self.path in created and not (self.path / MANIFEST).exists():
+                        shutil.rmtree(self.path, ignore_errors=True)
+                        _remove_empty(created)
+                    raise
+        except OSError as error:
+            reason = error.strerror or str(error)
+            where = f" ({error.filename})" if error.filename else ""
+            raise BuildError(
+                f"cannot write the bundle {self.path}: {reason}{where}; make room, or choose another --out"
+            ) from error
+
+    def _previous(self) -> Manifest | None:
+        """The manifest that is there; one that is damaged is replaced, one of a newer ldmrt is not."""
+        file = self.path / MANIFEST
+        if not file.is_file():
+            return None
+        try:
+            return Bundle.open(self.path).manifest
+        except BundleError:
+            try:
+                data = json.loads(file.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError):
+                return None
+            if isinstance(data, dict) and data.get("format") not in (None, FORMAT):
+                raise
+            return None
 
     def write(self, name: str, write: Callable[[Path], str]) -> FileRecord:
         """Make a file of the bundle. `write(path)` puts it in place at once and returns its SHA-256."""
@@ -97,8 +131,10 @@ class BundleFolder:
                 if record.file not in named:
                     (self.path / record.file).unlink(missing_ok=True)
         for folder in (self.path, self.path / "graphs", self.path / "weights"):
-            for path in folder.glob(".*.tmp"):
-                path.unlink(missing_ok=True)
+            for path in folder.glob("*"):
+                orphan = path.relative_to(self.path).as_posix()
+                if orphan not in named and _OURS.fullmatch(orphan):
+                    path.unlink(missing_ok=True)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -106,6 +142,8 @@ class BundleFolder:
         with path.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(path.stat(), os.fstat(file.fileno())):  # its last holder has just removed it
+                    raise BlockingIOError
             except OSError as error:
                 raise BuildError(
                     f"another build is writing to {self.path}; wait for it, or choose another --out"
@@ -114,3 +152,14 @@ class BundleFolder:
                 yield
             finally:
                 path.unlink(missing_ok=True)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders that we have made, innermost first, unless someone has put something there."""
+    for folder in reversed(folders):
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            break
