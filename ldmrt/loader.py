@@ -1,0 +1,78 @@
+"""Which of a bundle's engines are used here: one engine kind, one device, and per component the best precision there is."""
+
+from __future__ import annotations
+
+import torch
+
+from ldmrt.bundle import Bundle, EngineRecord
+from ldmrt.engines.protocol import Engine
+from ldmrt.errors import EngineMismatch
+
+# float16 is emulated on a CPU, bfloat16 on one without instructions for it.
+_CPU = ("float32", "bfloat16", "float16")
+_CPU_WITH_BFLOAT16 = ("bfloat16", "float32", "float16")
+_CUDA = ("float16", "bfloat16", "float32")
+
+
+class EngineLoader:
+    """A bundle's engines for one device, each loaded when it is first asked for.
+
+    Attributes:
+        bundle: the opened bundle.
+        device: where the engines run.
+        kind: the engine kind.
+
+    Args:
+        bundle: the opened bundle.
+        device: where the engines are to run.
+        kind: the engine kind to use; None for `torch`, or the one there is.
+        dtype: the precision to use; None for the best one on the device.
+
+    Raises:
+        EngineMismatch: the bundle has no engine of this kind.
+    """
+
+    def __init__(self, bundle: Bundle, device: torch.device, kind: str | None, dtype: str | None) -> None:
+        kinds = sorted({record.kind for record in bundle.manifest.engines if record.component == "step"})
+        self.bundle, self.device, self._dtype = bundle, device, dtype
+        self.kind = kind or ("torch" if "torch" in kinds or not kinds else kinds[0])
+        self._engines: dict[str, Engine] = {}
+        if self.kind not in kinds:
+            raise EngineMismatch(
+                f"{bundle.path} has no {self.kind} engine, it has {', '.join(kinds) or 'none'}; "
+                f"build one with `ldmrt build-engines MODEL --out {bundle.path} --engine {self.kind}`"
+            )
+
+    def records(self, component: str, size: tuple[int, int] | None = None) -> list[EngineRecord]:
+        """A component's engines in the kind and the precision that are in use, by row count.
+
+        Raises:
+            EngineMismatch: there is none.
+        """
+        # What runs once per request is on the torch engine, whatever runs the steps.
+        kind = "torch" if component in ("context", "schedule") else self.kind
+        found = self.bundle.find(component, kind=kind, dtype=self._dtype, size=size)
+        if not found:
+            raise EngineMismatch(
+                f"{self.bundle.path} has no {component} engine ({kind}{', ' + self._dtype if self._dtype else ''}); "
+                "build the bundle again with `ldmrt build-engines`"
+            )
+        present = {record.dtype for record in found}
+        chosen = next(dtype for dtype in _order(self.device) if dtype in present)
+        return [record for record in found if record.dtype == chosen]
+
+    def load(self, record: EngineRecord) -> Engine:
+        """An engine, loaded once."""
+        if record.key not in self._engines:
+            self._engines[record.key] = self.bundle.load(record, self.device)
+        return self._engines[record.key]
+
+    def only(self, component: str) -> Engine:
+        """The engine of a component that has one for all sizes and row counts."""
+        return self.load(self.records(component)[0])
+
+
+def _order(device: torch.device) -> tuple[str, ...]:
+    if device.type == "cuda":
+        return _CUDA
+    return _CPU_WITH_BFLOAT16 if torch.cpu._is_avx512_bf16_supported() else _CPU

@@ -1,0 +1,63 @@
+"""The noise that pictures start from: drawn on the CPU, whatever runs the model, in diffusers' order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ldmrt.errors import BadRequest
+from ldmrt.schedule import SamplerTable
+
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+def draw(
+    seeds: Sequence[int],
+    shape: tuple[int, int, int],
+    table: SamplerTable,
+    *,
+    generator: Generators | None = None,
+    latents: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Draw all the noise of a call, float32.
+
+    A generator gives first the initial latents of its images, then their noise step by step: what diffusers would draw from it.
+
+    Args:
+        seeds: one for each image; each starts a generator of its own.
+        shape: (C, h, w) of an image's latents.
+        table: the sampler, which says in which evaluations it draws.
+        generator: instead of the seeds: one for all images, or one for each.
+        latents: (n, C, h, w), instead of drawing them.
+
+    Returns:
+        Initial latents (n, C, h, w), and the noise (n, evaluations, C, h, w) of samplers that draw some, else None.
+
+    Raises:
+        BadRequest: the generators or the latents do not fit the images.
+    """
+    count = len(seeds)
+    if latents is not None and tuple(latents.shape) != (count, *shape):
+        raise BadRequest(f"latents has the shape {tuple(latents.shape)}, expected {(count, *shape)}", param="latents")
+    if isinstance(generator, torch.Generator):
+        generators, images = [generator], count
+    else:
+        generators = [torch.Generator("cpu").manual_seed(s) for s in seeds] if generator is None else list(generator)
+        images = 1
+    if len(generators) * images != count:
+        raise BadRequest(f"{len(generators)} generators were given for {count} images", param="generator")
+    if any(one.device.type != "cpu" for one in generators):
+        raise BadRequest(
+            "the generator is on a GPU, expected torch.Generator('cpu'): noise is drawn on the CPU", param="generator"
+        )
+    block = (images, *shape)
+    starts, noises = [], []
+    for one in generators:
+        if latents is None:
+            starts.append(torch.randn(block, generator=one))
+        if table.uses_noise:
+            drawn = [torch.randn(block, generator=one) if d else torch.zeros(block) for d in table.draws_noise.tolist()]
+            noises.append(torch.stack(drawn, dim=1))
+    start = torch.cat(starts) if latents is None else latents.detach().to("cpu", torch.float32)
+    return start, torch.cat(noises) if noises else None
