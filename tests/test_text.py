@@ -1,0 +1,119 @@
+"""Prompts to embeddings: windows, what is encoded once, what a caller gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldmrt.engines.protocol import TensorSpec
+from ldmrt.errors import BadRequest
+from ldmrt.request import Defaults, Job, Request, resolve
+from ldmrt.text import PromptEncoder
+from ldmrt.tokenizer import Tokenizer
+
+WIDTH, LAYERS = 3, 2
+CPU = torch.device("cpu")
+
+
+class FakeEncoder:
+    """Hidden states that say which ids they are of: id + 1000 per layer, in every channel."""
+
+    def __init__(self) -> None:
+        self.inputs: Mapping[str, TensorSpec] = {}
+        self.outputs = {"hidden_states": TensorSpec("hidden_states", (LAYERS, "rows", 77, WIDTH), torch.float32)}
+        self.runs = 0
+
+    def bind(self, buffers: Mapping[str, torch.Tensor]) -> None:
+        raise NotImplementedError
+
+    def enqueue(self) -> None:
+        raise NotImplementedError
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        self.runs += 1
+        ids = inputs["input_ids"].float()[..., None].expand(-1, -1, WIDTH)
+        return {"hidden_states": torch.stack([ids + 1000 * layer for layer in range(LAYERS)])}
+
+
+@pytest.fixture
+def engine() -> FakeEncoder:
+    return FakeEncoder()
+
+
+@pytest.fixture
+def encoder(tiny_model: Path, engine: FakeEncoder) -> PromptEncoder:
+    return PromptEncoder(Tokenizer.from_folder(tiny_model / "tokenizer"), engine, CPU)
+
+
+def job(prompt: str | list[str], **fields: object) -> Job:
+    defaults = Defaults(width=64, height=64, num_inference_steps=2, guidance_scale=5.0, sizes=((64, 64),))
+    return resolve(Request(prompt=prompt, seed=0, **fields), defaults)  # type: ignore[arg-type]
+
+
+def test_a_prompt_and_its_negative_have_as_many_windows(encoder: PromptEncoder) -> None:
+    long = "a b c " * 60
+    ((ours, theirs),) = encoder.tokenize(job(long, negative_prompt="x"))
+    assert len(ours) == len(theirs) > 1
+    ((ours, theirs),) = encoder.tokenize(job("x", negative_prompt=long))
+    assert len(ours) == len(theirs) > 1
+
+
+def test_cutting_warns(encoder: PromptEncoder) -> None:
+    with pytest.warns(UserWarning, match="the prompt is longer than the text encoder"):
+        ((ours, _),) = encoder.tokenize(job("a b c " * 60, long_prompt="cut"))
+    assert len(ours) == 1
+
+
+def test_windows_follow_one_another(encoder: PromptEncoder) -> None:
+    asked = job("a b c " * 60)
+    windows = encoder.tokenize(asked)
+    ((cond, uncond),) = encoder.embed(asked, windows, None, None)
+    assert cond[:, 0].tolist() == windows[0][0].flatten().tolist()
+    assert uncond is not None
+    assert uncond.shape == cond.shape
+
+
+def test_clip_skip_is_a_layer(encoder: PromptEncoder) -> None:
+    (plain,), (skipped,) = (
+        encoder.embed(asked, encoder.tokenize(asked), None, None) for asked in (job("x"), job("x", clip_skip=1))
+    )
+    assert torch.equal(plain[0] + 1000, skipped[0])
+
+
+def test_equal_prompts_are_encoded_once(encoder: PromptEncoder, engine: FakeEncoder) -> None:
+    asked = job(["x", "x", "y"], num_images_per_prompt=2)
+    texts = encoder.embed(asked, encoder.tokenize(asked), None, None)
+    assert len(texts) == 6
+    assert engine.runs == 3  # x, y, and the empty negative prompt
+
+
+def test_without_guidance_there_is_no_negative(encoder: PromptEncoder, engine: FakeEncoder) -> None:
+    asked = job("x", guidance_scale=1.0)
+    ((_, uncond),) = encoder.embed(asked, encoder.tokenize(asked), None, None)
+    assert uncond is None
+    assert engine.runs == 1
+
+
+def test_given_embeddings_are_taken(encoder: PromptEncoder) -> None:
+    asked = job(["", ""], num_images_per_prompt=2)
+    ours, theirs = torch.randn(2, 77, WIDTH), torch.randn(1, 77, WIDTH)
+    texts = encoder.embed(asked, encoder.tokenize(asked), ours, theirs)
+    assert [torch.equal(cond, ours[i // 2]) for i, (cond, _) in enumerate(texts)] == [True] * 4
+    assert all(uncond is not None and torch.equal(uncond, theirs[0]) for _, uncond in texts)
+
+
+@pytest.mark.parametrize("shape", [(77, WIDTH), (3, 77, WIDTH), (1, 77, WIDTH + 1)])
+def test_embeddings_of_another_shape_are_refused(encoder: PromptEncoder, shape: tuple[int, ...]) -> None:
+    asked = job("")
+    with pytest.raises(BadRequest, match="prompt_embeds has the shape") as caught:
+        encoder.embed(asked, encoder.tokenize(asked), torch.zeros(shape), None)
+    assert caught.value.param == "prompt_embeds"
+
+
+def test_embeddings_of_other_lengths_are_refused(encoder: PromptEncoder) -> None:
+    asked = job("")
+    with pytest.raises(BadRequest, match="154 tokens and the negative prompt's 77"):
+        encoder.embed(asked, encoder.tokenize(asked), torch.zeros(1, 154, WIDTH), None)
