@@ -1,6 +1,7 @@
 # make demo    a fresh machine with Python 3.11 to 3.13 -> a picture
 # make test    a fresh machine -> the test suite (without slow, gpu, rtx and browser)
 # make check   format, lint, types
+# make builtin compiles the built-in model again
 # make clean   removes what the others made
 #
 # Each works in .venv, which it makes on the first call; later calls are instant unless a file named below has changed.
@@ -15,7 +16,7 @@ MARKS  ?= not slow and not gpu and not rtx and not browser
 # Python files are not listed: the install is editable, so they are used as they are.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: demo test check format-check lint types check-native format clean
+.PHONY: demo test check format-check lint types check-native format builtin clean
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/ldmrt generate "a red circle on a white background" --out demo.png
@@ -69,6 +70,10 @@ $(VENV)/.stamp-test: $(SOURCES) | $(VENV)/.stamp-venv
 $(VENV)/.stamp-lint: $(VENV)/.stamp-test
 	$(INSTALL) --group lint
 	@touch $@
+
+# The built-in model's folder is also its bundle. Run this when the compiler's output has changed; the weights stay as they are.
+builtin: $(VENV)/.stamp-test
+	$(BIN)/ldmrt build-engines ldmrt/builtin/shapes --out ldmrt/builtin/shapes --dtype float32 --batch 1 --batch 4
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.png
