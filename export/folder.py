@@ -39,6 +39,7 @@ class BundleFolder:
         self.path = path
         self.old: Manifest | None = None
         self._written: list[Path] = []
+        self._made: list[Path] = []
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -64,6 +65,7 @@ class BundleFolder:
                 except BaseException:
                     for path in self._written:
                         path.unlink(missing_ok=True)
+                    _remove_empty(self._made)
                     if self.path in created and not (self.path / MANIFEST).exists():
                         shutil.rmtree(self.path, ignore_errors=True)
                         _remove_empty(created)
@@ -94,7 +96,9 @@ class BundleFolder:
     def write(self, name: str, write: Callable[[Path], str]) -> FileRecord:
         """Make a file of the bundle. `write(path)` puts it in place at once and returns its SHA-256."""
         path = self.path / name
-        path.parent.mkdir(exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir()
+            self._made.append(path.parent)
         if not path.exists():
             self._written.append(path)
         return FileRecord(file=name, sha256=write(path))
