@@ -156,9 +156,9 @@ class _Build:
         drafts = self.drafts(component, graph, size)
         weights = self.weights_for(component.folder, checkpoint)
         keys = [self.key(draft, weights) for draft in drafts]
-        reused = [self.reusable(key) for key in keys]
+        reused = [self.made(draft) or self.reusable(key) for draft, key in zip(drafts, keys, strict=True)]
         if all(reused):
-            self.engines += [record for record in reused if record]
+            self.keep([record for record in reused if record])
             self.progress(f"{label}: already built")
             return
         records = [
@@ -166,7 +166,7 @@ class _Build:
             for draft, key, record in zip(drafts, keys, reused, strict=True)
         ]
         self.progress(f"{label}: verifying")
-        self.engines += self.verify(component, checkpoint, records, trials())
+        self.keep(self.verify(component, checkpoint, records, trials()))
 
     def drafts(self, component: Component, graph: Graph, size: tuple[int, int] | None) -> list[_Draft]:
         """The graphs to make engines of."""
@@ -208,6 +208,17 @@ class _Build:
                 "versions": self.versions(kind),
             }
         )
+
+    def made(self, draft: _Draft) -> EngineRecord | None:
+        """The engine from this build that serves every size, if another size's component made it."""
+        if draft.size is not None:
+            return None
+        return next((engine for engine in self.engines if engine.component == draft.graph.name), None)
+
+    def keep(self, records: list[EngineRecord]) -> None:
+        """Add engines, each once."""
+        present = {_slot(record) for record in self.engines}
+        self.engines += [record for record in records if _slot(record) not in present]
 
     def reusable(self, key: str) -> EngineRecord | None:
         """The engine that is there already, if it is the same and undamaged."""
