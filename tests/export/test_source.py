@@ -165,7 +165,7 @@ def test_a_damaged_weight_file(model: Path) -> None:
 def test_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="no such folder"):
         Source.open(tmp_path / "none")
-    with pytest.raises(BuildError, match="expected a model_index.json, found nothing"):
+    with pytest.raises(BuildError, match=r"expected a model_index\.json, found nothing"):
         Source.open(tmp_path)
     (tmp_path / "model.ckpt").touch()
     with pytest.raises(BuildError, match=r"found model\.ckpt"):
