@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BuildError
-from ldmrt.export.component import Component, Decoder, Encoder, TextEncoder, UNet
+from ldmrt.export.component import (
+    Component,
+    Decoder,
+    Encoder,
+    PenultimateTextEncoder,
+    TextEncoder,
+    UNet,
+    UNetTextTime,
+)
+from ldmrt.export.passes.hoist import Kind
 from ldmrt.export.source import Checkpoint, Source
 from ldmrt.export.verify import Trial, noise, sample_picture
 from ldmrt.tokenizer import Tokenizer
@@ -20,9 +30,11 @@ PROMPTS = (
     "a photograph of an astronaut riding a horse, highly detailed, 35mm",
 )
 
-FOLDERS = ("text_encoder", "unet", "vae")
+Trials = Callable[[], list[Trial]]
+Plan = tuple[tuple[int, int] | None, Component, Trials]
 
-Plan = tuple[tuple[int, int] | None, Component, Callable[[], list[Trial]]]
+F32 = torch.float32
+TIME_IDS = 6
 
 
 def downscale(source: Source) -> int:
@@ -31,127 +43,139 @@ def downscale(source: Source) -> int:
 
 
 def components(source: Source, sizes: Sequence[tuple[int, int]]) -> Iterator[Plan]:
-    """The components of a Stable Diffusion model, each with the size it is made for and the inputs to verify it on."""
-    text, unet, vae = (source.configs[name] for name in ("text_encoder", "unet", "vae"))
-    tokens, vocabulary = int(text["max_position_embeddings"]), int(text["vocab_size"])
-    width = int(unet["cross_attention_dim"])
-    channels, scaling = int(vae.get("latent_channels", 4)), float(vae.get("scaling_factor", 0.18215))
-    factor = downscale(source)
-    f32 = torch.float32
+    """The components of a model, each with the size it is made for and the inputs to verify it on."""
+    for folder in source.kind.tokenizers:
+        yield None, text_encoder(source, folder), partial(_text_trials, source, folder)
+    for size in sizes:
+        yield size, unet(source, size), partial(_unet_trials, source, size)
+        yield size, decoder(source, size), partial(_decoder_trials, source, size)
+        yield size, encoder(source, size), partial(_encoder_trials, size)
 
-    def prompt_ids() -> torch.Tensor:
-        tokenizer = Tokenizer.from_folder(source.path / "tokenizer")
-        return torch.cat([torch.from_numpy(tokenizer.windows(prompt, 1).ids) for prompt in PROMPTS])
 
-    def random_ids() -> torch.Tensor:
-        return torch.randint(0, vocabulary, (2, tokens), generator=torch.Generator("cpu").manual_seed(1))
-
-    yield (
-        None,
-        Component(
-            "text_encoder",
-            "text_encoder",
-            TextEncoder(instantiate(source, "text_encoder")),
-            (TensorSpec("input_ids", ("rows", tokens), torch.int64),),
-            ("hidden_states",),
-        ),
-        lambda: [Trial("random", {"input_ids": random_ids()}), Trial("real", {"input_ids": prompt_ids()})],
+def text_encoder(source: Source, folder: str) -> Component:
+    """A text encoder: `input_ids` to `hidden_states`, and `text_embeds` where the denoiser wants them."""
+    module = instantiate(source, folder)
+    pooled = folder == "text_encoder_2"
+    wrapper: torch.nn.Module
+    if source.kind.addition_embed_type is None:
+        wrapper = TextEncoder(module)
+    else:
+        wrapper = PenultimateTextEncoder(module, pooled=pooled)
+    tokens = int(source.configs[folder]["max_position_embeddings"])
+    inputs = (TensorSpec("input_ids", ("rows", tokens), torch.int64),)
+    return Component(
+        folder, folder, wrapper, inputs, ("hidden_states", "text_embeds") if pooled else ("hidden_states",)
     )
 
-    def embeddings() -> torch.Tensor:
-        module = instantiate(source, "text_encoder")
-        encoder = reference(
-            Component("text_encoder", "text_encoder", TextEncoder(module), (), ()),
-            Checkpoint(source, "text_encoder", module),
-        )
+
+def unet(source: Source, size: tuple[int, int]) -> Component:
+    """The denoising network."""
+    channels, height, width = _latent_shape(source, size)
+    text = int(source.configs["unet"]["cross_attention_dim"])
+    inputs = [
+        TensorSpec("latents", ("rows", channels, height, width), F32),
+        TensorSpec("timesteps", ("rows",), F32),
+        TensorSpec("encoder_hidden_states", ("rows", "tokens", text), F32),
+    ]
+    kinds: dict[str, Kind] = {"latents": "step", "timesteps": "schedule", "encoder_hidden_states": "request"}
+    wrapper = UNet(instantiate(source, "unet"))
+    if source.kind.addition_embed_type is not None:
+        wrapper = UNetTextTime(wrapper.module)
+        pooled = int(source.configs["text_encoder_2"]["projection_dim"])
+        inputs += [TensorSpec("text_embeds", ("rows", pooled), F32), TensorSpec("time_ids", ("rows", TIME_IDS), F32)]
+        kinds |= {"text_embeds": "request", "time_ids": "request"}
+    return Component("unet", "unet", wrapper, tuple(inputs), ("model_output",), kinds)
+
+
+def decoder(source: Source, size: tuple[int, int]) -> Component:
+    """The first stage's decoder."""
+    vae = source.configs["vae"]
+    scaling, shift = float(vae.get("scaling_factor", 0.18215)), float(vae.get("shift_factor") or 0.0)
+    inputs = (TensorSpec("latents", ("rows", *_latent_shape(source, size)), F32),)
+    return Component("decoder", "vae", Decoder(instantiate(source, "vae"), scaling, shift), inputs, ("image",))
+
+
+def encoder(source: Source, size: tuple[int, int]) -> Component:
+    """The first stage's encoder."""
+    inputs = (TensorSpec("image", ("rows", 3, size[1], size[0]), F32),)
+    outputs = ("latent_mean", "latent_logvar")
+    return Component("encoder", "vae", Encoder(instantiate(source, "vae")), inputs, outputs)
+
+
+def _latent_shape(source: Source, size: tuple[int, int]) -> tuple[int, int, int]:
+    factor = downscale(source)
+    return int(source.configs["vae"].get("latent_channels", 4)), size[1] // factor, size[0] // factor
+
+
+# ---------------------------------------------------------------------------------------------------- trials
+
+
+def _prompt_ids(source: Source, folder: str) -> torch.Tensor:
+    tokenizer = Tokenizer.from_folder(source.path / source.kind.tokenizers[folder])
+    return torch.cat([torch.from_numpy(tokenizer.windows(prompt, 1).ids) for prompt in PROMPTS])
+
+
+def _text_trials(source: Source, folder: str) -> list[Trial]:
+    vocabulary, ids = int(source.configs[folder]["vocab_size"]), _prompt_ids(source, folder)
+    generator = torch.Generator("cpu").manual_seed(1)
+    random = torch.randint(0, vocabulary, tuple(ids.shape), generator=generator)
+    return [Trial("random", {"input_ids": random}), Trial("real", {"input_ids": ids})]
+
+
+def _unet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
+    shape, steps = _latent_shape(source, size), torch.tensor([999.0, 261.0])
+    states, pooled = [], None
+    for folder in source.kind.tokenizers:
+        original = _original(source, text_encoder(source, folder))
         with torch.inference_mode():
-            return encoder(prompt_ids())[0][0]  # type: ignore[no-any-return]
+            found, *more = original(_prompt_ids(source, folder))
+        states.append(found[0])
+        pooled = more[0] if more else pooled
+    text = torch.cat(states, dim=-1)
+    random = {"latents": noise(2, 2, *shape), "timesteps": steps, "encoder_hidden_states": noise(3, *text.shape)}
+    real = {"latents": noise(4, 2, *shape), "timesteps": steps.flip(0), "encoder_hidden_states": text}
+    if pooled is not None:
+        ids = torch.tensor([[size[1], size[0], 0, 0, size[1], size[0]]] * 2, dtype=F32)
+        random |= {"text_embeds": noise(7, *pooled.shape), "time_ids": ids.flip(0)}
+        real |= {"text_embeds": pooled, "time_ids": ids}
+    return [Trial("random", random), Trial("real", real)]
 
-    for size in sizes:
-        w, h = size[0] // factor, size[1] // factor
 
-        def denoiser_trials(w: int = w, h: int = h) -> list[Trial]:
-            steps = torch.tensor([999.0, 261.0])
-            text = embeddings()
-            random = {
-                "latents": noise(2, 2, channels, h, w),
-                "timesteps": steps,
-                "encoder_hidden_states": noise(3, *text.shape),
-            }
-            real = {"latents": noise(4, 2, channels, h, w), "timesteps": steps.flip(0), "encoder_hidden_states": text}
-            return [Trial("random", random), Trial("real", real)]
+def _decoder_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
+    with torch.inference_mode():
+        mean = _original(source, encoder(source, size))(sample_picture(*size))[0]
+    # What a sampler hands over has unit variance: that is what the scaling factor is for. It holds for weights that were
+    # never trained only if it is seen to; a single latent is its own mean.
+    spread = mean.std() if mean.numel() > 1 else torch.tensor(1.0)
+    return [
+        Trial("random", {"latents": noise(5, 1, *_latent_shape(source, size))}),
+        Trial("real", {"latents": mean / spread}),
+    ]
 
-        yield (
-            size,
-            Component(
-                "unet",
-                "unet",
-                UNet(instantiate(source, "unet")),
-                (
-                    TensorSpec("latents", ("rows", channels, h, w), f32),
-                    TensorSpec("timesteps", ("rows",), f32),
-                    TensorSpec("encoder_hidden_states", ("rows", "tokens", width), f32),
-                ),
-                ("model_output",),
-                {"latents": "step", "timesteps": "schedule", "encoder_hidden_states": "request"},
-            ),
-            denoiser_trials,
-        )
 
-        def decoder_trials(w: int = w, h: int = h, size: tuple[int, int] = size) -> list[Trial]:
-            module = instantiate(source, "vae")
-            encoder = reference(Component("encoder", "vae", Encoder(module), (), ()), Checkpoint(source, "vae", module))
-            with torch.inference_mode():
-                mean = encoder(sample_picture(*size))[0]
-            # What a sampler hands over has unit variance: that is what the scaling factor is for. It holds for weights that were
-            # never trained only if it is seen to.
-            return [
-                Trial("random", {"latents": noise(5, 1, channels, h, w)}),
-                Trial("real", {"latents": mean / mean.std()}),
-            ]
+def _encoder_trials(size: tuple[int, int]) -> list[Trial]:
+    shape = (1, 3, size[1], size[0])
+    return [Trial("random", {"image": noise(6, *shape).clamp(-1, 1)}), Trial("real", {"image": sample_picture(*size)})]
 
-        yield (
-            size,
-            Component(
-                "decoder",
-                "vae",
-                Decoder(instantiate(source, "vae"), scaling, float(vae.get("shift_factor") or 0.0)),
-                (TensorSpec("latents", ("rows", channels, h, w), f32),),
-                ("image",),
-            ),
-            decoder_trials,
-        )
 
-        def encoder_trials(size: tuple[int, int] = size) -> list[Trial]:
-            shape = (1, 3, size[1], size[0])
-            return [
-                Trial("random", {"image": noise(6, *shape).clamp(-1, 1)}),
-                Trial("real", {"image": sample_picture(*size)}),
-            ]
+# ---------------------------------------------------------------------------------------------------- modules
 
-        yield (
-            size,
-            Component(
-                "encoder",
-                "vae",
-                Encoder(instantiate(source, "vae")),
-                (TensorSpec("image", ("rows", 3, size[1], size[0]), f32),),
-                ("latent_mean", "latent_logvar"),
-            ),
-            encoder_trials,
-        )
+
+def _original(source: Source, component: Component) -> torch.nn.Module:
+    return reference(component, Checkpoint(source, component.folder, component.original))
 
 
 def instantiate(source: Source, folder: str) -> torch.nn.Module:
     """A component's original module on the meta device, in eval mode: shapes, no weights."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    texts = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     config: dict[str, Any] = dict(source.configs[folder])
     try:
         with torch.device("meta"):
-            if folder == "text_encoder":
-                module: torch.nn.Module = CLIPTextModel(CLIPTextConfig(**config))
+            if folder in texts:
+                module: torch.nn.Module = texts[folder](CLIPTextConfig(**config))
             else:
                 module = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[folder].from_config(config)
     except Exception as error:  # whatever a constructor makes of values that nobody has checked

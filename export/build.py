@@ -42,6 +42,7 @@ from ldmrt.weights import WeightFile, sha256, write as write_weights
 
 OnProgress = Callable[[str, int, int], None]
 
+_EXACT = ("timesteps", "time_ids")
 _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -89,6 +90,7 @@ class _Draft:
     graph: Graph
     size: tuple[int, int] | None
     rows: int | None
+    dtype: str
 
     @cached_property
     def text(self) -> str:
@@ -147,13 +149,14 @@ class _Build:
         """Capture one component, make its engines, and compare them with the original."""
         label = component.name + (f" {size[0]}x{size[1]}" if size else "")
         self.progress(f"{label}: compiling")
-        dtype = dtype_of(self.options.dtype)
+        precision = self.precision(component.folder)
+        dtype = dtype_of(precision)
         checkpoint = Checkpoint(self.source, component.folder, component.original)
         graph = capture(component.name, component.module.to(dtype), _cast(component.inputs, dtype), component.outputs)
         captured = len(graph.nodes)
         graph = clean(_with_file_keys(_with_buffers(graph), checkpoint))
         self.passes[component.name] = {"captured": captured, "clean": len(graph.nodes)}
-        drafts = self.drafts(component, graph, size)
+        drafts = [_Draft(*draft, precision) for draft in self.drafts(component, graph, size)]
         weights = self.weights_for(component.folder, checkpoint)
         keys = [self.key(draft, weights) for draft in drafts]
         reused = [self.made(draft) or self.reusable(key) for draft, key in zip(drafts, keys, strict=True)]
@@ -168,18 +171,26 @@ class _Build:
         self.progress(f"{label}: verifying")
         self.keep(self.verify(component, checkpoint, records, trials()))
 
-    def drafts(self, component: Component, graph: Graph, size: tuple[int, int] | None) -> list[_Draft]:
-        """The graphs to make engines of."""
-        if component.name == "text_encoder":
-            return [_Draft(graph, size, None)]
+    def precision(self, folder: str) -> str:
+        """The precision of a component. Stable Diffusion XL's VAE overflows float16; its makers run it in float32."""
+        narrow = self.options.dtype == "float16" and folder == "vae"
+        upcast = narrow and self.source.kind.upcast_vae and self.source.configs["vae"].get("force_upcast", True)
+        return "float32" if upcast else self.options.dtype
+
+    def drafts(
+        self, component: Component, graph: Graph, size: tuple[int, int] | None
+    ) -> list[tuple[Graph, tuple[int, int] | None, int | None]]:
+        """The graphs to make engines of, each with its size and row count."""
+        if component.folder in self.source.kind.tokenizers:
+            return [(graph, size, None)]
         if component.name != "unet":
-            return [_Draft(specialize(graph, {"rows": rows}), size, rows) for rows in self.options.batch_sizes]
+            return [(specialize(graph, {"rows": rows}), size, rows) for rows in self.options.batch_sizes]
         hoisted = hoist(graph, component.kinds)
         self.passes["unet"] |= {kind: count for kind, count in hoisted.counts.items() if count}
         # With guidance an image takes two rows, without it one.
         rows = sorted({count for batch in self.options.batch_sizes for count in (batch, 2 * batch)})
-        steps = [_Draft(specialize(hoisted.step, {"rows": count}), size, count) for count in rows]
-        return [_Draft(hoisted.context, None, None), _Draft(hoisted.schedule, None, None), *steps]
+        steps = [(specialize(hoisted.step, {"rows": count}), size, count) for count in rows]
+        return [(hoisted.context, None, None), (hoisted.schedule, None, None), *steps]
 
     def kind(self, component: str) -> str:
         """`context` and `schedule` run once per request, on the torch engine whatever runs the rest."""
@@ -202,7 +213,7 @@ class _Build:
                 "constants": constants.hexdigest(),
                 "weights": self.weights[weights].sha256,
                 "kind": kind,
-                "dtype": self.options.dtype,
+                "dtype": draft.dtype,
                 "size": draft.size,
                 "rows": draft.rows,
                 "versions": self.versions(kind),
@@ -230,7 +241,7 @@ class _Build:
         graph, kind = draft.graph, self.kind(draft.graph.name)
         size = [f"{draft.size[0]}x{draft.size[1]}"] if draft.size else []
         rows = [f"r{draft.rows}"] if draft.rows else []
-        stem = "-".join([graph.name, *size, *rows, self.options.dtype, key[:8]])
+        stem = "-".join([graph.name, *size, *rows, draft.dtype, key[:8]])
         if kind == "torch":
             files = [self.folder.write_bytes(f"graphs/{stem}.json", draft.text.encode())]
             if graph.constants:
@@ -247,7 +258,7 @@ class _Build:
         return EngineRecord(
             component=graph.name,
             kind=kind,
-            dtype=self.options.dtype,
+            dtype=draft.dtype,
             size=draft.size,
             rows=draft.rows,
             key=key,
@@ -264,7 +275,7 @@ class _Build:
         # Engines first, and gone before the original is loaded: the two never stand in memory together.
         found = self.outputs(records, trials)
         expected = reference_outputs(architectures.reference(component, checkpoint), trials, component.outputs)
-        library = "transformers" if component.folder == "text_encoder" else "diffusers"
+        library = "transformers" if component.folder in self.source.kind.tokenizers else "diffusers"
         name = type(component.original).__name__
         reference = f"{library} {importlib.metadata.version(library)} {name}, float32"
         certificates = {
@@ -295,10 +306,11 @@ class _Build:
 
     def space(self) -> int:
         """Bytes that the bundle will need."""
-        files = [path for folder in architectures.FOLDERS for path in self.source.weight_files(folder)]
-        itemsize = dtype_of(self.options.dtype).itemsize
         copies = sum(
-            e.nbytes // e.dtype.itemsize * itemsize for path in files for e in WeightFile(path).entries.values()
+            entry.nbytes // entry.dtype.itemsize * dtype_of(self.precision(folder)).itemsize
+            for folder in self.source.folders
+            for path in self.source.weight_files(folder)
+            for entry in WeightFile(path).entries.values()
         )
         return (64 << 20) + (0 if self.in_place and self.options.engine == "torch" else copies)
 
@@ -306,14 +318,15 @@ class _Build:
         """The model's files and their hashes."""
         root = self.source.path
         paths = [root / "scheduler" / "scheduler_config.json"]
-        for folder in architectures.FOLDERS:
+        for folder in self.source.folders:
             paths += [root / folder / "config.json", *self.source.weight_files(folder)]
         paths += self.tokenizer_paths()
         return tuple(FileRecord(file=path.relative_to(root).as_posix(), sha256=sha256(path)) for path in paths)
 
     def tokenizer_paths(self) -> list[Path]:
-        """The tokenizer's files in the model."""
-        found = sorted((self.source.path / "tokenizer").iterdir())
+        """The tokenizers' files in the model."""
+        folders = self.source.kind.tokenizers.values()
+        found = [path for folder in folders for path in sorted((self.source.path / folder).iterdir())]
         return [path for path in found if path.suffix in (".json", ".txt") and path.is_file()]
 
     def weights_for(self, folder: str, checkpoint: Checkpoint) -> str:
@@ -322,13 +335,14 @@ class _Build:
             name = checkpoint.files[0].path.relative_to(self.source.path).as_posix()
             self.weights[folder] = next(record for record in self.source_files if record.file == name)
             return folder
-        name = f"{folder}.{self.options.dtype}"
+        precision = self.precision(folder)
+        name = f"{folder}.{precision}"
         old = self.folder.old.weights.get(name) if self.folder.old is not None else None
         if name not in self.weights and old is not None and self.folder.holds(old):
             self.weights[name] = old
         if name not in self.weights:
             modules_name = {key: module_name for module_name, (_, key) in checkpoint.keys.items()}
-            dtype = dtype_of(self.options.dtype)
+            dtype = dtype_of(precision)
             specs = [TensorSpec(key, file.entries[key].shape, dtype) for file, key in checkpoint.keys.values()]
 
             def load(key: str) -> torch.Tensor:
@@ -339,10 +353,10 @@ class _Build:
         return name
 
     def copy_tokenizer(self) -> tuple[FileRecord, ...]:
-        """The tokenizer's files, in the bundle."""
+        """The tokenizers' files, in the bundle."""
         files = []
         for path in self.tokenizer_paths():
-            name = f"tokenizer/{path.name}"
+            name = f"{path.parent.name}/{path.name}"
             if self.in_place:
                 files.append(FileRecord(file=name, sha256=sha256(path)))
             else:
@@ -362,17 +376,18 @@ class _Build:
             format=FORMAT,
             ldmrt=ldmrt.__version__,
             model=ModelRecord(
-                kind="stable-diffusion",
+                kind=self.source.kind.name,
                 name=self.source.name,
                 latent_channels=int(self.source.configs["vae"].get("latent_channels", 4)),
                 downscale=architectures.downscale(self.source),
-                tokenizer="tokenizer",
+                tokenizers=dict(self.source.kind.tokenizers),
+                zero_empty_negative=self.source.zero_empty_negative,
                 schedule=NoiseSchedule.from_config(self.source.configs["scheduler"]).to_dict(),
                 defaults=Defaults(
                     width=width,
                     height=height,
                     num_inference_steps=int(given.get("num_inference_steps", 50)),
-                    guidance_scale=float(given.get("guidance_scale", 7.5)),
+                    guidance_scale=float(given.get("guidance_scale", self.source.kind.guidance_scale)),
                 ),
             ),
             source=self.source_files,
@@ -388,9 +403,9 @@ def _slot(record: EngineRecord) -> tuple[Any, ...]:
 
 
 def _cast(inputs: Sequence[TensorSpec], dtype: torch.dtype) -> list[TensorSpec]:
-    """Network inputs in the engine's precision; ids and timesteps keep theirs."""
+    """Network inputs in the engine's precision; ids and numbers that are not activations keep theirs."""
     return [
-        TensorSpec(s.name, s.shape, dtype if s.dtype.is_floating_point and s.name != "timesteps" else s.dtype)
+        TensorSpec(s.name, s.shape, dtype if s.dtype.is_floating_point and s.name not in _EXACT else s.dtype)
         for s in inputs
     ]
 

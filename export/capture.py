@@ -18,6 +18,8 @@ from ldmrt.graph import Argument, Dim, Graph, Node, Ref, Size
 
 # Rows beyond 63 take another path in some modules (diffusers copies before it upsamples 64 rows or more).
 _LARGEST = {"rows": 63, "tokens": 4096}
+# Two names of one operator.
+_SAME = {"aten.concat.default": "aten.cat.default", "aten.concatenate.default": "aten.cat.default"}
 _EXAMPLE = {"rows": 3, "tokens": 77}
 _SILENT = (
     "aten._assert_tensor_metadata.default",
@@ -139,12 +141,16 @@ class _Reader:
         value = node.meta["val"]
         tensor = value[0] if isinstance(value, (list, tuple)) else value
         shape = () if isinstance(value, (list, tuple)) else tuple(self.size(size) for size in tensor.shape)
+        args = node.args
+        op = _SAME.get(op, op)
+        if op == "aten.to.device":  # (tensor, device, dtype, ...): only the dtype says something
+            op, args = "aten.to.dtype", (args[0], args[2])
         # The engine runs where its weights are, and everything is strided: these say nothing.
         kwargs = {k: v for k, v in node.kwargs.items() if k not in ("device", "layout", "pin_memory")}
         return Node(
             name=node.name,
             op=op,
-            args=tuple(self.argument(item) for item in node.args),
+            args=tuple(self.argument(item) for item in args),
             kwargs={key: self.argument(item) for key, item in kwargs.items()},
             shape=shape,
             dtype=tensor.dtype,

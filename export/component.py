@@ -23,7 +23,7 @@ class Component:
     """One thing to compile.
 
     Attributes:
-        name: `text_encoder`, `unet`, `decoder` or `encoder`.
+        name: `text_encoder` (and `text_encoder_2`), `unet`, `decoder` or `encoder`.
         folder: the subfolder of the model that its weights come from.
         module: the wrapper.
         inputs: its inputs; string dimensions are free.
@@ -45,7 +45,7 @@ class Component:
 
 
 class TextEncoder(torch.nn.Module):
-    """CLIP text encoder: token ids to the hidden states of every layer, each behind the final layer norm.
+    """CLIP text encoder of Stable Diffusion: token ids to the hidden states of every layer, each behind the final layer norm.
 
     `forward(input_ids (rows, tokens) int64) -> (layers, rows, tokens, width)`; index k is what `clip_skip=k` asks for, index 0
     the last layer.
@@ -55,11 +55,30 @@ class TextEncoder(torch.nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the class."""
         states = self.module(input_ids, output_hidden_states=True).hidden_states[1:]
         text_model = getattr(self.module, "text_model", self.module)
         return (torch.stack([text_model.final_layer_norm(state) for state in reversed(states)]),)
+
+
+class PenultimateTextEncoder(torch.nn.Module):
+    """CLIP text encoder as Stable Diffusion XL uses it: hidden states without the final layer norm, from the last but one.
+
+    `forward(input_ids (rows, tokens) int64) -> (layers, rows, tokens, width)`; index k is what `clip_skip=k` asks for, index 0
+    the last layer but one. With `pooled` also the projected embedding of the end token, (rows, projection).
+    """
+
+    def __init__(self, module: Any, *, pooled: bool) -> None:
+        super().__init__()
+        self.module = module
+        self.pooled = pooled
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See the class."""
+        result = self.module(input_ids, output_hidden_states=True)
+        states = torch.stack(list(reversed(result.hidden_states[:-1])))
+        return (states, result.text_embeds) if self.pooled else (states,)
 
 
 class UNet(torch.nn.Module):
@@ -75,9 +94,27 @@ class UNet(torch.nn.Module):
 
     def forward(
         self, latents: torch.Tensor, timesteps: torch.Tensor, encoder_hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """See the class."""
         return (self.module(latents, timesteps, encoder_hidden_states, return_dict=False)[0],)
+
+
+class UNetTextTime(UNet):
+    """The denoising U-Net of Stable Diffusion XL, which also takes the pooled text embedding `text_embeds` (rows, projection)
+    and `time_ids` (rows, 6): original height and width, top and left of the crop, target height and width.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor,
+        time_ids: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """See the class."""
+        extra = {"text_embeds": text_embeds, "time_ids": time_ids}
+        return (self.module(latents, timesteps, encoder_hidden_states, added_cond_kwargs=extra, return_dict=False)[0],)
 
 
 class Decoder(torch.nn.Module):

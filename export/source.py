@@ -17,11 +17,60 @@ import torch
 from ldmrt.errors import BuildError
 from ldmrt.weights import Entry, WeightFile
 
-KNOWN_KINDS = (
-    "Stable Diffusion 1.x and 2.x (StableDiffusionPipeline: CLIPTextModel, UNet2DConditionModel, AutoencoderKL)"
-)
 
-_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+@dataclass(frozen=True)
+class Kind:
+    """A member of the latent diffusion family, as its folder shows it.
+
+    Attributes:
+        name: what ldmrt calls it.
+        title: what people call it.
+        classes: component's folder -> class in model_index.json.
+        tokenizers: text encoder's folder -> its tokenizer's folder.
+        addition_embed_type: what its U-Net takes beside text and timestep, as its config says it.
+        guidance_scale: what its makers recommend.
+        upcast_vae: whether its VAE is known to overflow float16.
+    """
+
+    name: str
+    title: str
+    classes: Mapping[str, str]
+    tokenizers: Mapping[str, str]
+    addition_embed_type: str | None
+    guidance_scale: float
+    upcast_vae: bool = False
+
+
+_DENOISER = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+
+# By the pipeline's class in model_index.json.
+KINDS = {
+    "StableDiffusionPipeline": Kind(
+        name="stable-diffusion",
+        title="Stable Diffusion 1.x and 2.x",
+        classes={"text_encoder": "CLIPTextModel", **_DENOISER},
+        tokenizers={"text_encoder": "tokenizer"},
+        addition_embed_type=None,
+        guidance_scale=7.5,
+    ),
+    "StableDiffusionXLPipeline": Kind(
+        name="stable-diffusion-xl",
+        title="Stable Diffusion XL base",
+        classes={"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection", **_DENOISER},
+        tokenizers={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
+        addition_embed_type="text_time",
+        guidance_scale=5.0,
+        upcast_vae=True,
+    ),
+}
+KNOWN_KINDS = "; ".join(f"{kind.title} ({name}: {', '.join(kind.classes.values())})" for name, kind in KINDS.items())
+
+_STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -34,12 +83,19 @@ class Source:
         kind: the family member.
         configs: the JSON config of each component and of the noise schedule (`scheduler`).
         defaults: what the model's maker recommends (optional file `ldmrt-defaults.json`).
+        zero_empty_negative: whether an empty negative prompt means embeddings of zeros (`force_zeros_for_empty_prompt`).
     """
 
     path: Path
-    kind: str
+    kind: Kind
     configs: Mapping[str, Mapping[str, Any]]
     defaults: Mapping[str, Any]
+    zero_empty_negative: bool = False
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders that have weights."""
+        return tuple(self.kind.classes)
 
     @property
     def name(self) -> str:
@@ -68,23 +124,24 @@ class Source:
             raise BuildError(
                 f"{path / 'model_index.json'} does not name a pipeline (_class_name); copy the model again"
             )
-        if pipeline != "StableDiffusionPipeline":
+        kind = KINDS.get(pipeline)
+        if kind is None:
             raise BuildError(f"{path} is a {pipeline}, which ldmrt does not build yet; known kinds: {KNOWN_KINDS}")
-        expected = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-        for folder, name in expected.items():
+        for folder, name in kind.classes.items():
             entry = index.get(folder)
             found = entry[-1] if isinstance(entry, list) and entry else entry
             if found != name:
                 raise BuildError(f"{path}: its {folder} is a {found}, expected {name}; known kinds: {KNOWN_KINDS}")
-        configs = {folder: read_json(path / folder / "config.json") for folder in expected}
+        configs = {folder: read_json(path / folder / "config.json") for folder in kind.classes}
         configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
         extra = path / "ldmrt-defaults.json"
         defaults = read_json(extra) if extra.is_file() else {}
-        _check_values(path, configs, defaults)
-        _check_unet(path, configs)
-        if not (path / "tokenizer").is_dir():
-            raise BuildError(f"{path} has no folder tokenizer; copy the model again")
-        return cls(path, "stable-diffusion", configs, defaults)
+        _check_values(path, kind, configs, defaults)
+        _check_unet(path, kind, configs)
+        for folder in kind.tokenizers.values():
+            if not (path / folder).is_dir():
+                raise BuildError(f"{path} has no folder {folder}; copy the model again")
+        return cls(path, kind, configs, defaults, bool(index.get("force_zeros_for_empty_prompt", False)))
 
     def weight_files(self, folder: str) -> list[Path]:
         """The safetensors files of a component: one, or several when sharded.
@@ -196,7 +253,9 @@ def _list_keys(where: Path, verb: str, names: list[str]) -> str:
     return f"{where} {verb} {', '.join(names[:3])}{more}; the weights and the config are of different models, or the copy is incomplete: copy the model again"
 
 
-def _check_values(path: Path, configs: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]) -> None:
+def _check_values(
+    path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> None:
     """Refuse values of another type than the build computes with."""
 
     def check(where: str, values: Mapping[str, Any], key: str, what: str, *, optional: bool = True) -> None:
@@ -208,8 +267,9 @@ def _check_values(path: Path, configs: Mapping[str, Mapping[str, Any]], defaults
         if not (whole if what == "a whole number" else number):
             raise BuildError(f"{path / where}: {key} is {str(value)[:40]!r}, expected {what}; copy the model again")
 
-    for key in ("max_position_embeddings", "vocab_size"):
-        check("text_encoder/config.json", configs["text_encoder"], key, "a whole number", optional=False)
+    for folder in kind.tokenizers:
+        for key in ("max_position_embeddings", "vocab_size", "hidden_size"):
+            check(f"{folder}/config.json", configs[folder], key, "a whole number", optional=False)
     check("unet/config.json", configs["unet"], "cross_attention_dim", "a whole number", optional=False)
     check("unet/config.json", configs["unet"], "sample_size", "a whole number")
     check("vae/config.json", configs["vae"], "latent_channels", "a whole number")
@@ -225,7 +285,7 @@ def _check_values(path: Path, configs: Mapping[str, Mapping[str, Any]], defaults
         )
 
 
-def _check_unet(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_unet(path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]]) -> None:
     unet, vae = configs["unet"], configs["vae"]
     latents = vae.get("latent_channels", 4)
     if unet.get("in_channels", 4) != latents:
@@ -233,8 +293,15 @@ def _check_unet(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
             f"{path}: its U-Net takes {unet.get('in_channels')} channels and its VAE makes {latents}; "
             f"inpainting and other concatenating models are not built yet; known kinds: {KNOWN_KINDS}"
         )
+    expected = {"addition_embed_type": kind.addition_embed_type}
     for key in ("addition_embed_type", "class_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type"):
-        if unet.get(key) is not None:
+        if unet.get(key) != expected.get(key):
             raise BuildError(
-                f"{path}: its U-Net has {key} = {unet[key]!r}, which is not built yet; known kinds: {KNOWN_KINDS}"
+                f"{path}: its U-Net has {key} = {unet.get(key)!r}, which is not built yet; known kinds: {KNOWN_KINDS}"
             )
+    widths = [int(configs[folder]["hidden_size"]) for folder in kind.tokenizers]
+    if sum(widths) != unet["cross_attention_dim"]:
+        raise BuildError(
+            f"{path}: its U-Net reads text of width {unet['cross_attention_dim']}, its text encoders make "
+            f"{' + '.join(map(str, widths))}; the components are of different models"
+        )

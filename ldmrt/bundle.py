@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -68,7 +68,7 @@ class EngineRecord(_Record):
     """One compiled component.
 
     Attributes:
-        component: `text_encoder`, `context`, `schedule`, `step`, `decoder` or `encoder`.
+        component: `text_encoder`, `text_encoder_2`, `context`, `schedule`, `step`, `decoder` or `encoder`.
         kind: which engine runs it.
         dtype: the precision it computes in.
         size: width and height in pixels that it was made for, or None if it does not depend on them.
@@ -120,16 +120,18 @@ class ModelRecord(_Record):
         name: the source's name, for people.
         latent_channels: channels of the latents.
         downscale: pixels per latent cell, each way.
-        tokenizer: folder of the tokenizer inside the bundle.
+        tokenizers: folder of the tokenizer of each text encoder, in the order in which their outputs are joined.
+        zero_empty_negative: whether an empty negative prompt means embeddings of zeros.
         schedule: the noise schedule (`ldmrt.schedule.NoiseSchedule.from_dict`).
         defaults: see `Defaults`.
     """
 
-    kind: Literal["stable-diffusion"]
+    kind: str = Field(pattern="^stable-diffusion(-xl)?$")
     name: str
     latent_channels: int = Field(ge=1, le=1024)
     downscale: int = Field(ge=1, le=1024)
-    tokenizer: str
+    tokenizers: dict[str, str] = Field(min_length=1)
+    zero_empty_negative: bool = False
     schedule: dict[str, Any]
     defaults: Defaults
 
@@ -212,7 +214,8 @@ class Bundle:
         bundle = cls(folder, manifest)
         for record in bundle.records():
             bundle.locate(record.file)
-        bundle.locate(manifest.model.tokenizer)
+        for name in manifest.model.tokenizers.values():
+            bundle.locate(name)
         return bundle
 
     def records(self) -> Iterable[FileRecord]:
@@ -262,11 +265,11 @@ class Bundle:
             self._checked.add(record.file)
         return path
 
-    def check_tokenizer(self) -> Path:
-        """The tokenizer's folder, its files checked."""
+    def check_tokenizers(self) -> dict[str, Path]:
+        """The folder of each text encoder's tokenizer, all files checked."""
         for record in self.manifest.tokenizer_files:
             self.checked(record)
-        return self.locate(self.manifest.model.tokenizer)
+        return {encoder: self.locate(name) for encoder, name in self.manifest.model.tokenizers.items()}
 
     def find(
         self,

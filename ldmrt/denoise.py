@@ -17,13 +17,16 @@ from ldmrt.kernels.sampler import advance, sampler_step
 from ldmrt.schedule import SamplerTable
 from ldmrt.slots import Slots
 
+Conditioning = Mapping[str, torch.Tensor]
+
 
 class Denoiser:
     """A batch of images being denoised.
 
     Args:
-        context: turns text embeddings into what the step reads of them (keys and values), once per request.
-        schedule: turns timesteps into what the step reads of them, once per request for all steps.
+        context: turns the request's inputs into what the step reads of them (keys and values), once per request.
+        schedule: turns timesteps, and perhaps the request's inputs, into what the step reads of them, once per request for all
+            steps.
         step: the denoising network; its row count is the batch's.
         capacity: images at a time. An image takes one row, or two with guidance.
         tokens: length of the text embeddings.
@@ -58,6 +61,8 @@ class Denoiser:
             with_noise=with_noise,
         )
         self._slot_of_row = torch.zeros(rows, dtype=torch.int64, device=device)
+        # A row's entries of the schedule's tables are its own: its text may have a say in them.
+        self._offset = torch.zeros(rows, dtype=torch.int64, device=device)
         self._entry = torch.zeros(rows, dtype=torch.int64, device=device)
         self._contexts = {
             name: torch.zeros(_sizes(spec, rows=rows, tokens=tokens), dtype=spec.dtype, device=device)
@@ -68,7 +73,9 @@ class Denoiser:
             for name, spec in schedule.outputs.items()
         }
         self._tables = {
-            name: torch.zeros((self.slots.table.shape[0], *tensor.shape[1:]), dtype=tensor.dtype, device=device)
+            name: torch.zeros(
+                (rows * self.slots.entries_per_slot, *tensor.shape[1:]), dtype=tensor.dtype, device=device
+            )
             for name, tensor in self._current.items()
         }
         output = next(iter(step.outputs.values()))
@@ -83,8 +90,8 @@ class Denoiser:
         latents: torch.Tensor,
         table: SamplerTable,
         guidance_scale: float,
-        cond: torch.Tensor,
-        uncond: torch.Tensor | None,
+        cond: Conditioning,
+        uncond: Conditioning | None,
         noise: torch.Tensor | None = None,
     ) -> None:
         """Put an image into a slot.
@@ -94,8 +101,9 @@ class Denoiser:
             latents: (C, h, w) float32, standard normal noise.
             table: the sampler.
             guidance_scale: classifier-free guidance; ignored without `uncond`.
-            cond: (tokens, width), the prompt's text embeddings.
-            uncond: the same of the negative prompt, or None for no guidance.
+            cond: the network's request inputs by name, without the dimension of rows: `encoder_hidden_states` (tokens, width)
+                and what else the model has.
+            uncond: the same for the negative prompt, or None for no guidance.
             noise: (evaluations, C, h, w) float32 for a sampler that draws noise.
 
         Raises:
@@ -103,20 +111,24 @@ class Denoiser:
             BadRequest: the sampler has more evaluations than the batch was made for.
         """
         per_image = self.rows // self.capacity
-        embeddings = [cond] if uncond is None else [cond, uncond]
-        if len(embeddings) > per_image:
+        conditionings = [cond] if uncond is None else [cond, uncond]
+        if len(conditionings) > per_image:
             raise EngineMismatch(
                 f"a batch of {self.capacity} in {self.rows} rows has no room for guidance, which takes two rows an image"
             )
         first = slot * per_image
-        rows = slice(first, first + len(embeddings))
-        stacked = torch.stack(embeddings)
-        for name, tensor in self._context_of(stacked).items():
+        rows = slice(first, first + len(conditionings))
+        stacked = {
+            name: torch.stack([one[name].to(spec.dtype) for one in conditionings])
+            for name, spec in self._context.inputs.items()
+        }
+        for name, tensor in self._context.run(stacked).items():
             self._contexts[name][rows].copy_(tensor)
-        timesteps = torch.from_numpy(table.timesteps).to(device=stacked.device, dtype=torch.float32)
-        start = slot * self.slots.entries_per_slot
-        for name, tensor in self._schedule.run({"timesteps": timesteps}).items():
-            self._tables[name][start : start + len(tensor)].copy_(tensor)
+        entries = self.slots.entries_per_slot
+        for row, conditioning in enumerate(conditionings, start=first):
+            for name, tensor in self._scheduled(table, conditioning).items():
+                self._tables[name][row * entries : row * entries + len(tensor)].copy_(tensor)
+            self._offset[row] = (row - slot) * entries
         self._slot_of_row[rows] = slot
         self.slots.admit(
             slot,
@@ -133,6 +145,7 @@ class Denoiser:
         """One model evaluation and one sampler update for every admitted slot."""
         slots = self.slots
         torch.index_select(slots.row, 0, self._slot_of_row, out=self._entry)
+        self._entry.add_(self._offset)
         for name, current in self._current.items():
             torch.index_select(self._tables[name], 0, self._entry, out=current)
         self._step.enqueue()
@@ -160,9 +173,16 @@ class Denoiser:
         """Give a slot up; its rows are left alone from now on."""
         self.slots.release(slot)
 
-    def _context_of(self, embeddings: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        spec = self._context.inputs["encoder_hidden_states"]
-        return self._context.run({spec.name: embeddings.to(spec.dtype)})
+    def _scheduled(self, table: SamplerTable, conditioning: Conditioning) -> Mapping[str, torch.Tensor]:
+        """What the step reads of the timesteps, for all of a sampler's evaluations at once."""
+        inputs = {}
+        for name, spec in self._schedule.inputs.items():
+            if name == "timesteps":
+                inputs[name] = torch.from_numpy(table.timesteps).to(device=self._entry.device, dtype=spec.dtype)
+            else:
+                value = conditioning[name].to(spec.dtype)
+                inputs[name] = value.expand(table.evaluations, *value.shape)
+        return self._schedule.run(inputs)
 
 
 def _sizes(spec: TensorSpec, **free: int) -> tuple[int, ...]:

@@ -23,12 +23,12 @@ from ldmrt.loader import EngineLoader
 from ldmrt.noise import Generators, draw
 from ldmrt.request import Defaults, Job, LongPrompt, Request, resolve
 from ldmrt.schedule import NoiseSchedule, SamplerTable, sampler_table
-from ldmrt.text import PromptEncoder
+from ldmrt.text import Embedding, Given, PromptEncoder, TextModel
 from ldmrt.tokenizer import Tokenizer
 
 OutputType = Literal["pil", "np", "latent"]
 OnStep = Callable[[int, torch.Tensor], None]
-Text = tuple[torch.Tensor, torch.Tensor | None]
+Text = tuple[Embedding, Embedding | None]
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,13 @@ class Pipeline:
         self._loader = loader
         self.bundle, self.device = loader.bundle, loader.device
         model = self.bundle.manifest.model
-        self.tokenizer = Tokenizer.from_folder(self.bundle.check_tokenizer())
         self.schedule = NoiseSchedule.from_dict(model.schedule)
-        self._prompts = PromptEncoder(self.tokenizer, loader.only("text_encoder"), self.device)
+        texts = [
+            TextModel(Tokenizer.from_folder(folder), loader.only(encoder))
+            for encoder, folder in self.bundle.check_tokenizers().items()
+        ]
+        self.tokenizer = texts[0].tokenizer
+        self._prompts = PromptEncoder(texts, self.device, zero_empty_negative=model.zero_empty_negative)
         sizes = tuple(dict.fromkeys(record.size for record in loader.records("step") if record.size))
         size = (model.defaults.width, model.defaults.height)
         width, height = size if size in sizes else sizes[0]
@@ -124,6 +128,8 @@ class Pipeline:
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
         clip_skip: int | None = None,
         long_prompt: LongPrompt = "chunk",
         output_type: OutputType = "pil",
@@ -146,6 +152,8 @@ class Pipeline:
             latents: (n, C, h, w) float32, standard normal, instead of noise from a seed.
             prompt_embeds: (1 or n, tokens, width), instead of encoding the prompt.
             negative_prompt_embeds: the same for the negative prompt.
+            pooled_prompt_embeds: (1 or n, projection), with prompt_embeds where the model has pooled embeddings (SDXL).
+            negative_pooled_prompt_embeds: the same for the negative prompt.
             clip_skip: how many of the text encoder's last layers to leave out.
             long_prompt: `chunk` encodes a prompt longer than the text encoder's window in several windows, as AUTOMATIC1111 does;
                 `cut` drops the rest, with a warning.
@@ -179,27 +187,28 @@ class Pipeline:
         )
         if output_type not in ("pil", "np", "latent"):
             raise BadRequest(f"output_type is {output_type!r}, expected pil, np or latent", param="output_type")
+        given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         clock = _Clock()
         with self._lock, torch.inference_mode():
             with clock("tokenize"):
                 windows = self._prompts.tokenize(job)
             with clock("encode"):
-                texts = self._prompts.embed(job, windows, prompt_embeds, negative_prompt_embeds)
+                texts = self._prompts.embed(job, windows, given)
             with clock("prepare"):
                 table = sampler_table(job.sampler, self.schedule, job.num_inference_steps, job.eta)
                 starts, noises = draw(job.seeds, self._latent_shape(job), table, generator=generator, latents=latents)
             finals = torch.empty_like(starts)
             for group in self._groups(job, texts):
                 with clock("prepare"):
-                    denoiser = self._denoiser(job, table, len(group), len(texts[group[0]][0]))
+                    denoiser = self._denoiser(job, table, len(group), len(texts[group[0]][0].states))
                     for slot, number in enumerate(group):
                         denoiser.admit(
                             slot,
                             latents=starts[number],
                             table=table,
                             guidance_scale=job.guidance_scale,
-                            cond=texts[number][0],
-                            uncond=texts[number][1],
+                            cond=conditioning(texts[number][0], job),
+                            uncond=None if texts[number][1] is None else conditioning(texts[number][1], job),
                             noise=None if noises is None else noises[number],
                         )
                 with clock("denoise"):
@@ -247,7 +256,7 @@ class Pipeline:
             )
         by_tokens: dict[int, list[int]] = {}
         for number, (cond, _) in enumerate(texts):
-            by_tokens.setdefault(len(cond), []).append(number)
+            by_tokens.setdefault(len(cond.states), []).append(number)
         for numbers in by_tokens.values():
             start = 0
             while start < len(numbers):
@@ -311,6 +320,20 @@ class Pipeline:
             done += rows
         images = torch.cat(decoded)
         return pixels.to_float(images) if output_type == "np" else pixels.to_pil(pixels.to_uint8(images))
+
+
+def conditioning(embedding: Embedding, job: Job) -> dict[str, torch.Tensor]:
+    """A denoising network's request inputs, without the dimension of rows; each network takes those that it knows.
+
+    `time_ids` says that nothing was scaled or cropped (Podell et al. 2023, arXiv 2307.01952, section 2.2): original height and
+    width, top and left of the crop, target height and width.
+    """
+    inputs = {"encoder_hidden_states": embedding.states}
+    if embedding.pooled is not None:
+        inputs["text_embeds"] = embedding.pooled
+        sizes = (job.height, job.width, 0, 0, job.height, job.width)
+        inputs["time_ids"] = torch.tensor(sizes, dtype=torch.float32, device=embedding.states.device)
+    return inputs
 
 
 class _Clock:

@@ -1,9 +1,10 @@
-"""Prompts to text embeddings: windows of tokens, the text encoder, and what a caller gives instead."""
+"""Prompts to text embeddings: windows of tokens, the text encoders, and what a caller gives instead."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,85 +18,171 @@ from ldmrt.tokenizer import Tokenizer
 Ids = NDArray[np.int64]
 
 
-class PromptEncoder:
-    """A tokenizer and a text encoder.
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """What the denoiser reads of a prompt.
 
-    Args:
-        tokenizer: the model's.
-        engine: `input_ids` (rows, tokens) to `hidden_states` (layers, rows, tokens, width), the last layer first.
-        device: where the engine runs.
+    Attributes:
+        states: (tokens, width), the text encoders' hidden states side by side.
+        pooled: (projection,), one vector for the whole prompt, where the model has one.
     """
 
-    def __init__(self, tokenizer: Tokenizer, engine: Engine, device: torch.device) -> None:
-        self.tokenizer = tokenizer
-        self._engine = engine
-        self._device = device
-        layers, *_, width = engine.outputs["hidden_states"].shape
-        self.layers, self.width = int(layers), int(width)
+    states: torch.Tensor
+    pooled: torch.Tensor | None = None
 
-    def tokenize(self, job: Job) -> list[tuple[Ids, Ids]]:
-        """For each prompt its windows, int64 (windows, tokens), and those of its negative prompt: as many of the one as of
-        the other, since guidance compares the two. Warns of what `long_prompt="cut"` drops.
+
+@dataclass(frozen=True)
+class Given:
+    """Embeddings that the caller gives instead of prompts: (1 or prompts, tokens, width), pooled (1 or prompts, projection)."""
+
+    prompt_embeds: torch.Tensor | None = None
+    negative_prompt_embeds: torch.Tensor | None = None
+    pooled_prompt_embeds: torch.Tensor | None = None
+    negative_pooled_prompt_embeds: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A tokenizer and its text encoder: `input_ids` (rows, tokens) to `hidden_states` (layers, rows, tokens, width), the layer
+    that is used by default first, and perhaps to `text_embeds` (rows, projection).
+    """
+
+    tokenizer: Tokenizer
+    engine: Engine
+
+    @property
+    def layers(self) -> int:
+        """How many layers `clip_skip` may choose from."""
+        return int(self.engine.outputs["hidden_states"].shape[0])
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        return int(self.engine.outputs["hidden_states"].shape[-1])
+
+    @property
+    def pooled_width(self) -> int | None:
+        """Width of the pooled embedding, or None."""
+        spec = self.engine.outputs.get("text_embeds")
+        return None if spec is None else int(spec.shape[-1])
+
+
+class PromptEncoder:
+    """All text encoders of a model.
+
+    Args:
+        models: in the order in which their states are joined.
+        device: where the engines run.
+        zero_empty_negative: whether an empty negative prompt means embeddings of zeros, as Stable Diffusion XL was trained.
+    """
+
+    def __init__(self, models: Sequence[TextModel], device: torch.device, *, zero_empty_negative: bool = False) -> None:
+        self._models = tuple(models)
+        self._device = device
+        self._zero = zero_empty_negative
+        self.layers = min(model.layers for model in models)
+        self.width = sum(model.width for model in models)
+        self.pooled_width = next((model.pooled_width for model in models if model.pooled_width), None)
+
+    def tokenize(self, job: Job) -> list[tuple[tuple[Ids, ...], tuple[Ids, ...]]]:
+        """For each prompt its windows, int64 (windows, tokens) for each text encoder, and those of its negative prompt: as many
+        of the one as of the other, since guidance compares the two. Warns of what `long_prompt="cut"` drops.
         """
         most = 1 if job.long_prompt == "cut" else None
         pairs = []
         for texts in zip(job.prompts, job.negative_prompts, strict=True):
-            windows = [self.tokenizer.windows(text, most) for text in texts]
-            for what, one in zip(("prompt", "negative prompt"), windows, strict=True):
-                if one.dropped:
-                    warnings.warn(
-                        f"the {what} is longer than the text encoder's {self.tokenizer.model_max_length} tokens; "
-                        f"dropped: {one.dropped[:80]!r}",
-                        stacklevel=4,
-                    )
-            count = max(len(one.ids) for one in windows)
-            ours, theirs = (self.tokenizer.windows(text, most, min_windows=count).ids for text in texts)
+            count = 1
+            for model in self._models:
+                for what, text in zip(("prompt", "negative prompt"), texts, strict=True):
+                    windows = model.tokenizer.windows(text, most)
+                    count = max(count, len(windows.ids))
+                    if windows.dropped and model is self._models[0]:
+                        warnings.warn(
+                            f"the {what} is longer than the text encoder's {model.tokenizer.model_max_length} tokens; "
+                            f"dropped: {windows.dropped[:80]!r}",
+                            stacklevel=4,
+                        )
+            ours, theirs = (
+                tuple(model.tokenizer.windows(text, most, min_windows=count).ids for model in self._models)
+                for text in texts
+            )
             pairs.append((ours, theirs))
         return pairs
 
     def embed(
-        self,
-        job: Job,
-        windows: list[tuple[Ids, Ids]],
-        prompt_embeds: torch.Tensor | None,
-        negative_prompt_embeds: torch.Tensor | None,
-    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """For each image the prompt's embeddings (tokens, width), and with guidance the negative prompt's.
+        self, job: Job, windows: Sequence[tuple[tuple[Ids, ...], tuple[Ids, ...]]], given: Given
+    ) -> list[tuple[Embedding, Embedding | None]]:
+        """For each image the prompt's embedding, and with guidance the negative prompt's.
 
         Raises:
             BadRequest: embeddings that were given do not fit the model, the prompts, or each other.
         """
-        known: dict[bytes, torch.Tensor] = {}
+        known: dict[tuple[bytes, ...], Embedding] = {}
 
-        def encode(ids: Ids) -> torch.Tensor:
-            key = ids.tobytes()
+        def encode(ids: tuple[Ids, ...]) -> Embedding:
+            key = tuple(one.tobytes() for one in ids)
             if key not in known:
-                states = self._engine.run({"input_ids": torch.from_numpy(ids).to(self._device)})["hidden_states"]
-                known[key] = states[job.clip_skip].flatten(0, 1)
+                known[key] = self._encode(ids, job.clip_skip)
             return known[key]
 
-        def given(embeds: torch.Tensor, name: str) -> list[torch.Tensor]:
-            prompts = len(job.prompts)
-            if embeds.dim() != 3 or embeds.shape[0] not in (1, prompts) or embeds.shape[2] != self.width:
-                raise BadRequest(
-                    f"{name} has the shape {tuple(embeds.shape)}, expected (1 or {prompts}, tokens, {self.width})",
-                    param=name,
-                )
-            return [embeds[i % len(embeds)].to(self._device) for i in range(prompts)]
-
-        conds: list[Any] = (
-            [encode(ids) for ids, _ in windows] if prompt_embeds is None else given(prompt_embeds, "prompt_embeds")
-        )
-        unconds: list[Any] = [None] * len(conds)
-        if job.do_cfg and negative_prompt_embeds is not None:
-            unconds = given(negative_prompt_embeds, "negative_prompt_embeds")
+        prompts = len(job.prompts)
+        if given.prompt_embeds is None:
+            conds = [encode(ours) for ours, _ in windows]
+        else:
+            conds = self._given(given.prompt_embeds, given.pooled_prompt_embeds, "", prompts)
+        unconds: Sequence[Embedding | None] = [None] * prompts
+        if job.do_cfg and given.negative_prompt_embeds is not None:
+            pooled = given.negative_pooled_prompt_embeds
+            unconds = self._given(given.negative_prompt_embeds, pooled, "negative_", prompts)
         elif job.do_cfg:
-            unconds = [encode(ids) for _, ids in windows]
+            unconds = [
+                _zeros(cond) if self._zero and not text else encode(theirs)
+                for cond, text, (_, theirs) in zip(conds, job.negative_prompts, windows, strict=True)
+            ]
         for cond, uncond in zip(conds, unconds, strict=True):
-            if uncond is not None and cond.shape != uncond.shape:
+            if uncond is not None and cond.states.shape != uncond.states.shape:
                 raise BadRequest(
-                    f"the prompt's embeddings have {len(cond)} tokens and the negative prompt's {len(uncond)}: "
-                    "give both, of the same length",
+                    f"the prompt's embeddings have {len(cond.states)} tokens and the negative prompt's "
+                    f"{len(uncond.states)}: give both, of the same length",
                     param="negative_prompt_embeds",
                 )
         return [pair for pair in zip(conds, unconds, strict=True) for _ in range(job.num_images_per_prompt)]
+
+    def _encode(self, ids: tuple[Ids, ...], clip_skip: int) -> Embedding:
+        """Windows through each encoder; the pooled embedding is the first window's."""
+        states, pooled = [], None
+        for model, windows in zip(self._models, ids, strict=True):
+            found = model.engine.run({"input_ids": torch.from_numpy(windows).to(self._device)})
+            states.append(found["hidden_states"][clip_skip].flatten(0, 1))
+            if "text_embeds" in found:
+                pooled = found["text_embeds"][0]
+        return Embedding(torch.cat(states, dim=-1), pooled)
+
+    def _given(self, states: torch.Tensor, pooled: torch.Tensor | None, prefix: str, prompts: int) -> list[Embedding]:
+        """Embeddings as given, one for each prompt."""
+
+        def check(name: str, tensor: torch.Tensor, shape: tuple[int | str, ...]) -> None:
+            fits = tensor.dim() == len(shape) and tensor.shape[0] in (1, prompts) and tensor.shape[-1] == shape[-1]
+            if not fits:
+                raise BadRequest(
+                    f"{name} has the shape {tuple(tensor.shape)}, expected ({', '.join(map(str, shape))})", param=name
+                )
+
+        first = "1" if prompts == 1 else f"1 or {prompts}"
+        check(f"{prefix}prompt_embeds", states, (first, "tokens", self.width))
+        if self.pooled_width is not None:
+            name = f"{prefix}pooled_prompt_embeds"
+            if pooled is None:
+                raise BadRequest(f"{prefix}prompt_embeds needs {name} with this model; give both", param=name)
+            check(name, pooled, (first, self.pooled_width))
+        return [
+            Embedding(
+                states[i % len(states)].to(self._device),
+                None if self.pooled_width is None or pooled is None else pooled[i % len(pooled)].to(self._device),
+            )
+            for i in range(prompts)
+        ]
+
+
+def _zeros(like: Embedding) -> Embedding:
+    return Embedding(torch.zeros_like(like.states), None if like.pooled is None else torch.zeros_like(like.pooled))
