@@ -73,9 +73,9 @@ class Source:
         expected = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
         for folder, name in expected.items():
             entry = index.get(folder)
-            found = entry[-1] if isinstance(entry, list) and entry else entry
-            if found != name:
-                raise BuildError(f"{path}: its {folder} is a {found}, expected {name}; known kinds: {KNOWN_KINDS}")
+            named = entry[-1] if isinstance(entry, list) and entry else entry
+            if named != name:
+                raise BuildError(f"{path}: its {folder} is a {named}, expected {name}; known kinds: {KNOWN_KINDS}")
         configs = {folder: read_json(path / folder / "config.json") for folder in expected}
         configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
         extra = path / "ldmrt-defaults.json"
