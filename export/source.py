@@ -129,9 +129,9 @@ class Source:
             raise BuildError(f"{path} is a {pipeline}, which ldmrt does not build yet; known kinds: {KNOWN_KINDS}")
         for folder, name in kind.classes.items():
             entry = index.get(folder)
-            found = entry[-1] if isinstance(entry, list) and entry else entry
-            if found != name:
-                raise BuildError(f"{path}: its {folder} is a {found}, expected {name}; known kinds: {KNOWN_KINDS}")
+            named = entry[-1] if isinstance(entry, list) and entry else entry
+            if named != name:
+                raise BuildError(f"{path}: its {folder} is a {named}, expected {name}; known kinds: {KNOWN_KINDS}")
         configs = {folder: read_json(path / folder / "config.json") for folder in kind.classes}
         configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
         extra = path / "ldmrt-defaults.json"

@@ -77,6 +77,11 @@ def header(path: Path, **entries: Any) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 
 
+def a_file(model: Path) -> None:
+    shutil.rmtree(model)
+    model.write_text("x", encoding="utf-8")
+
+
 def only_pickles(model: Path) -> None:
     path = weights_of(model)
     torch.save({"a": torch.zeros(1)}, path.with_name("pytorch_model.bin"))
@@ -106,7 +111,7 @@ def shards(model: Path, names: object) -> None:
 
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no such folder": (shutil.rmtree, ("no such folder",)),
-    "a file": (lambda m: (shutil.rmtree(m), m.write_text("x")), ("is a file",)),
+    "a file": (a_file, ("is a file",)),
     "not a model": (lambda m: (m / "model_index.json").unlink(), ("not a model folder", "model_index.json")),
     "unknown pipeline": (lambda m: edit(m / "model_index.json", _class_name="FluxPipeline"), ("FluxPipeline",)),
     "no pipeline": (lambda m: edit(m / "model_index.json", _class_name=None), ("does not name",)),

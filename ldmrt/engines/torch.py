@@ -154,8 +154,6 @@ class TorchEngine:
 
     def _explain(self, function: Callable[..., Any] | None, error: Exception) -> Exception:
         """What to raise when an operator fails, which it does in a damaged graph, or for want of memory."""
-        if isinstance(error, torch.OutOfMemoryError):
-            return error
         reason = " ".join(str(error).split())[:200]
         if "can't allocate memory" in reason:
             return EngineMismatch(
@@ -189,6 +187,8 @@ class TorchEngine:
                     )
                 for number in dying:
                     registers[number] = None
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise self._explain(function, error) from error
         return self._result(registers)

@@ -1,0 +1,517 @@
+"""The command line: what it prints where, what it writes, how it ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ldmrt
+from ldmrt.bundle import MANIFEST, Bundle
+from ldmrt.cli import app, common
+from ldmrt.cli.inspect import damage
+from ldmrt.errors import BuildError
+from ldmrt.export.folder import BundleFolder
+from ldmrt.image import parse_parameters, read_parameters
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process."""
+
+    def call(*args: object) -> Ended:
+        with pytest.raises(SystemExit) as caught:
+            app([str(arg) for arg in args], prog_name="ldmrt")
+        captured = capsys.readouterr()
+        return Ended(int(caught.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def generate(run: Run, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run `ldmrt generate` with a small model, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: run(
+        "generate", "a red circle", "--engines", tiny_bundle, "--steps", 2, "--device", "cpu", *args
+    )
+
+
+def refused(ended: Ended, *words: str) -> None:
+    """It ended with one line on stderr that says these words."""
+    assert ended.code == 1
+    assert ended.out == ""
+    assert ended.err.startswith("ldmrt: ")
+    assert ended.err.count("\n") == 1
+    for word in words:
+        assert word in ended.err
+
+
+def content(path: Path) -> np.ndarray[Any, Any]:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+# ---------------------------------------------------------------------------------------------------- the frame
+
+
+@pytest.mark.parametrize("command", ["", "generate", "build-engines", "inspect", "doctor"])
+def test_help(run: Run, command: str) -> None:
+    ended = run(*command.split(), "--help")
+    assert ended.code == 0
+    assert "Usage: ldmrt" in ended.out
+    assert all(line == line.rstrip() and len(line) <= 80 for line in ended.out.splitlines())
+    assert ended.err == ""
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version", "generate --help"])
+def test_what_is_quick_imports_nothing_heavy(argument: str) -> None:
+    code = f"""
+import sys
+from ldmrt.cli import main
+sys.argv = ["ldmrt", *{argument.split()}]
+try:
+    main()
+except SystemExit as end:
+    assert end.code == 0
+heavy = {{"torch", "numpy", "PIL", "diffusers", "transformers"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"ldmrt {ldmrt.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["paint"],
+        ["generate"],
+        ["generate", "a", "--surprise"],
+        ["generate", "a", "--steps", "many"],
+        ["generate", "a", "--engine", "tensorflow"],
+        ["generate", "a", "--dtype", "int4"],
+        ["generate", "a", "--device", "gpu"],
+        *(
+            ["generate", "a", "--size", size]
+            for size in ("512", "512x", "x", "0x8", "-8x8", "8.0x8", "1e3x8", "9x9x9", "")
+        ),
+        ["build-engines", "model"],
+        ["build-engines", "model", "--out", "out", "--size", "big"],
+        ["build-engines", "model", "--out", "out", "--batch", "two"],
+        ["inspect"],
+    ],
+)
+def test_usage_errors(run: Run, args: list[str]) -> None:
+    ended = run(*args)
+    assert ended.code == 2
+    assert ended.out == ""
+    assert "Usage: ldmrt" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_an_unexpected_error_is_called_a_bug(generate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr("ldmrt.pipeline.Pipeline.from_bundle", fail)
+    refused(generate(), "unexpected ZeroDivisionError: division by zero", "--verbose", "report it")
+    verbose = generate("--verbose")
+    assert verbose.code == 1
+    assert "Traceback" in verbose.err
+
+
+def test_errors_of_the_system_say_the_cure() -> None:
+    assert "smaller --size" in common.message(MemoryError())
+    assert "smaller --size" in common.message(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert common.message(OSError(28, "No space left on device", "/x")).startswith("/x: No space left on device; make")
+    assert "check that the path" in common.message(PermissionError(13, "Permission denied", "/x"))
+
+
+# ---------------------------------------------------------------------------------------------------- generate
+
+
+def test_a_picture_is_what_the_pipeline_makes(generate: Run, tiny_bundle: Path) -> None:
+    ended = generate(
+        "--seed", 7, "--guidance-scale", 3, "--negative-prompt", "a square", "--eta", 0.5, "--clip-skip", 1
+    )
+    assert ended.code == 0
+    assert ended.err == ""
+    assert "ldmrt-7.png  64x64  seed 7" in ended.out
+    assert all(stage in ended.out for stage in ("load", "encode", "denoise", "decode", "save"))
+    pipe = ldmrt.Pipeline.from_bundle(tiny_bundle, "cpu")
+    result = pipe("a red circle", "a square", 2, 3.0, seed=7, eta=0.5, clip_skip=1)
+    assert np.array_equal(content(Path("ldmrt-7.png")), np.asarray(result.images[0]))
+
+
+def test_a_picture_says_how_it_was_made(generate: Run) -> None:
+    generate("--seed", 7, "--negative-prompt", "a square", "--guidance-scale", 2.5, "--eta", 0.5, "--clip-skip", 1)
+    found = parse_parameters(read_parameters("ldmrt-7.png") or "")
+    assert found.prompt == "a red circle"
+    assert found.negative_prompt == "a square"
+    expected = {"Steps": "2", "Seed": "7", "CFG scale": "2.5", "Size": "64x64", "Eta": "0.5", "Clip skip": "2"}
+    assert expected.items() <= found.settings.items()
+
+
+def test_names_that_we_choose_are_never_taken(generate: Run) -> None:
+    Path("ldmrt-7.png").write_text("mine")
+    assert "ldmrt-7-1.png" in generate("--seed", 7).out
+    assert "ldmrt-7-2.png" in generate("--seed", 7).out
+    assert Path("ldmrt-7.png").read_text() == "mine"
+
+
+def test_a_file_is_overwritten(generate: Run) -> None:
+    Path("a.png").write_text("old")
+    generate("--seed", 1, "--out", "a.png")
+    assert content(Path("a.png")).shape == (64, 64, 3)
+    assert [path.name for path in Path().iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.WEBP", "b.jpeg"])
+def test_the_suffix_chooses_the_format(generate: Run, name: str) -> None:
+    assert generate("--seed", 1, "--out", name).code == 0
+    assert parse_parameters(read_parameters(name) or "").settings["Seed"] == "1"
+
+
+def test_several_pictures(generate: Run) -> None:
+    # The bundle draws two at a time: two batches, the second of one.
+    generate("--seed", 7, "--num-images", 3, "--out", "a.png")
+    assert sorted(path.name for path in Path().iterdir()) == ["a-0.png", "a-1.png", "a-2.png"]
+    generate("--seed", 8, "--out", "one.png")
+    assert np.allclose(content(Path("a-1.png")).astype(int), content(Path("one.png")), atol=1)
+    assert parse_parameters(read_parameters("a-2.png") or "").settings["Seed"] == "9"
+
+
+@pytest.mark.parametrize("folder", ["there", "not/yet/"])
+def test_a_folder(generate: Run, folder: str) -> None:
+    Path("there").mkdir()
+    generate("--seed", 7, "--num-images", 2, "--out", folder)
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["ldmrt-7.png", "ldmrt-8.png"]
+
+
+def test_generate_json(generate: Run, tiny_bundle: Path) -> None:
+    ended = generate("--num-images", 2, "--json")
+    assert ended.err == ""
+    document = json.loads(ended.out)
+    first, second = document["images"]
+    assert second["seed"] == first["seed"] + 1 == document["settings"]["seed"] + 1
+    for image in (first, second):
+        pixels = content(Path(image["path"]))
+        assert hashlib.sha256(pixels.tobytes()).hexdigest() == image["sha256"]
+        assert pixels.shape == (image["height"], image["width"], 3)
+    assert set(document["timings"]) >= {"load", "tokenize", "encode", "prepare", "denoise", "decode", "save", "total"}
+    assert document["timings"]["total"] >= document["timings"]["load"] > 0
+    settings = {
+        key: document["settings"][key] for key in ("engine", "dtype", "device", "num_inference_steps", "bundle")
+    }
+    assert settings == {
+        "engine": "torch",
+        "dtype": "float32",
+        "device": "cpu",
+        "num_inference_steps": 2,
+        "bundle": str(tiny_bundle.resolve()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--steps", "0"], ["--steps is 0, expected"]),
+        (["--steps", "100000"], ["--steps is 100000, expected"]),
+        (["--guidance-scale", "-1"], ["--guidance-scale is -1", "expected"]),
+        (["--guidance-scale", "nan"], ["--guidance-scale is nan", "expected"]),
+        (["--guidance-scale", "inf"], ["--guidance-scale is inf", "expected"]),
+        (["--seed", "-1"], ["--seed is -1, expected"]),
+        (["--seed", str(2**64)], ["--seed is", "expected"]),
+        (["--num-images", "0"], ["--num-images is 0, expected"]),
+        (["--num-images", "100000"], ["at most", "fewer"]),
+        (["--eta", "2"], ["--eta is 2", "expected"]),
+        (["--clip-skip", "99"], ["--clip-skip is 99, expected"]),
+        (["--sampler", "magic"], ["--sampler is 'magic', expected"]),
+        (["--size", "100x64"], ["width is 100", "multiple of 8"]),
+        (["--size", "128x64"], ["no engine for 128x64", "64x64", "build-engines"]),
+        (["--engine", "onnxruntime"], ["no onnxruntime engine", "build-engines"]),
+        (["--dtype", "float16"], ["float16", "build"]),
+        (["--device", "cuda:99"], ["cuda:99", "use cpu"]),
+        (["--out", "a.gif"], ["a.gif", ".png"]),
+        (["--out", "no/where/a.png"], ["does not exist", "create it"]),
+        (["--out", "file/a.png"], ["is a file"]),
+        (["--out", "file/folder/"], ["is a file"]),
+        (["--out", "noformat"], ["noformat", "expected"]),
+        (["--engines", "nowhere"], ["no such folder", "build-engines"]),
+    ],
+)
+def test_generate_refuses(generate: Run, args: list[str], words: list[str]) -> None:
+    Path("file").write_text("keep me")
+    refused(generate(*args), *words)
+    assert [path.name for path in Path().iterdir()] == ["file"]
+    assert Path("file").read_text() == "keep me"
+
+
+def test_the_output_is_checked_before_anything_is_loaded(generate: Run) -> None:
+    refused(generate("--engines", "nowhere", "--out", "no/where/a.png"), "does not exist")
+
+
+def test_a_prompt_that_is_cut_is_warned_of(generate: Run) -> None:
+    ended = generate("--negative-prompt", "red circle " * 99, "--long-prompt", "cut", "--seed", 1)
+    assert ended.code == 0
+    assert ended.err.startswith("ldmrt: warning: the negative prompt is longer")
+    assert ended.err.count("\n") == 1
+
+
+def test_the_environment(generate: Run, run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setenv("LDMRT_THREADS", "3")
+    monkeypatch.setenv("LDMRT_DEVICE", "cuda:99")
+    assert generate("--seed", 1).code == 0  # with --device cpu
+    assert threads == [3]
+    refused(run("generate", "a", "--engines", tiny_bundle), "cuda:99")
+    monkeypatch.setenv("LDMRT_DEVICE", "gpu")
+    refused(generate(), "LDMRT_DEVICE is 'gpu', expected")
+
+
+# ---------------------------------------------------------------------------------------------------- the others
+
+
+def test_build(run: Run, tiny_model: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(tiny_bundle, tmp_path / "my bundle")
+    ended = run("build-engines", tiny_model, "--out", out, "--dtype", "float32")
+    assert ended.code == 0
+    assert ended.err == ""
+    for component in ("text_encoder", "context", "schedule", "step", "decoder", "encoder"):
+        assert component in ended.out
+    assert ended.out.endswith(f"ldmrt generate \"a prompt\" --engines '{out}'\n")
+
+
+def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def build(*args: object, on_progress: Callable[[str, int, int], None], **options: object) -> Bundle:
+        on_progress("unet: compiling", 1, 9)
+        given.update(options, args=args)
+        return Bundle.open(tiny_bundle)
+
+    monkeypatch.setattr(ldmrt, "build_engines", build, raising=False)
+    sizes = ["--size", "512x768", "--size", "64X64"]
+    ended = run("build-engines", "m", "--out", "o", *sizes, "--batch", 2, "--batch", 3, "--dtype", "bfloat16", "--json")
+    assert given == {
+        "args": (Path("m"), Path("o")),
+        "engine": "auto",
+        "sizes": [(512, 768), (64, 64)],
+        "batch_sizes": [2, 3],
+        "dtype": "bfloat16",
+    }
+    assert ended.err == ""
+    document = json.loads(ended.out)
+    assert Path(document["bundle"]) == tiny_bundle.resolve()
+    assert {engine["key"] for engine in document["engines"]} == {
+        engine.key for engine in Bundle.open(tiny_bundle).manifest.engines
+    }
+    run("build-engines", "m", "--out", "o")
+    assert (given["sizes"], given["batch_sizes"]) == (None, (1,))
+
+
+def test_build_refuses(run: Run, tmp_path: Path) -> None:
+    refused(run("build-engines", tmp_path, "--out", tmp_path / "out"), "not a model folder", "model_index.json")
+
+
+def test_inspect(run: Run, tiny_bundle: Path) -> None:
+    ended = run("inspect", tiny_bundle, "--check")
+    assert (ended.code, ended.err) == (0, "")
+    for word in ("text_encoder", "unet.float32", "64x64", "runs here", "files checked", "captured", "request"):
+        assert word in ended.out
+    document = json.loads(run("inspect", tiny_bundle, "--check", "--json").out)
+    manifest = json.loads((tiny_bundle / MANIFEST).read_text(encoding="utf-8"))
+    assert document["model"] == manifest["model"]
+    assert document["passes"] == manifest["passes"]
+    assert document["check"]["problems"] == []
+    for found, engine in zip(document["engines"], manifest["engines"], strict=True):
+        assert found["runs_here"] is True
+        assert engine["certificate"] == found["certificate"]
+        for file in found["files"]:
+            assert file["bytes"] == (tiny_bundle / file["file"]).stat().st_size
+
+
+def test_inspect_finds_damage(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    next(bundle.glob("weights/unet*")).unlink()
+    next(bundle.glob("graphs/*.json")).write_text("{}")
+    assert run("inspect", bundle).code == 0
+    ended = run("inspect", bundle, "--check", "--json")
+    assert ended.code == 1
+    assert len(json.loads(ended.out)["check"]["problems"]) == 2
+    assert "(and 1 more)" in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_doctor(run: Run) -> None:
+    ended = run("doctor")
+    assert (ended.code, ended.err) == (0, "")
+    assert torch.__version__ in ended.out
+    assert json.loads(run("doctor", "--json").out)["torch"]["version"] == torch.__version__
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a command as a process of its own; what it leaves running or open is ended with the test."""
+    with ExitStack() as stack:
+
+        def call(*args: object, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-m", "ldmrt", *map(str, args)],
+                    cwd=tmp_path,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    stdout=stdout,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            stack.callback(process.kill)
+            return process
+
+        yield call
+
+
+def wait(process: subprocess.Popen[str]) -> Ended:
+    out, err = process.communicate(timeout=120)
+    return Ended(process.returncode, out or "", err)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait until something has happened that a process does."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_between_pictures(start: Start, tiny_bundle: Path, tmp_path: Path, end: signal.Signals) -> None:
+    out = tmp_path / "out"
+    process = start("generate", "a", "--engines", tiny_bundle, "--num-images", 900, "--out", f"{out}/")
+    wait_for(lambda: len(list(out.glob("*.png"))) >= 3, process)
+    process.send_signal(end)
+    ended = wait(process)
+    assert ended == ((130, "", "interrupted\n") if end is signal.SIGINT else (-end, "", ""))
+    pictures = list(out.glob("*.png"))
+    assert 3 <= len(pictures) < 900
+    for picture in pictures:
+        assert content(picture).shape == (64, 64, 3)
+    if end is signal.SIGINT:
+        assert set(out.iterdir()) == set(pictures)
+
+
+def test_a_new_build_interrupted(start: Start, tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    process = start("build-engines", tiny_model, "--out", out, "--dtype", "float32")
+    wait_for(lambda: any(out.glob("graphs/*.json")), process)
+    process.send_signal(signal.SIGINT)
+    assert wait(process) == (130, "", "interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_killed_leaves_the_bundle_as_it_was(
+    start: Start, tiny_model: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    before = files(bundle)
+    process = start("build-engines", tiny_model, "--out", bundle, "--dtype", "float32", "--batch", 3)
+    wait_for(lambda: any(bundle.glob("graphs/*-r3-*.json")), process)
+    process.kill()
+    process.communicate()
+    assert files(bundle).items() >= before.items()
+    assert damage(Bundle.open(bundle)) == []
+    # The next build finds what the dead one left, and ends with nothing that the manifest does not name.
+    built = ldmrt.build_engines(tiny_model, bundle, dtype="float32", batch_sizes=(2,))
+    assert set(files(bundle)) == {record.file for record in built.records()} | {MANIFEST}
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 3000 bytes; the system says so as it does when the disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_the_disk_is_full_for_a_picture(generate: Run, full_disk: None) -> None:
+    refused(generate("--out", "a.png", "--json"), "a.png", "File too large", "make room")
+    assert list(Path().iterdir()) == []
+
+
+def test_the_disk_is_full_for_a_bundle(run: Run, tiny_model: Path, tmp_path: Path, full_disk: None) -> None:
+    refused(run("build-engines", tiny_model, "--out", tmp_path / "out"), "File too large", "make room")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stdout_is_full(start: Start, tiny_bundle: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        refused(wait(start("inspect", tiny_bundle, "--json", stdout=full)), "No space left", "make room")
+
+
+def test_stdout_is_closed(start: Start, tiny_bundle: Path) -> None:
+    process = start("inspect", tiny_bundle, "--json")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 1
+
+
+def test_two_builds_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def first_build() -> None:
+        folder = BundleFolder(out)
+        with folder.open():
+            folder.write_bytes("graphs/a.json", b"{}")
+            with pytest.raises(BuildError, match=r"another build is writing to .*; wait for it"):
+                ldmrt.build_engines(tiny_model, out)
+            assert (out / "graphs" / "a.json").is_file()
+            raise RuntimeError("the first fails")
+
+    with pytest.raises(RuntimeError, match="the first fails"):
+        first_build()
+    assert not out.exists()
