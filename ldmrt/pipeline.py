@@ -202,13 +202,14 @@ class Pipeline:
                 with clock("prepare"):
                     denoiser = self._denoiser(job, table, len(group), len(texts[group[0]][0].states))
                     for slot, number in enumerate(group):
+                        cond, uncond = texts[number]
                         denoiser.admit(
                             slot,
                             latents=starts[number],
                             table=table,
                             guidance_scale=job.guidance_scale,
-                            cond=conditioning(texts[number][0], job),
-                            uncond=None if texts[number][1] is None else conditioning(texts[number][1], job),
+                            cond=conditioning(cond, job),
+                            uncond=None if uncond is None else conditioning(uncond, job),
                             noise=None if noises is None else noises[number],
                         )
                 with clock("denoise"):

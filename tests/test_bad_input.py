@@ -324,7 +324,7 @@ BAD_BUNDLES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "a path that is too long": (lambda b: change_manifest(b, lambda d: names(d, "x" * 5000)), ("ldmrt.json",)),
     "an empty path": (lambda b: change_manifest(b, lambda d: names(d, "")), ("missing",)),
     "a tokenizer outside": (
-        lambda b: change_manifest(b, lambda d: d["model"].update(tokenizer="../../etc")),
+        lambda b: change_manifest(b, lambda d: d["model"].update(tokenizers={"text_encoder": "../../etc"})),
         ("outside",),
     ),
     "a link that leaves": (linked, ("outside",)),

@@ -66,7 +66,7 @@ def _seconds(case: Case) -> float:
 
 
 def _cuda_seconds(case: Case) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     case()
     end.record()

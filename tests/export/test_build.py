@@ -243,7 +243,7 @@ def test_the_key_changes_with_each_part(tiny_model: Path, tmp_path: Path, monkey
         options = Options(engine, dtype, ((64, 64),), (1,))
         build = _Build(Source.open(tiny_model), BundleFolder(tmp_path), options, lambda _what, _done, _total: None)
         build.weights = {"vae": FileRecord(file="weights/vae", sha256=digest * 64)}
-        return build.key(_Draft(graph or small_graph(), size, rows), "vae")
+        return build.key(_Draft(graph or small_graph(), size, rows, dtype), "vae")
 
     version = importlib.metadata.version
     keys = {

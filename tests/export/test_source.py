@@ -44,7 +44,7 @@ def checkpoint(model: Path, folder: str) -> Checkpoint:
 
 def test_a_model_is_recognised(tiny_model: Path) -> None:
     source = Source.open(tiny_model)
-    assert (source.kind, source.name) == ("stable-diffusion", "tiny")
+    assert (source.kind.name, source.name) == ("stable-diffusion", "tiny")
     assert set(source.configs) == {"unet", "vae", "text_encoder", "scheduler"}
     assert downscale(source) == 8
     assert not source.defaults
