@@ -18,7 +18,7 @@ from ldmrt import image as pixels
 from ldmrt.bundle import Bundle
 from ldmrt.config import parse_device
 from ldmrt.denoise import Denoiser
-from ldmrt.errors import BadRequest, EngineMismatch
+from ldmrt.errors import BadRequest, EngineMismatch, NumericalError
 from ldmrt.loader import EngineLoader
 from ldmrt.noise import Generators, draw
 from ldmrt.request import Defaults, Job, LongPrompt, Request, resolve
@@ -201,22 +201,30 @@ class Pipeline:
             for group in self._groups(job, texts):
                 with clock("prepare"):
                     denoiser = self._denoiser(job, table, len(group), len(texts[group[0]][0].states))
-                    for slot, number in enumerate(group):
-                        cond, uncond = texts[number]
-                        denoiser.admit(
-                            slot,
-                            latents=starts[number],
-                            table=table,
-                            guidance_scale=job.guidance_scale,
-                            cond=conditioning(cond, job),
-                            uncond=None if uncond is None else conditioning(uncond, job),
-                            noise=None if noises is None else noises[number],
-                        )
-                with clock("denoise"):
-                    self._denoise(denoiser, table, len(group), on_step)
-                    for slot, number in enumerate(group):
-                        finals[number] = denoiser.latents(slot).cpu()
+                try:
+                    with clock("prepare"):
+                        for slot, number in enumerate(group):
+                            cond, uncond = texts[number]
+                            denoiser.admit(
+                                slot,
+                                latents=starts[number],
+                                table=table,
+                                guidance_scale=job.guidance_scale,
+                                cond=conditioning(cond, job),
+                                uncond=None if uncond is None else conditioning(uncond, job),
+                                noise=None if noises is None else noises[number],
+                            )
+                    with clock("denoise"):
+                        self._denoise(denoiser, table, len(group), on_step)
+                        finals[group] = denoiser.slots.x[: len(group)].cpu()
+                finally:
+                    for slot in range(len(group)):
                         denoiser.release(slot)
+            if not finals.isfinite().all():
+                raise NumericalError(
+                    f"the latents hold {int((~finals.isfinite()).sum())} NaN or infinite values out of {finals.numel()}:"
+                    " use a wider dtype (float32), or a smaller guidance scale"
+                )
             with clock("decode"):
                 images = None if output_type == "latent" else self._decode(job, finals, output_type)
         # A tensor made in inference mode could not be used in a caller's own computation.
@@ -291,15 +299,10 @@ class Pipeline:
         return self._denoisers[key]
 
     def _denoise(self, denoiser: Denoiser, table: SamplerTable, images: int, on_step: OnStep | None) -> None:
-        try:
-            for step in table.steps.tolist():
-                denoiser.step()
-                if on_step is not None and step >= 0:
-                    on_step(step, denoiser.slots.x[:images].clone())
-        except BaseException:
-            for slot in range(images):
-                denoiser.release(slot)
-            raise
+        for step in table.steps.tolist():
+            denoiser.step()
+            if on_step is not None and step >= 0:
+                on_step(step, denoiser.slots.x[:images].clone())
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
