@@ -65,6 +65,14 @@ def tiny_model_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_model_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like Stable Diffusion XL base's: two text encoders, pooled embedding, time ids."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-xl"
+    write_model_xl(folder, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_model` on the torch engine in float32, for one and two images. Do not write to it."""
     return _built(tiny_model, tmp_path_factory, "torch")
@@ -74,6 +82,19 @@ def tiny_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def tiny_bundle_v(tiny_model_v: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_model_v` on the torch engine in float32, for one and two images. Do not write to it."""
     return _built(tiny_model_v, tmp_path_factory, "torch")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_xl(tiny_model_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model_xl` on the torch engine in float32, for one and two images. Do not write to it."""
+    return _built(tiny_model_xl, tmp_path_factory, "torch")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_xl_onnx(tiny_model_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model_xl` on ONNX Runtime, for one image. Do not write to it."""
+    pytest.importorskip("onnxruntime")
+    return _built(tiny_model_xl, tmp_path_factory, "onnxruntime", (1,))
 
 
 @pytest.fixture(scope="session")
@@ -171,6 +192,79 @@ def write_model(folder: Path, *, version: int, seed: int) -> None:
             "scheduler": ["diffusers", _SCHEDULERS[version]["_class_name"]],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+
+
+def write_model_xl(folder: Path, *, seed: int) -> None:
+    """Write a model like Stable Diffusion XL base with weights drawn from a seed."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    for name in ("transformers", "diffusers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    vocabulary, merges = _vocabulary()
+    ids = {"bos_token_id": vocabulary[START], "eos_token_id": vocabulary[END], "vocab_size": len(vocabulary)}
+    text = {"num_attention_heads": 4, "max_position_embeddings": 77, "intermediate_size": 64, **ids}
+    pooled, time_ids, time_width = 24, 6, 8
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        modules: dict[str, torch.nn.Module] = {
+            "text_encoder": CLIPTextModel(
+                CLIPTextConfig(hidden_size=32, num_hidden_layers=3, hidden_act="quick_gelu", **text)
+            ),
+            "text_encoder_2": CLIPTextModelWithProjection(
+                CLIPTextConfig(hidden_size=40, num_hidden_layers=4, hidden_act="gelu", projection_dim=pooled, **text)
+            ),
+            "unet": UNet2DConditionModel(
+                sample_size=SIZE // 8,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                block_out_channels=(16, 32),
+                layers_per_block=1,
+                norm_num_groups=8,
+                cross_attention_dim=32 + 40,
+                attention_head_dim=(2, 4),
+                transformer_layers_per_block=(1, 2),
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=time_width,
+                projection_class_embeddings_input_dim=pooled + time_ids * time_width,
+            ),
+            "vae": AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(8, 16, 16, 16),
+                layers_per_block=1,
+                norm_num_groups=4,
+                sample_size=SIZE,
+                scaling_factor=0.13025,
+            ),
+        }
+        for name, module in modules.items():
+            _enliven(module)
+            module.save_pretrained(folder / name)  # type: ignore[operator]
+    _write_tokenizer(folder / "tokenizer", vocabulary, merges, 77, pad=END)
+    _write_tokenizer(folder / "tokenizer_2", vocabulary, merges, 77, pad="!")
+    schedule = {**_SCHEDULERS[1], "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+    _write_json(folder / "scheduler" / "scheduler_config.json", schedule)
+    _write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": "StableDiffusionXLPipeline",
+            "_diffusers_version": "0.36.0",
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "force_zeros_for_empty_prompt": True,
+            "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"],
         },

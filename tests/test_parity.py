@@ -1,4 +1,4 @@
-"""The same pictures as diffusers' StableDiffusionPipeline with DDIM, in float32, after every step, on both CPU engines."""
+"""The same pictures as diffusers' pipelines with DDIM, in float32, after every step, on both CPU engines."""
 
 from __future__ import annotations
 
@@ -94,9 +94,11 @@ CASES: dict[str, Case] = {
 
 
 def reference_pipeline(model: Path) -> Any:
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(model)
+    xl = (model / "text_encoder_2").is_dir()
+    options = {"add_watermarker": False} if xl else {}
+    pipe = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline).from_pretrained(model, **options)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -110,6 +112,11 @@ def reference(tiny_model: Path) -> Any:
 @pytest.fixture(scope="module")
 def reference_v(tiny_model_v: Path) -> Any:
     return reference_pipeline(tiny_model_v)
+
+
+@pytest.fixture(scope="module")
+def reference_xl(tiny_model_xl: Path) -> Any:
+    return reference_pipeline(tiny_model_xl)
 
 
 def draw_theirs(pipe: Any, arguments: dict[str, Any]) -> tuple[list[torch.Tensor], np.ndarray]:
@@ -182,6 +189,53 @@ def test_onnxruntime(tiny_bundle_onnx: Path, reference: Any, name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_onnxruntime_v_prediction(tiny_bundle_v_onnx: Path, reference_v: Any, name: str) -> None:
     compare(Pipeline.from_bundle(tiny_bundle_v_onnx), reference_v, CASES[name])
+
+
+def for_xl(name: str) -> Case:
+    """Two prompts: to diffusers an empty negative prompt that was given is not zeros, to us it is; so it is given to neither."""
+    case = CASES[name]
+    return Case({**case.common, "negative_prompt": NEGATIVE}, case.ours, case.theirs) if name == "two prompts" else case
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_torch_xl(tiny_bundle_xl: Path, reference_xl: Any, name: str) -> None:
+    compare(Pipeline.from_bundle(tiny_bundle_xl), reference_xl, for_xl(name))
+
+
+@pytest.mark.slow  # the bundle alone takes twenty seconds
+@pytest.mark.parametrize("name", CASES)
+def test_onnxruntime_xl(tiny_bundle_xl_onnx: Path, reference_xl: Any, name: str) -> None:
+    compare(Pipeline.from_bundle(tiny_bundle_xl_onnx), reference_xl, for_xl(name))
+
+
+def test_prompt_embeds_xl(tiny_bundle_xl: Path, reference_xl: Any) -> None:
+    states = 0.7 * torch.randn(2, 77, 72, generator=generator(1))
+    pooled = torch.randn(2, 24, generator=generator(2))
+    case = Case(
+        {
+            "prompt": None,
+            "prompt_embeds": states[:1],
+            "negative_prompt_embeds": states[1:],
+            "pooled_prompt_embeds": pooled[:1],
+            "negative_pooled_prompt_embeds": pooled[1:],
+            "guidance_scale": 5.0,
+        },
+        lambda: {"prompt": "", "seed": 0},
+        lambda: {"generator": generator(0)},
+    )
+    compare(Pipeline.from_bundle(tiny_bundle_xl), reference_xl, case)
+
+
+@pytest.mark.parametrize("skip", [1, 2])
+def test_clip_skip_xl(tiny_bundle_xl: Path, reference_xl: Any, skip: int) -> None:
+    # diffusers skips layers of the prompt, and never of the negative prompt: encoded by diffusers, given to ours.
+    embeds = reference_xl.encode_prompt(PROMPT, negative_prompt=NEGATIVE, clip_skip=skip)
+    pipe = Pipeline.from_bundle(tiny_bundle_xl)
+    ours = pipe(PROMPT, num_inference_steps=2, guidance_scale=1.0, clip_skip=skip, seed=1, output_type="latent").latents
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    given = dict(zip(names, embeds, strict=True))
+    theirs = pipe(**given, num_inference_steps=2, guidance_scale=1.0, seed=1, output_type="latent").latents
+    assert relative(ours, theirs) < LATENTS
 
 
 def test_every_argument_matters(reference: Any) -> None:
