@@ -196,7 +196,9 @@ def sample_scene(rng: np.random.Generator, two: bool) -> Scene:
         )
         if all((thing.color, thing.shape) != (seen.color, seen.shape) for seen in things):
             things.append(thing)
-    return Scene(tuple(things), background, RELATIONS[rng.integers(len(RELATIONS))] if two else "")
+    return Scene(
+        tuple(things), background, RELATIONS[rng.integers(len(RELATIONS))] if two else ""
+    )
 
 
 def sample_training_scene(rng: np.random.Generator, two_objects: float = TWO_OBJECTS) -> Scene:
@@ -269,7 +271,9 @@ def _star_points(full: int) -> list[tuple[float, float]]:
     for corner in range(10):
         radius = outer if corner % 2 == 0 else outer * STAR_WAIST
         angle = corner * pi / 5
-        points.append((center + radius * sin(angle), center - drop + outer - radius * cos(angle)))
+        points.append(
+            (center + radius * sin(angle), center - drop + outer - radius * cos(angle))
+        )
     return points
 
 
@@ -284,7 +288,9 @@ def draw(layout: Layout) -> Picture:
     return np.rint(picture).astype(np.uint8)
 
 
-def sample_unseen_scenes(rng: np.random.Generator, count: int, two: bool, left_out: bool = False) -> list[Scene]:
+def sample_unseen_scenes(
+    rng: np.random.Generator, count: int, two: bool, left_out: bool = False
+) -> list[Scene]:
     """Distinct scenes whose captions no training saw.
 
     Args:
