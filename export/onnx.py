@@ -74,8 +74,8 @@ def write_onnx(graph: Graph, weights: Mapping[str, WeightFile], path: Path) -> s
     with _quiet():
         from onnxscript import optimizer
 
-        # Never a Transpose: of a weight, that would be a second copy of it, inside the .onnx file.
-        optimizer.optimize_ir(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
+        # What is made of a weight alone would be a second copy of it, inside the .onnx file.
+        optimizer.optimize_ir(model, should_fold=lambda node: False if _reads_weights(node) else None)
     digest = write_atomically(path, onnx_ir.to_proto(model).SerializeToString())
     try:
         onnx.checker.check_model(str(path), full_check=False)
@@ -89,6 +89,10 @@ def write_onnx(graph: Graph, weights: Mapping[str, WeightFile], path: Path) -> s
 
 def _free(graph: Graph) -> list[str]:
     return list(dict.fromkeys(size for spec in graph.inputs for size in spec.shape if isinstance(size, str)))
+
+
+def _reads_weights(node: onnx_ir.Node) -> bool:
+    return any(value is not None and isinstance(value.const_value, onnx_ir.ExternalTensor) for value in node.inputs)
 
 
 def _name_dimensions(model: onnx_ir.Model, graph: Graph) -> None:

@@ -44,9 +44,10 @@ IMAGES = (
 
 def denoiser(bundle: Bundle, rows: int, *, capacity: int, evaluations: int = 16) -> Denoiser:
     record = next(record for record in bundle.find("step") if record.rows == rows)
-    parts = [bundle.load(bundle.find(name)[0], CPU) for name in ("context", "schedule")]
+    context, schedule = (bundle.load(bundle.find(name)[0], CPU) for name in ("context", "schedule"))
     return Denoiser(
-        *parts,
+        context,
+        schedule,
         bundle.load(record, CPU),
         capacity=capacity,
         tokens=TOKENS,

@@ -24,7 +24,7 @@ ROWS = Dim("rows")
 
 
 def layer(rows: int | str = "rows") -> Graph:
-    size = ROWS if rows == "rows" else rows
+    size = rows if isinstance(rows, int) else ROWS
     return Graph(
         name="layer",
         inputs=(TensorSpec("x", (rows, 4), F32), TensorSpec("ids", (rows,), torch.int64)),

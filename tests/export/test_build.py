@@ -56,7 +56,7 @@ def draw(path: Path, **arguments: Any) -> Result:
 
 def test_what_a_bundle_holds(tiny_bundle: Path, tiny_model: Path) -> None:
     found = Bundle.open(tiny_bundle)
-    step = [("step", "torch", "float32", (64, 64), rows) for rows in (1, 2, 4)]
+    step: list[tuple[Any, ...]] = [("step", "torch", "float32", (64, 64), rows) for rows in (1, 2, 4)]
     coders = [(name, "torch", "float32", (64, 64), rows) for name in ("decoder", "encoder") for rows in (1, 2)]
     free = [(name, "torch", "float32", None, None) for name in ("text_encoder", "context", "schedule")]
     assert sorted(map(slot, found.manifest.engines), key=str) == sorted(step + coders + free, key=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -59,7 +60,9 @@ def ten() -> Graph:
 
 def weights(part: Graph, seed: int = 0) -> dict[str, torch.Tensor]:
     return {
-        name: torch.randn(*spec.shape, generator=torch.Generator().manual_seed(seed + len(name) + ord(name[0])))
+        name: torch.randn(
+            *map(int, spec.shape), generator=torch.Generator().manual_seed(seed + len(name) + ord(name[0]))
+        )
         for name, spec in part.weights.items()
     }
 
@@ -69,9 +72,12 @@ def values(seed: int = 0, rows: int = 3) -> dict[str, torch.Tensor]:
     return {name: torch.randn(rows, 4, generator=generator) for name in KINDS}
 
 
-def together(parts: Hoisted, given: dict[str, torch.Tensor], held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def together(
+    parts: Hoisted, given: dict[str, torch.Tensor], held: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """`context`, `schedule` and `step`, each from its JSON, one after the other."""
     known = dict(given)
+    result: dict[str, torch.Tensor] = {}
     for part in (parts.context, parts.schedule, parts.step):
         if not part.outputs:
             continue
