@@ -272,6 +272,7 @@ def test_the_key_changes_with_each_part(tiny_model: Path, tmp_path: Path, monkey
     assert len(set(keys.values())) == len(keys), keys
 
 
+@pytest.mark.slow
 def test_a_damaged_engine_is_built_again(bundle: Path, tiny_model: Path) -> None:
     record = Bundle.open(bundle).find("decoder")[0]
     good = (bundle / record.files[0].file).read_bytes()
