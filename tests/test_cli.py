@@ -23,7 +23,7 @@ from PIL import Image
 
 import ldmrt
 from ldmrt.bundle import MANIFEST, Bundle
-from ldmrt.cli import app, common
+from ldmrt.cli import app, failures
 from ldmrt.cli.inspect import damage
 from ldmrt.errors import BuildError
 from ldmrt.export.folder import BundleFolder
@@ -150,10 +150,12 @@ def test_an_unexpected_error_is_called_a_bug(generate: Run, monkeypatch: pytest.
 
 
 def test_errors_of_the_system_say_the_cure() -> None:
-    assert "smaller --size" in common.message(MemoryError())
-    assert "smaller --size" in common.message(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
-    assert common.message(OSError(28, "No space left on device", "/x")).startswith("/x: No space left on device; make")
-    assert "check that the path" in common.message(PermissionError(13, "Permission denied", "/x"))
+    assert "smaller --size" in failures.message(MemoryError())
+    assert "smaller --size" in failures.message(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert failures.message(OSError(28, "No space left on device", "/x")).startswith(
+        "/x: No space left on device; make"
+    )
+    assert "check that the path" in failures.message(PermissionError(13, "Permission denied", "/x"))
 
 
 # ---------------------------------------------------------------------------------------------------- generate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,12 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_pictures_are_those_of_the_cpu(tiny_bundle: Path) -> None:
     """Within 1e-3: a GPU sums in another order, and TF32 stays off by default in matrix products but not in cuDNN."""
-    arguments = {"num_inference_steps": 10, "guidance_scale": 5.0, "seed": 3, "num_images_per_prompt": 2}
+    arguments: dict[str, Any] = {
+        "num_inference_steps": 10,
+        "guidance_scale": 5.0,
+        "seed": 3,
+        "num_images_per_prompt": 2,
+    }
     torch.backends.cudnn.allow_tf32 = False
     on_cpu = Pipeline.from_bundle(tiny_bundle, device="cpu")("a test", **arguments)
     on_gpu = Pipeline.from_bundle(tiny_bundle, device="cuda")("a test", **arguments)

@@ -9,10 +9,11 @@ import typer
 
 import ldmrt
 from ldmrt.cli.build import build_engines
-from ldmrt.cli.common import Commands, Verbose
 from ldmrt.cli.doctor import doctor
+from ldmrt.cli.failures import Commands
 from ldmrt.cli.generate import generate
 from ldmrt.cli.inspect import inspect
+from ldmrt.cli.options import Verbose
 
 app = typer.Typer(
     name="ldmrt",

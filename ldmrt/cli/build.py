@@ -9,18 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ldmrt.cli.common import (
-    Dtype,
-    EngineChoice,
-    Json,
-    Size,
-    Verbose,
-    parse_size,
-    print_json,
-    progress_bar,
-    size_text,
-    table,
-)
+from ldmrt.cli.options import Dtype, EngineChoice, Json, Size, Verbose, parse_size
+from ldmrt.cli.output import print_json, progress_bar, size_text, table
 
 
 def build_engines(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from ldmrt.cli.common import Json, Verbose, bytes_text, print_json, table
+from ldmrt.cli.options import Json, Verbose
+from ldmrt.cli.output import bytes_text, print_json, table
 
 
 def doctor(json: Json = False, _verbose: Verbose = False) -> None:

@@ -11,18 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ldmrt.cli.common import (
-    Dtype,
-    EngineChoice,
-    Json,
-    Size,
-    Verbose,
-    parse_device,
-    parse_size,
-    print_json,
-    progress_bar,
-    shown_warnings,
-)
+from ldmrt.cli.options import Dtype, EngineChoice, Json, Size, Verbose, parse_device, parse_size
+from ldmrt.cli.output import print_json, progress_bar, shown_warnings
 from ldmrt.errors import BadRequest
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ldmrt.cli.common import Json, Verbose, bytes_text, print_json, size_text, table
+from ldmrt.cli.options import Json, Verbose
+from ldmrt.cli.output import bytes_text, print_json, size_text, table
 from ldmrt.errors import BundleError
 
 if TYPE_CHECKING:

@@ -1,0 +1,69 @@
+"""Options that several commands have, and how their values are read."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from enum import StrEnum
+from typing import Annotated, NamedTuple
+
+import typer
+
+from ldmrt.cli.failures import VERBOSE
+from ldmrt.errors import BadRequest
+
+
+def _set_verbose(ctx: typer.Context, value: bool) -> None:
+    if value:
+        ctx.meta[VERBOSE] = True
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
+        logging.getLogger("ldmrt").setLevel(logging.DEBUG)
+
+
+Verbose = Annotated[
+    bool, typer.Option("--verbose", callback=_set_verbose, help="Log to stderr, and show tracebacks of errors.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
+
+
+class Size(NamedTuple):
+    """Width and height in pixels."""
+
+    width: int
+    height: int
+
+
+def parse_size(text: str) -> Size:
+    """Read `512x768`."""
+    found = re.fullmatch(r"([1-9][0-9]{0,4})[xX]([1-9][0-9]{0,4})", text.strip())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no size, expected WIDTHxHEIGHT in pixels, such as 512x512")
+    return Size(int(found[1]), int(found[2]))
+
+
+def parse_device(text: str) -> str:
+    """Read `cpu`, `cuda`, `cuda:N` or `auto`."""
+    from ldmrt import config
+
+    try:
+        return config.parse_device(text)
+    except BadRequest as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+class Dtype(StrEnum):
+    """Precisions."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class EngineChoice(StrEnum):
+    """Engine kinds."""
+
+    auto = "auto"
+    torch = "torch"
+    onnxruntime = "onnxruntime"
