@@ -17,9 +17,9 @@ from ldmrt.weights import sha256
 
 # Names that a build gives to its files. What bears one, and is not in the manifest, was left by a build that was killed.
 _OURS = re.compile(
-    r"(graphs/[a-z_]+-[0-9a-z-]*-[0-9a-f]{8}\.(json|safetensors)"
-    r"|[a-z_]+-[0-9a-z-]*-[0-9a-f]{8}\.onnx"
-    r"|weights/[a-z_]+\.(float32|bfloat16|float16)\.safetensors"
+    r"(graphs/[a-z0-9_]+-[0-9a-z-]*-[0-9a-f]{8}\.(json|safetensors)"
+    r"|[a-z0-9_]+-[0-9a-z-]*-[0-9a-f]{8}\.onnx"
+    r"|weights/[a-z0-9_]+\.(float32|bfloat16|float16)\.safetensors"
     r"|(graphs/|weights/)?\..*\.tmp)"
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,17 @@ from ldmrt.graph import Argument, Dim, Graph, Ref, dtype_name
 from ldmrt.operators import resolve
 
 _Getter = Callable[[list[Any]], tuple[Any, ...]]
+
+
+class _Instruction(NamedTuple):
+    """One call: registers[register] = function(*arguments(registers), **keywords); then the dying registers are freed."""
+
+    function: Callable[..., Any]
+    arguments: _Getter
+    names: tuple[str, ...]
+    keywords: _Getter | None
+    register: int
+    dying: tuple[int, ...] = ()
 
 
 class TorchEngine:
@@ -96,17 +107,20 @@ class TorchEngine:
         for name in self._inputs:
             index[name] = new()
         dims: dict[Dim, int] = {}
-        instructions: list[tuple[Callable[..., Any], _Getter, tuple[str, ...], _Getter | None, int]] = []
+        instructions: list[_Instruction] = []
 
         def place(argument: Argument) -> int:
             """The register that holds an argument when its instruction runs."""
             if isinstance(argument, Ref):
                 return index[argument.name]
             if isinstance(argument, Dim):
-                return dims.setdefault(argument, -1) if argument in dims else dims.setdefault(argument, new())
+                if argument not in dims:
+                    dims[argument] = new()
+                return dims[argument]
             if isinstance(argument, tuple) and _is_dynamic(argument):
                 register = new()
-                instructions.append((_make_list, _getter([place(item) for item in argument]), (), None, register))
+                items = _getter([place(item) for item in argument])
+                instructions.append(_Instruction(_make_list, items, (), None, register))
                 return register
             return new(list(argument) if isinstance(argument, tuple) else argument)
 
@@ -118,7 +132,8 @@ class TorchEngine:
             arguments = _getter([place(argument) for argument in node.args])
             keywords = _getter([place(argument) for argument in node.kwargs.values()]) if node.kwargs else None
             index[node.name] = new()
-            instructions.append((resolve(node.op), arguments, tuple(node.kwargs), keywords, index[node.name]))
+            function = resolve(node.op)
+            instructions.append(_Instruction(function, arguments, tuple(node.kwargs), keywords, index[node.name]))
 
         results = [index[value] for value in graph.outputs.values()]
         self._template = registers
@@ -126,23 +141,21 @@ class TorchEngine:
         self._dims = [(register, self._locate(dim), dim.factor) for dim, register in dims.items()]
         self._instructions = self._with_frees(instructions, results)
 
-    def _with_frees(
-        self,
-        instructions: list[tuple[Callable[..., Any], _Getter, tuple[str, ...], _Getter | None, int]],
-        results: list[int],
-    ) -> list[tuple[Callable[..., Any], _Getter, tuple[str, ...], _Getter | None, int, tuple[int, ...]]]:
+    def _with_frees(self, instructions: list[_Instruction], results: list[int]) -> list[_Instruction]:
         """Add to every instruction the registers whose last use it is."""
-        made = {instruction[4] for instruction in instructions} | set(range(len(self._inputs)))
+        made = {instruction.register for instruction in instructions} | set(range(len(self._inputs)))
         alive = set(results)
         numbers = list(range(len(self._template)))
         out = []
-        for function, arguments, names, keywords, register in reversed(instructions):
-            read = set(arguments(numbers)) | set(keywords(numbers) if keywords else ())
+        for instruction in reversed(instructions):
+            read = set(instruction.arguments(numbers))
+            if instruction.keywords is not None:
+                read |= set(instruction.keywords(numbers))
             dying = tuple(sorted((read & made) - alive))
-            if register not in alive and register not in read:
-                dying = (*dying, register)
+            if instruction.register not in alive | read:
+                dying = (*dying, instruction.register)
             alive |= read
-            out.append((function, arguments, names, keywords, register, dying))
+            out.append(instruction._replace(dying=dying))
         return out[::-1]
 
     def _locate(self, dim: Dim) -> tuple[int, int]:
