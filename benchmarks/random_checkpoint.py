@@ -15,12 +15,18 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldmrt.graph import dtype_of
 from ldmrt.pipeline import builtin_bundle
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
+CLASSES: dict[str, Any] = {
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+}
 
 
 def write_checkpoint(name: str, out: Path, *, dtype: torch.dtype, seed: int = 0) -> None:
@@ -33,33 +39,39 @@ def write_checkpoint(name: str, out: Path, *, dtype: torch.dtype, seed: int = 0)
         seed: of the weights.
     """
     configs = json.loads((ARCHITECTURES / f"{name}.json").read_text())
-    index = {
-        "_class_name": "StableDiffusionPipeline",
+    texts = [folder for folder in CLASSES if folder.startswith("text") and folder in configs]
+    index: dict[str, Any] = {
+        "_class_name": configs["pipeline"],
         "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
         "scheduler": ["diffusers", configs["scheduler"]["_class_name"]],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    if configs["pipeline"] == "StableDiffusionPipeline":
+        index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
+    else:
+        index |= {
+            "force_zeros_for_empty_prompt": configs["force_zeros_for_empty_prompt"],
+            "image_encoder": [None, None],
+        }
     out.mkdir(parents=True)
-    (out / "scheduler").mkdir()
+    for folder in texts:
+        tokenizer = folder.replace("text_encoder", "tokenizer")
+        index |= {folder: ["transformers", CLASSES[folder].__name__], tokenizer: ["transformers", "CLIPTokenizer"]}
+        shutil.copytree(builtin_bundle() / "tokenizer", out / tokenizer)
+        file = out / tokenizer / "tokenizer_config.json"
+        tokens = configs[folder]["max_position_embeddings"]
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": tokens}, indent=1))
     (out / "model_index.json").write_text(json.dumps(index, indent=1))
+    (out / "scheduler").mkdir()
     (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(configs["scheduler"], indent=1))
-    tokens = configs["text_encoder"]["max_position_embeddings"]
-    shutil.copytree(builtin_bundle() / "tokenizer", out / "tokenizer")
-    settings = json.loads((out / "tokenizer" / "tokenizer_config.json").read_text())
-    (out / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": tokens}))
-    for folder in ("text_encoder", "unet", "vae"):
+    for folder in (*texts, "unet", "vae"):
         torch.manual_seed(seed)
-        module: Any
-        if folder == "text_encoder":
-            module = CLIPTextModel(CLIPTextConfig(**configs[folder]))
+        if folder in texts:
+            module = CLASSES[folder](CLIPTextConfig(**configs[folder]))
         else:
-            module = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[folder].from_config(configs[folder])
-        module.to(dtype).save_pretrained(out / folder, safe_serialization=True)
+            module = CLASSES[folder].from_config(configs[folder])
+        module.to(dtype).save_pretrained(out / folder, safe_serialization=True, max_shard_size="20GB")
 
 
 def main() -> None:
