@@ -49,6 +49,8 @@ def test_every_engine_is_verified(shipped: Bundle) -> None:
 
 def test_nothing_tells_where_it_was_made(shipped: Bundle) -> None:
     for path in shipped.path.rglob("*.json"):
+        if path.name == "vocab.json":  # a slash is a token
+            continue
         text = path.read_text()
         assert "_name_or_path" not in text
         assert '"/' not in text  # no absolute path
@@ -57,8 +59,7 @@ def test_nothing_tells_where_it_was_made(shipped: Bundle) -> None:
 def test_it_equals_a_fresh_build(shipped: Bundle, tmp_path: Path) -> None:
     model = tmp_path / "shapes"
     shutil.copytree(shipped.path, model, ignore=shutil.ignore_patterns(MANIFEST, "graphs"))
-    steps = {record.rows for record in shipped.manifest.engines if record.component == "step"}
-    batches = [rows for rows in steps if rows is not None and 2 * rows in steps]
+    batches = [record.rows or 1 for record in shipped.find("decoder")]
     fresh = build_engines(model, model, dtype="float32", batch_sizes=batches)
     ours = {slot(record): record for record in shipped.manifest.engines}
     theirs = {slot(record): record for record in fresh.manifest.engines}

@@ -183,7 +183,7 @@ def is_for_training(scene: Scene) -> bool:
     return not has_left_out_pair(scene) and not is_held_out(scene.caption)
 
 
-def sample_scene(rng: np.random.Generator, two: bool) -> Scene:
+def sample_scene(rng: np.random.Generator, *, two: bool) -> Scene:
     """A scene with one or two things, uniform over colours and shapes, hold-outs not regarded."""
     background = COLORS[rng.integers(len(COLORS))]
     others = [color for color in COLORS if color != background]
@@ -196,15 +196,13 @@ def sample_scene(rng: np.random.Generator, two: bool) -> Scene:
         )
         if all((thing.color, thing.shape) != (seen.color, seen.shape) for seen in things):
             things.append(thing)
-    return Scene(
-        tuple(things), background, RELATIONS[rng.integers(len(RELATIONS))] if two else ""
-    )
+    return Scene(tuple(things), background, RELATIONS[rng.integers(len(RELATIONS))] if two else "")
 
 
 def sample_training_scene(rng: np.random.Generator, two_objects: float = TWO_OBJECTS) -> Scene:
     """A scene that may be trained on; ``two_objects`` is the share of scenes with two things."""
     two = bool(rng.random() < two_objects)
-    while not is_for_training(scene := sample_scene(rng, two)):
+    while not is_for_training(scene := sample_scene(rng, two=two)):
         pass
     return scene
 
@@ -257,7 +255,7 @@ def shape_mask(shape: str, side: int) -> Mask:
         draw.ellipse((inset, inset, full - 1 - inset, full - 1 - inset), fill=0)
     else:
         raise ValueError(f"no such shape: {shape!r}")
-    coverage = np.asarray(image.reduce(SUPERSAMPLING), dtype=np.float32) / 255
+    coverage: Mask = np.asarray(image.reduce(SUPERSAMPLING), dtype=np.float32) / np.float32(255)
     coverage.setflags(write=False)
     return coverage
 
@@ -271,9 +269,7 @@ def _star_points(full: int) -> list[tuple[float, float]]:
     for corner in range(10):
         radius = outer if corner % 2 == 0 else outer * STAR_WAIST
         angle = corner * pi / 5
-        points.append(
-            (center + radius * sin(angle), center - drop + outer - radius * cos(angle))
-        )
+        points.append((center + radius * sin(angle), center - drop + outer - radius * cos(angle)))
     return points
 
 
@@ -288,10 +284,23 @@ def draw(layout: Layout) -> Picture:
     return np.rint(picture).astype(np.uint8)
 
 
-def sample_unseen_scenes(
-    rng: np.random.Generator, count: int, two: bool, left_out: bool = False
-) -> list[Scene]:
-    """Distinct scenes whose captions no training saw.
+def single_scenes() -> list[Scene]:
+    """Every scene with one thing."""
+    return [
+        Scene((Thing(color, shape, size),), background)
+        for background in COLORS
+        for color in COLORS
+        if color != background
+        for shape in SHAPES
+        for size in SIZES
+    ]
+
+
+def sample_unseen_scenes(rng: np.random.Generator, count: int, *, two: bool, left_out: bool = False) -> list[Scene]:
+    """Scenes whose captions no training saw.
+
+    Scenes with two things are all different; of scenes with one thing there are only so many,
+    and they come around again where ``count`` is greater.
 
     Args:
         rng: Source of randomness.
@@ -300,9 +309,18 @@ def sample_unseen_scenes(
         left_out: Take scenes with a left-out (colour, shape) pair, rather than held-out captions
             made of pairs seen in training.
     """
+
+    def fits(scene: Scene) -> bool:
+        if left_out:
+            return has_left_out_pair(scene)
+        return not has_left_out_pair(scene) and is_held_out(scene.caption)
+
+    if not two:
+        fitting = [scene for scene in single_scenes() if fits(scene)]
+        order = rng.permutation(len(fitting))
+        return [fitting[order[index % len(order)]] for index in range(count)]
     scenes: dict[str, Scene] = {}
     while len(scenes) < count:
-        scene = sample_scene(rng, two)
-        if has_left_out_pair(scene) == left_out and (left_out or is_held_out(scene.caption)):
+        if fits(scene := sample_scene(rng, two=two)):
             scenes[scene.caption] = scene
     return list(scenes.values())
