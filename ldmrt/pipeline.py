@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -355,7 +354,7 @@ class _Clock:
 
 def builtin_bundle() -> Path:
     """The folder of the built-in shapes model, which is a diffusers model and a bundle at once."""
-    return Path(str(resources.files("ldmrt"))) / "builtin" / "shapes"
+    return Path(__file__).parent / "builtin" / "shapes"
 
 
 def _device(device: str | torch.device | None) -> torch.device:
