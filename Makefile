@@ -71,8 +71,9 @@ $(VENV)/.stamp-lint: $(VENV)/.stamp-test
 	$(INSTALL) --group lint
 	@touch $@
 
-# The built-in model's folder is also its bundle. Run this when the compiler's output has changed; the weights stay as they are.
+# The built-in model's folder is also its bundle. Run this when the weights or the compiler's output have changed.
 builtin: $(VENV)/.stamp-test
+	rm -rf ldmrt/builtin/shapes/graphs ldmrt/builtin/shapes/ldmrt.json
 	$(BIN)/ldmrt build-engines ldmrt/builtin/shapes --out ldmrt/builtin/shapes --dtype float32 --batch 1 --batch 4
 
 clean:
