@@ -19,7 +19,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/
 .PHONY: demo test check format-check lint types check-native format builtin clean
 
 demo: $(VENV)/.stamp-demo
-	$(BIN)/ldmrt generate "a red circle on a white background" --out demo.png
+	$(BIN)/ldmrt generate "a red circle on a white background" --seed 2 --out demo.png
 	@echo "$(CURDIR)/demo.png"
 
 test: $(VENV)/.stamp-test
