@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -469,22 +469,31 @@ def test_a_build_killed_leaves_the_bundle_as_it_was(
     assert set(files(bundle)) == {record.file for record in built.records()} | {MANIFEST}
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 3000 bytes; the system says so as it does when the disk is full."""
+    """No file may grow beyond 3000 bytes; the system says so as it does when the disk is full.
+
+    Not a fixture: pytest writes to its own log between a test and the end of its fixtures.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_the_disk_is_full_for_a_picture(generate: Run, full_disk: None) -> None:
-    refused(generate("--out", "a.png", "--json"), "a.png", "File too large", "make room")
+def test_the_disk_is_full_for_a_picture(generate: Run) -> None:
+    with full_disk():
+        ended = generate("--out", "a.png", "--json")
+    refused(ended, "a.png", "File too large", "make room")
     assert list(Path().iterdir()) == []
 
 
-def test_the_disk_is_full_for_a_bundle(run: Run, tiny_model: Path, tmp_path: Path, full_disk: None) -> None:
-    refused(run("build-engines", tiny_model, "--out", tmp_path / "out"), "File too large", "make room")
+def test_the_disk_is_full_for_a_bundle(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    with full_disk():
+        ended = run("build-engines", tiny_model, "--out", tmp_path / "out")
+    refused(ended, "File too large", "make room")
     assert list(tmp_path.iterdir()) == []
 
 
