@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ldmrt.engines.protocol import Engine
 from ldmrt.errors import BundleError, EngineMismatch
+from ldmrt.files import replacing
 from ldmrt.graph import Graph, from_json
 from ldmrt.weights import WeightFile, sha256
 
@@ -367,15 +368,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def write_atomically(path: Path, data: bytes) -> str:
     """Write a file to a temporary name, then rename it. Returns its SHA-256."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(data)
     return hashlib.sha256(data).hexdigest()
 
 

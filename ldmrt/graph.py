@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -106,25 +106,6 @@ class Graph:
         made |= dict(self.weights)
         made |= {name: TensorSpec(name, tuple(t.shape), t.dtype) for name, t in self.constants.items()}
         return {name: dataclasses.replace(made[value], name=name) for name, value in self.outputs.items()}
-
-
-@dataclass
-class Users:
-    """Who reads what in a graph: an index made once per pass."""
-
-    by_value: dict[str, list[Node]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, graph: Graph) -> Users:
-        """Index every reference of `graph`."""
-        users = cls()
-        for node in graph.nodes:
-            for name in node.refs():
-                users.by_value.setdefault(name, []).append(node)
-        return users
-
-    def __getitem__(self, name: str) -> list[Node]:
-        return self.by_value.get(name, [])
 
 
 def references(argument: Argument) -> Iterator[str]:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import mmap
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BundleError
+from ldmrt.files import replacing
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 20_000
@@ -156,21 +156,14 @@ def write(path: Path, specs: Iterable[TensorSpec], load: Callable[[str], torch.T
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)  # the data starts on a cache line
     digest = hashlib.sha256()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            for chunk in (len(text).to_bytes(8, "little"), text):
-                file.write(chunk)
-                digest.update(chunk)
-            for name in header:
-                data = load(name).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-                file.write(data)
-                digest.update(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        for chunk in (len(text).to_bytes(8, "little"), text):
+            file.write(chunk)
+            digest.update(chunk)
+        for name in header:
+            data = load(name).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            file.write(data)
+            digest.update(data)
     return digest.hexdigest()
 
 

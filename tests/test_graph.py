@@ -16,7 +16,6 @@ from ldmrt.graph import (
     Graph,
     Node,
     Ref,
-    Users,
     dtype_of,
     from_json,
     prune,
@@ -157,12 +156,6 @@ def test_rename_reaches_every_mention() -> None:
     assert graph.weights["conv.weight"].name == "conv.weight"
     assert graph.outputs == {"result": "odd", "early": "product"}
     assert from_json(text, graph.constants) == graph
-
-
-def test_users_counts_every_mention() -> None:
-    users = Users.of(sample())
-    assert [node.name for node in users["x"]] == ["mm", "cat"]
-    assert users["result"] == []
 
 
 def test_output_specs() -> None:
