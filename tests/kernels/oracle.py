@@ -1,0 +1,44 @@
+"""What the tests of the kernels share: how far a result is from its float64 oracle, and the rounding of each dtype.
+
+Tests marked `interpreted` run in Triton's interpreter; tests/kernels/conftest.py says how.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+# Rounding to nearest changes a number by at most this, relative to it (half a unit in the last place).
+HALF_UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+# Below its smallest normal number a dtype is coarser than that: half the distance of two subnormals.
+_SUBNORMAL = {torch.float32: 2.0**-150, torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25}
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The L2 norm of the difference over that of `expected`, in float64. NaN if there is one: then no comparison holds."""
+    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
+    if found.shape != expected.shape:
+        raise ValueError(f"found has shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
+    return float((found - expected).norm() / expected.norm())
+
+
+def assert_rounded(found: Tensor, expected: Tensor, error: float | Tensor) -> None:
+    """Every element is the expected one, off by at most `error`, and then rounded to the dtype of `found`.
+
+    NaN and infinity must stand where they are expected.
+
+    Args:
+        found: any float dtype.
+        expected: the same shape, float64.
+        error: what float32 arithmetic may have lost before the last rounding: one number, or one per element.
+    """
+    assert found.shape == expected.shape
+    dtype, found = found.dtype, found.detach().cpu().double()
+    bound = (HALF_UNIT[dtype] * (expected.abs() + error)).clamp(min=_SUBNORMAL[dtype]) + error
+    regular = expected.isfinite()
+    torch.testing.assert_close(found[~regular], expected[~regular], rtol=0, atol=0, equal_nan=True)
+    excess = ((found - expected).abs() - bound)[regular]
+    assert (excess <= 0).all(), f"{excess.max():.3g} more than the tolerance, {int((~(excess <= 0)).sum())} elements"
