@@ -16,10 +16,11 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ldmrt.engines.protocol import Engine
+from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.files import replacing
 from ldmrt.graph import Graph, from_json
+from ldmrt.parameters import Parameters
 from ldmrt.weights import WeightFile, sha256
 
 FORMAT = 1
@@ -177,8 +178,7 @@ class Bundle:
         self.path = path
         self.manifest = manifest
         self._checked: set[str] = set()
-        self._weight_files: dict[str, WeightFile] = {}
-        self._tensors: dict[tuple[str, str, torch.dtype, torch.device], torch.Tensor] = {}
+        self._parameters: dict[tuple[str, torch.device], Parameters] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -309,11 +309,7 @@ class Bundle:
         if record.kind == "torch":
             from ldmrt.engines.torch import TorchEngine
 
-            graph = self.graph(record)
-            weights = {
-                name: self._tensor(record.weights, name, spec.dtype, device) for name, spec in graph.weights.items()
-            }
-            return _as_agreed(record, TorchEngine(graph, weights, device))
+            return _as_agreed(record, TorchEngine(self.graph(record), self.parameters(record.weights, device), device))
         from ldmrt.engines.onnxruntime import OnnxRuntimeEngine
 
         if device.type != "cpu":
@@ -327,16 +323,25 @@ class Bundle:
             raise BundleError(f"{self.path / MANIFEST} has no weights {weights!r}; build the bundle again")
         return self.manifest.weights[weights]
 
-    def _tensor(self, weights: str, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        key = (weights, name, dtype, device)
-        if key not in self._tensors:
-            if weights not in self._weight_files:
-                self._weight_files[weights] = WeightFile(self.checked(self._weights_record(weights)))
-            file = self._weight_files[weights]
-            if name not in file:
-                raise BundleError(f"{file.path} has no tensor {name!r}, which an engine needs; build the bundle again")
-            self._tensors[key] = file[name].to(device=device, dtype=dtype)
-        return self._tensors[key]
+    def parameters(self, weights: str, device: torch.device) -> Parameters:
+        """The weights of a file of the manifest, on a device: one `Parameters` for all engines that read them.
+
+        Raises:
+            BundleError: the file is missing or damaged.
+        """
+        key = weights, device
+        if key not in self._parameters:
+            file = WeightFile(self.checked(self._weights_record(weights)))
+
+            def load(spec: TensorSpec) -> torch.Tensor:
+                if spec.name not in file:
+                    raise BundleError(
+                        f"{file.path} has no tensor {spec.name!r}, which an engine needs; build the bundle again"
+                    )
+                return file[spec.name].to(device=device, dtype=spec.dtype)
+
+            self._parameters[key] = Parameters(load, device)
+        return self._parameters[key]
 
 
 def _as_agreed(record: EngineRecord, engine: Engine) -> Engine:

@@ -33,9 +33,14 @@ type_as.default unbind.int unflatten.int unsqueeze.default upsample_nearest2d.de
 upsample_bilinear2d.vec view.default view_as.default where.self where.ScalarOther zeros.default zeros_like.default
 """
 
+# Our own fused operators; ldmrt.kernels.ops has the functions.
+_FUSED = "add_layer_norm attention geglu group_norm_silu"
+
 _PYTHON: dict[str, Callable[..., Any]] = {"python.getitem": operator.getitem}
 
-ALLOWED: frozenset[str] = frozenset({f"aten.{name}" for name in _ATEN.split()} | set(_PYTHON))
+ALLOWED: frozenset[str] = frozenset(
+    {f"aten.{name}" for name in _ATEN.split()} | {f"ldmrt.{name}.default" for name in _FUSED.split()} | set(_PYTHON)
+)
 
 # Operators that give another view of the same elements: free to run, and safe to move across a boundary between graphs.
 VIEWS: frozenset[str] = frozenset(
@@ -48,6 +53,7 @@ VIEWS: frozenset[str] = frozenset(
         "transpose.int",
         "permute.default",
         "expand.default",
+        "slice.Tensor",
         "t.default",
         "unflatten.int",
         "flatten.using_ints",
@@ -69,6 +75,11 @@ def resolve(op: str) -> Callable[..., Any]:
     if op in _PYTHON:
         return _PYTHON[op]
     namespace, name, overload = op.split(".")
+    if namespace == "ldmrt":
+        # Called directly: the dispatcher would cost more than some of them take.
+        from ldmrt.kernels.ops import OPERATORS
+
+        return OPERATORS[op]
     packet = getattr(getattr(torch.ops, namespace), name, None)
     function = getattr(packet, overload, None) if packet is not None else None
     if function is None:

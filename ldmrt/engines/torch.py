@@ -1,11 +1,13 @@
 """The torch engine: runs a graph, operator by operator, on whatever device its weights are on.
 
-The graph is turned once into a flat list of instructions over numbered registers; every buffer is freed at its last use. On a
-GPU the list runs once, under CUDA graph capture; on a CPU it runs as it is.
+The graph is turned once into a flat list of instructions over numbered registers; every buffer is freed at its last use. What
+depends on weights alone is computed then, too, and shared with the other engines of the same weights. On a GPU the list runs
+once, under CUDA graph capture; on a CPU it runs as it is.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -14,8 +16,9 @@ import torch
 
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BundleError, EngineMismatch
-from ldmrt.graph import Argument, Dim, Graph, Ref, dtype_name
+from ldmrt.graph import Argument, Dim, Graph, Node, Ref, substitute
 from ldmrt.operators import resolve
+from ldmrt.parameters import Parameters, fitting
 
 _Getter = Callable[[list[Any]], tuple[Any, ...]]
 
@@ -36,7 +39,7 @@ class TorchEngine:
 
     Args:
         graph: the component.
-        weights: every tensor that the graph names, on one device, in the graph's dtypes.
+        weights: every tensor that the graph names, on one device, in the graph's dtypes; or a `Parameters` that has them.
         device: where to run; constants are moved there.
 
     Raises:
@@ -44,16 +47,15 @@ class TorchEngine:
         EngineMismatch: a weight is missing, or has another shape or dtype than the graph says.
     """
 
-    def __init__(self, graph: Graph, weights: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    def __init__(self, graph: Graph, weights: Parameters | Mapping[str, torch.Tensor], device: torch.device) -> None:
         self.graph = graph
         self.device = device
+        self.parameters = weights if isinstance(weights, Parameters) else Parameters.of(weights, device)
         self._inputs = {spec.name: spec for spec in graph.inputs}
         self._outputs = graph.output_specs()
         self._bound_inputs: list[torch.Tensor] = []
         self._bound_outputs: list[torch.Tensor] = []
-        for name, spec in graph.weights.items():
-            _match(graph.name, "weight", spec, weights.get(name))
-        self._assemble(weights)
+        self._assemble()
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -68,7 +70,7 @@ class TorchEngine:
     def bind(self, buffers: Mapping[str, torch.Tensor]) -> None:
         """Bind one tensor to every input and output."""
         for spec in (*self._inputs.values(), *self._outputs.values()):
-            _match(self.graph.name, "buffer", spec, buffers.get(spec.name))
+            fitting("buffer", spec, buffers.get(spec.name), where=self.graph.name)
         self._bound_inputs = [buffers[name] for name in self._inputs]
         self._bound_outputs = [buffers[name] for name in self._outputs]
 
@@ -85,7 +87,7 @@ class TorchEngine:
         """Run on `inputs`, return new tensors."""
         sizes: dict[str, int] = {}
         for spec in self._inputs.values():
-            _match(self.graph.name, "input", spec, inputs.get(spec.name), sizes)
+            fitting("input", spec, inputs.get(spec.name), sizes, where=self.graph.name)
         with torch.inference_mode():
             results = self._execute([inputs[name] for name in self._inputs])
         for spec, result in zip(self._outputs.values(), results, strict=True):
@@ -95,51 +97,67 @@ class TorchEngine:
 
     # ------------------------------------------------------------------------------------------------ assembly
 
-    def _assemble(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def _assemble(self) -> None:
         graph = self.graph
-        registers: list[Any] = []
-        index: dict[str, int] = {}
+        packed = _packed(graph)
+        nodes = [node for node in graph.nodes if node.name not in packed]
+        read = {name for node in nodes for name in node.refs()} | set(graph.outputs.values())
+        only_packed = {name for node in packed.values() for name in node.refs()} - read
+        self.parameters.declare(graph.weights)
 
-        def new(value: Any = None) -> int:
-            registers.append(value)
-            return len(registers) - 1
-
+        assembly = _Assembly()
         for name in self._inputs:
-            index[name] = new()
-        dims: dict[Dim, int] = {}
-        instructions: list[_Instruction] = []
-
-        def place(argument: Argument) -> int:
-            """The register that holds an argument when its instruction runs."""
-            if isinstance(argument, Ref):
-                return index[argument.name]
-            if isinstance(argument, Dim):
-                if argument not in dims:
-                    dims[argument] = new()
-                return dims[argument]
-            if isinstance(argument, tuple) and _is_dynamic(argument):
-                register = new()
-                items = _getter([place(item) for item in argument])
-                instructions.append(_Instruction(_make_list, items, (), None, register))
-                return register
-            return new(list(argument) if isinstance(argument, tuple) else argument)
-
-        for name in graph.weights:
-            index[name] = new(weights[name])
+            assembly.define(name)
+        for name, spec in graph.weights.items():
+            if name not in only_packed:
+                assembly.define(name, self.parameters.tensor(spec))
+        for name in packed:
+            if name in read:
+                assembly.define(name, self._pack(packed, name))
         for name, tensor in graph.constants.items():
-            index[name] = new(tensor.to(self.device))
-        for node in graph.nodes:
-            arguments = _getter([place(argument) for argument in node.args])
-            keywords = _getter([place(argument) for argument in node.kwargs.values()]) if node.kwargs else None
-            index[node.name] = new()
-            function = resolve(node.op)
-            instructions.append(_Instruction(function, arguments, tuple(node.kwargs), keywords, index[node.name]))
+            assembly.define(name, tensor.to(self.device))
+        for node in nodes:
+            assembly.add(node)
 
-        results = [index[value] for value in graph.outputs.values()]
-        self._template = registers
+        results = [assembly.index[value] for value in graph.outputs.values()]
+        self._template = assembly.registers
         self._result = _getter(results)
-        self._dims = [(register, self._locate(dim), dim.factor) for dim, register in dims.items()]
-        self._instructions = self._with_frees(instructions, results)
+        self._dims = [(register, self._locate(dim), dim.factor) for dim, register in assembly.dims.items()]
+        self._instructions = self._with_frees(assembly.instructions, results)
+
+    def _pack(self, packed: Mapping[str, Node], name: str) -> torch.Tensor:
+        """A value that depends on weights alone, computed now or by another engine of these weights."""
+        needed: dict[str, Node] = {}
+        pending = [name]
+        while pending:
+            value = pending.pop()
+            if value in packed and value not in needed:
+                needed[value] = packed[value]
+                pending += packed[value].refs()
+        nodes = [node for node in packed.values() if node.name in needed]
+        weights = self.graph.weights
+        reads = [weights[key] for key in dict.fromkeys(ref for node in nodes for ref in node.refs()) if key in weights]
+
+        def make(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            values: dict[str, Any] = dict(tensors)
+            for node in nodes:
+                values[node.name] = call(node, values)
+            return values[name]  # type: ignore[no-any-return]
+
+        # Nodes are named anew, so that two graphs that pack alike agree on the key.
+        numbers = {node.name: Ref(str(number)) for number, node in enumerate(nodes)}
+
+        def renamed(argument: Ref | Dim) -> Argument:
+            return numbers.get(argument.name, argument)
+
+        recipe = [
+            (n.op, substitute(n.args, renamed), sorted(substitute(tuple(n.kwargs.items()), renamed))) for n in nodes
+        ]
+        key = hashlib.sha256(repr((recipe, [(spec.name, spec.dtype) for spec in reads])).encode()).hexdigest()
+        try:
+            return self.parameters.derived(key, reads, make)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise self._explain(resolve(packed[name].op), error) from error
 
     def _with_frees(self, instructions: list[_Instruction], results: list[int]) -> list[_Instruction]:
         """Add to every instruction the registers whose last use it is."""
@@ -207,6 +225,54 @@ class TorchEngine:
         return self._result(registers)
 
 
+class _Assembly:
+    """The registers and instructions of a graph, as they are laid out.
+
+    Attributes:
+        registers: what each holds before anything runs.
+        index: the register of each value.
+        dims: the registers of free dimensions, to be filled in when the engine runs.
+        instructions: the calls.
+    """
+
+    def __init__(self) -> None:
+        self.registers: list[Any] = []
+        self.index: dict[str, int] = {}
+        self.dims: dict[Dim, int] = {}
+        self.instructions: list[_Instruction] = []
+
+    def define(self, name: str, value: Any = None) -> None:
+        """Give a value a register."""
+        self.index[name] = self._new(value)
+
+    def add(self, node: Node) -> None:
+        """Append the instructions of a node."""
+        arguments = _getter([self._place(argument) for argument in node.args])
+        keywords = _getter([self._place(argument) for argument in node.kwargs.values()]) if node.kwargs else None
+        self.define(node.name)
+        names = tuple(node.kwargs)
+        self.instructions.append(_Instruction(resolve(node.op), arguments, names, keywords, self.index[node.name]))
+
+    def _new(self, value: Any = None) -> int:
+        self.registers.append(value)
+        return len(self.registers) - 1
+
+    def _place(self, argument: Argument) -> int:
+        """The register that holds an argument when its instruction runs."""
+        if isinstance(argument, Ref):
+            return self.index[argument.name]
+        if isinstance(argument, Dim):
+            if argument not in self.dims:
+                self.dims[argument] = self._new()
+            return self.dims[argument]
+        if isinstance(argument, tuple) and _is_dynamic(argument):
+            register = self._new()
+            items = _getter([self._place(item) for item in argument])
+            self.instructions.append(_Instruction(_make_list, items, (), None, register))
+            return register
+        return self._new(list(argument) if isinstance(argument, tuple) else argument)
+
+
 def _make_list(*items: Any) -> list[Any]:
     return list(items)
 
@@ -230,19 +296,31 @@ def _nothing(_registers: list[Any]) -> tuple[Any, ...]:
     return ()
 
 
-def _match(
-    where: str, what: str, spec: TensorSpec, tensor: torch.Tensor | None, sizes: dict[str, int] | None = None
-) -> None:
-    """Refuse a tensor that is not what the graph was made for."""
-    if tensor is None:
-        raise EngineMismatch(f"{where}: {what} {spec.name!r} is missing")
-    fits = tensor.dtype == spec.dtype and tensor.dim() == len(spec.shape)
-    if fits:
-        for size, asked in zip(tensor.shape, spec.shape, strict=True):
-            expected = asked if isinstance(asked, int) else size if sizes is None else sizes.setdefault(asked, size)
-            fits = fits and size == expected
-    if not fits:
-        raise EngineMismatch(
-            f"{where}: {what} {spec.name!r} is {tuple(tensor.shape)} {dtype_name(tensor.dtype)}, "
-            f"expected {tuple(spec.shape)} {dtype_name(spec.dtype)}"
-        )
+def call(node: Node, values: Mapping[str, Any]) -> Any:
+    """What a node makes of the values it reads; it has no free dimensions."""
+
+    def load(argument: Ref | Dim) -> Argument:
+        return values[argument.name]
+
+    def listed(argument: Argument) -> Argument:
+        return list(argument) if isinstance(argument, tuple) else argument
+
+    args = [listed(substitute(argument, load)) for argument in node.args]
+    kwargs = {key: listed(substitute(argument, load)) for key, argument in node.kwargs.items()}
+    return resolve(node.op)(*args, **kwargs)
+
+
+def _packed(graph: Graph) -> dict[str, Node]:
+    """The nodes that depend on weights alone, in order."""
+    static = set(graph.weights)
+    packed: dict[str, Node] = {}
+    for node in graph.nodes:
+        refs = set(node.refs())
+        if refs and refs <= static and not _has_dim((node.args, tuple(node.kwargs.values()))):
+            packed[node.name] = node
+            static.add(node.name)
+    return packed
+
+
+def _has_dim(argument: Argument) -> bool:
+    return isinstance(argument, Dim) or (isinstance(argument, tuple) and any(map(_has_dim, argument)))

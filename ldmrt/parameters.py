@@ -1,0 +1,174 @@
+"""The weights that engines read, at addresses that stay, and what is made of them once.
+
+Engines of several batch sizes share one `Parameters`, and so do their packed forms: the query, key and value projections of a
+layer as one matrix, convolution weights in channels-last order. A change of weights is written in place, into the tensors and into
+what was made of them, so that a captured CUDA graph stays valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldmrt.engines.protocol import TensorSpec
+from ldmrt.errors import EngineMismatch
+
+Load = Callable[[TensorSpec], Tensor | None]
+Make = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class _Derived:
+    """A tensor made of weights: kept, with what it takes to make it again."""
+
+    value: Tensor
+    make: Make
+    reads: tuple[TensorSpec, ...]
+
+
+class Parameters:
+    """Weights on one device.
+
+    Attributes:
+        device: where they are.
+        generation: counts the changes; what was computed from the weights at another generation is stale.
+
+    Args:
+        load: gives a weight's tensor by its name, in the dtype asked for, on the device; None if there is none. Called once for
+            each weight that engines read as it is, and each time for one that only packed forms are made of.
+        device: where the engines run.
+    """
+
+    def __init__(self, load: Load, device: torch.device) -> None:
+        self.device = device
+        self.generation = 0
+        self._load = load
+        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._derived: dict[str, _Derived] = {}
+        self._specs: dict[str, TensorSpec] = {}
+        self._originals: dict[str, Tensor] = {}
+        self._changed: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Parameters:
+        """Over tensors that are in memory, on the device."""
+        return cls(lambda spec: tensors.get(spec.name), device)
+
+    def declare(self, specs: Mapping[str, TensorSpec]) -> None:
+        """Make an engine's weights known, as what `update` may change."""
+        self._specs.update(specs)
+
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        """A weight, the same tensor each time.
+
+        Raises:
+            EngineMismatch: it is missing, or has another shape or dtype than asked for.
+        """
+        key = spec.name, spec.dtype
+        if key not in self._held:
+            self._held[key] = self._now(spec)
+        return self._held[key]
+
+    def derived(self, key: str, reads: Sequence[TensorSpec], make: Make) -> Tensor:
+        """What `make` makes of some weights, once for all that ask with the same key.
+
+        Args:
+            key: says what is made of what: equal keys, equal tensors.
+            reads: the weights it reads.
+            make: from the weights by name to the tensor; called again after a change.
+
+        Raises:
+            EngineMismatch: as for `tensor`.
+        """
+        if key not in self._derived:
+            with torch.inference_mode():
+                value = make(self._gather(reads))
+            self._derived[key] = _Derived(value, make, tuple(reads))
+        return self._derived[key].value
+
+    @torch.inference_mode()
+    def update(self, changes: Mapping[str, Tensor]) -> None:
+        """Put other values in the place of some weights.
+
+        Args:
+            changes: by name; of any floating dtype, on any device. Other weights keep the values they have.
+
+        Raises:
+            EngineMismatch: no engine reads a weight of that name, or it has another shape. Nothing is changed then.
+        """
+        for name, value in changes.items():
+            spec = self._specs.get(name)
+            if spec is None:
+                raise EngineMismatch(f"there is no weight {name!r} to change: no engine that is loaded reads one")
+            if tuple(value.shape) != spec.shape:
+                raise EngineMismatch(f"weight {name!r} is {tuple(value.shape)}, expected {spec.shape}")
+        for name, value in changes.items():
+            if name not in self._originals:
+                self._originals[name] = self._now(self._specs[name]).to("cpu", copy=True)
+            self._changed[name] = value
+        self._rewrite(set(changes))
+
+    @torch.inference_mode()
+    def restore(self) -> None:
+        """Give every weight the value it was loaded with, to the bit."""
+        names = set(self._changed)
+        self._changed = dict(self._originals)
+        self._rewrite(names)
+        self._changed, self._originals = {}, {}
+
+    def _rewrite(self, names: set[str]) -> None:
+        """Write the changed values into all that is held or was made of them."""
+        if not names:
+            return
+        for (name, _), held in self._held.items():
+            if name in names:
+                held.copy_(self._changed[name])
+        for derived in self._derived.values():
+            if any(spec.name in names for spec in derived.reads):
+                derived.value.copy_(derived.make(self._gather(derived.reads)))
+        self.generation += 1
+
+    def _gather(self, reads: Sequence[TensorSpec]) -> dict[str, Tensor]:
+        return {spec.name: self._now(spec) for spec in reads}
+
+    def _now(self, spec: TensorSpec) -> Tensor:
+        """A weight's present value, held or not."""
+        held = self._held.get((spec.name, spec.dtype))
+        if held is not None:
+            return held
+        if spec.name in self._changed:
+            return self._changed[spec.name].to(device=self.device, dtype=spec.dtype)
+        return fitting("weight", spec, self._load(spec))
+
+
+def fitting(
+    what: str, spec: TensorSpec, tensor: Tensor | None, sizes: dict[str, int] | None = None, *, where: str = ""
+) -> Tensor:
+    """The tensor, if it is what a graph was made for.
+
+    Args:
+        what: `weight`, `input` or `buffer`.
+        spec: what is expected.
+        tensor: what is there.
+        sizes: the sizes of the free dimensions met so far; added to. Without it a free dimension fits any size.
+        where: what to say first in an error.
+
+    Raises:
+        EngineMismatch: it is missing, or has another shape or dtype.
+    """
+    where = f"{where}: " if where else ""
+    if tensor is None:
+        raise EngineMismatch(f"{where}{what} {spec.name!r} is missing")
+    fits = tensor.dtype == spec.dtype and tensor.dim() == len(spec.shape)
+    if fits:
+        for size, asked in zip(tensor.shape, spec.shape, strict=True):
+            expected = asked if isinstance(asked, int) else size if sizes is None else sizes.setdefault(asked, size)
+            fits = fits and size == expected
+    if not fits:
+        found = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        expected_form = f"{tuple(spec.shape)} {str(spec.dtype).removeprefix('torch.')}"
+        raise EngineMismatch(f"{where}{what} {spec.name!r} is {found}, expected {expected_form}")
+    return tensor
