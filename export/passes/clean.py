@@ -57,7 +57,7 @@ def drop_identities(graph: Graph) -> Graph:
             return same and isinstance(node.args[1], (int, float)) and node.args[1] == 1
         return same and (node.op == "aten.to.dtype" or node.op in _SHAPERS)
 
-    return _rewrite(graph, lambda node: node.args[0] if does_nothing(node) else None)
+    return rewrite(graph, lambda node: node.args[0] if does_nothing(node) else None)
 
 
 def fold_constants(graph: Graph) -> Graph:
@@ -80,7 +80,7 @@ def fold_constants(graph: Graph) -> Graph:
         constants[node.name] = value.clone().contiguous()
         return Ref(node.name)
 
-    folded = _rewrite(graph, fold)
+    folded = rewrite(graph, fold)
     return prune(folded.replace(constants=constants))
 
 
@@ -94,10 +94,10 @@ def merge_duplicates(graph: Graph) -> Graph:
         first = seen.setdefault(key, node.name)
         return None if first == node.name else Ref(first)
 
-    return _rewrite(graph, merge)
+    return rewrite(graph, merge)
 
 
-def _rewrite(graph: Graph, replacement: Callable[[Node], Argument | None]) -> Graph:
+def rewrite(graph: Graph, replacement: Callable[[Node], Argument | None]) -> Graph:
     """Walk the nodes in order; where `replacement(node)` gives a `Ref`, users read that instead and the node goes."""
     renamed: dict[str, Ref] = {}
 
