@@ -1,0 +1,41 @@
+"""A residual sum and the layer norm that reads it: one operator, which gives both."""
+
+from __future__ import annotations
+
+from ldmrt.export.passes.pattern import Index, Pass, addends, argument, replaced
+from ldmrt.graph import Graph, Node, Ref
+
+OPERATOR = "ldmrt.add_layer_norm.default"
+
+
+def fuse_add_norm(graph: Graph) -> Pass:
+    """With every `layer_norm(x + residual)` as `ldmrt.add_layer_norm`, whose first result is the sum.
+
+    The addends must have one shape and dtype, and the norm a weight and a bias over the last dimension. Where several norms
+    read one sum, the first of them is taken in; the others read the first result.
+    Found: sums that a layer norm reads, those of tensors of different shapes included.
+    """
+    index = Index(graph)
+    changes: dict[str, tuple[Node, ...]] = {}
+    found = 0
+    for total in graph.nodes:
+        pair = addends(total)
+        norms = [node for node in index.readers(total) if node.op == "aten.layer_norm.default"]
+        if pair is None or not norms:
+            continue
+        found += 1
+        norm = norms[0]
+        x, residual = pair
+        weight, bias = argument(norm, 2, "weight"), argument(norm, 3, "bias")
+        alike = index.shape(x) == index.shape(residual) and index.dtype(x) == index.dtype(residual) == total.dtype
+        if not alike or tuple(norm.args[1]) != total.shape[-1:] or weight is None or bias is None:
+            continue
+        both = index.fresh(f"{norm.name}.both")
+        args = (x, residual, weight, bias, argument(norm, 4, "eps", 1e-5))
+        changes[total.name] = (
+            Node(both, OPERATOR, args, {}, (), total.dtype),
+            total.replace(op="python.getitem", args=(Ref(both), 0), kwargs={}),
+            norm.replace(op="python.getitem", args=(Ref(both), 1), kwargs={}),
+        )
+        changes[norm.name] = ()
+    return Pass(replaced(graph, changes), found=found, fused=sum(bool(nodes) for nodes in changes.values()))
