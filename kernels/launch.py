@@ -52,6 +52,7 @@ class Variant:
         constants: the constexpr arguments by name, sorted.
         num_warps: warps of a program.
         num_stages: stages of software pipelining.
+        fp_fusion: whether a product and a sum may become one fused operation, rounded once.
     """
 
     kernel: str
@@ -60,10 +61,17 @@ class Variant:
     constants: tuple[tuple[str, Constant], ...]
     num_warps: int
     num_stages: int
+    fp_fusion: bool = True
 
     @staticmethod
     def of(
-        kernel: str, arguments: Sequence[Argument], constants: Mapping[str, Constant], num_warps: int, num_stages: int
+        kernel: str,
+        arguments: Sequence[Argument],
+        constants: Mapping[str, Constant],
+        num_warps: int,
+        num_stages: int,
+        *,
+        fp_fusion: bool = True,
     ) -> Variant:
         """The variant that a launch needs."""
         return Variant(
@@ -73,6 +81,7 @@ class Variant:
             constants=tuple(sorted(constants.items())),
             num_warps=num_warps,
             num_stages=num_stages,
+            fp_fusion=fp_fusion,
         )
 
 
@@ -118,6 +127,7 @@ def run(
     *,
     num_warps: int,
     num_stages: int = 2,
+    fp_fusion: bool = True,
 ) -> None:
     """Launch a kernel on the current stream.
 
@@ -129,13 +139,16 @@ def run(
         constants: the constexpr arguments, which stand last in the kernel.
         num_warps: warps of a program.
         num_stages: stages of software pipelining.
+        fp_fusion: whether a product and a sum may become one fused operation, rounded once.
     """
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     if device.type == "meta":
         if _recording.variants is not None:
-            _recording.variants[Variant.of(kernel, arguments, constants, num_warps, num_stages)] = None
+            variant = Variant.of(kernel, arguments, constants, num_warps, num_stages, fp_fusion=fp_fusion)
+            _recording.variants[variant] = None
         return
-    _function(kernel)[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+    _function(kernel)[grid](*arguments, **constants, **options)
 
 
 def _type(argument: Argument) -> str:

@@ -24,10 +24,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ldmrt.kernels import native
+from ldmrt.kernels import launch, native
 
 WIDTH = 32
 HISTORY = 3
+
+# Elements of a program of the Triton body: eight for each of 64 threads, so that halves are read 16 bytes at a time.
+_BLOCK = 512
 
 
 class Basis(IntEnum):
@@ -92,9 +95,9 @@ def sampler_step(
     if x.device.type == "cpu":
         # On a GPU reading the indices would stall the stream.
         _check_indices(row, cond_row, uncond_row, entries=table.shape[0], rows=model_output.shape[0])
-        body = _native_body()
-        if body is not None:
-            body(
+        native_body = _native_body()
+        if native_body is not None:
+            native_body(
                 x.data_ptr(),
                 saved.data_ptr(),
                 history.data_ptr(),
@@ -111,9 +114,8 @@ def sampler_step(
                 x[0].numel(),
             )
             return
-    sampler_step_reference(
-        x, saved, history, model_output, table, row, noise, guidance_scale, cond_row, uncond_row, model_input
-    )
+    body = sampler_step_triton if launch.ready(x.device) else sampler_step_reference
+    body(x, saved, history, model_output, table, row, noise, guidance_scale, cond_row, uncond_row, model_input)
 
 
 def sampler_step_reference(
@@ -176,12 +178,79 @@ def sampler_step_reference(
     model_input.copy_(extended[:rows])
 
 
+def sampler_step_triton(
+    x: Tensor,
+    saved: Tensor,
+    history: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    noise: Tensor | None,
+    guidance_scale: Tensor,
+    cond_row: Tensor,
+    uncond_row: Tensor,
+    model_input: Tensor,
+) -> None:
+    """`sampler_step` on a GPU, in one launch. The arguments have been checked; indices are trusted."""
+    slots, elements = x.shape[0], x.numel() // x.shape[0]
+    launch.run(
+        "sampler.step",
+        (-(-elements // _BLOCK), slots),
+        [
+            x,
+            saved,
+            history,
+            model_output,
+            model_input,
+            table,
+            x if noise is None else noise,
+            row,
+            guidance_scale,
+            cond_row,
+            uncond_row,
+            slots,
+            elements,
+        ],
+        {"HAS_NOISE": noise is not None, "BLOCK": _BLOCK},
+        num_warps=_BLOCK // 256,
+        fp_fusion=False,
+    )
+
+
 def advance(row: Tensor, last_row: Tensor) -> None:
     """Move each slot to its next row, in place; at its last row a slot stays. A launch of its own: inside
     `sampler_step` other threads would still be reading the row.
+
+    Args:
+        row: (slots,) int64.
+        last_row: (slots,) int64.
     """
+    for name, tensor in (("row", row), ("last_row", last_row)):
+        if tensor.dim() != 1 or tensor.dtype != torch.int64 or not tensor.is_contiguous():
+            found = f"{tuple(tensor.shape)} {tensor.dtype}, strides {tensor.stride()}"
+            raise ValueError(f"advance: {name} is {found}; expected a contiguous (slots,) torch.int64")
+    if row.shape != last_row.shape or row.device != last_row.device:
+        raise ValueError(
+            f"advance: row is {tuple(row.shape)} on {row.device}, last_row {tuple(last_row.shape)} on {last_row.device}; "
+            "expected one shape and device"
+        )
+    body = advance_triton if launch.ready(row.device) else advance_reference
+    body(row, last_row)
+
+
+def advance_reference(row: Tensor, last_row: Tensor) -> None:
+    """`advance` in plain torch."""
     row.add_(1)
     torch.minimum(row, last_row, out=row)
+
+
+def advance_triton(row: Tensor, last_row: Tensor) -> None:
+    """`advance` on a GPU, in one launch."""
+    slots = row.shape[0]
+    block = 128
+    launch.run(
+        "sampler.advance", (-(-slots // block),), [row, last_row, slots], {"BLOCK": block}, num_warps=1, num_stages=1
+    )
 
 
 @cache
