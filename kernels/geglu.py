@@ -1,0 +1,100 @@
+"""The gated activation of the transformer's feed-forward layer (Shazeer 2020, arXiv 2002.05202), in one pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldmrt.kernels import launch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Configuration(NamedTuple):
+    """How the Triton body is cut up: a program computes `rows` x `columns` elements, both powers of two."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+def candidates(arch: int, rows: int, width: int, itemsize: int) -> list[Configuration]:
+    """The configurations worth measuring for a result of (rows, width); the first is the default.
+
+    Each thread moves one or two vectors of 16 bytes at a time: what hides the memory's latency is many programs.
+    """
+    del arch  # the same for all: nothing but memory matters
+    columns = _columns(width)
+    vector = 16 // itemsize
+    found = []
+    for num_warps, vectors in ((4, 1), (4, 2), (8, 1), (8, 2)):
+        height = 32 * num_warps * vector * vectors // columns
+        if height >= 1:
+            found.append(Configuration(min(height, _power_of_two(rows)), columns, num_warps))
+    return list(dict.fromkeys(found))
+
+
+def configuration(arch: int, rows: int, width: int, itemsize: int) -> Configuration:
+    """The default for a result of (rows, width)."""
+    return candidates(arch, rows, width, itemsize)[0]
+
+
+def geglu(x: Tensor) -> Tensor:
+    """x[..., :I] * gelu(x[..., I:]), with the erf GELU, computed in float32 and rounded once.
+
+    Args:
+        x: (..., 2 I), float32, bfloat16 or float16.
+
+    Returns:
+        (..., I) of x's dtype, contiguous.
+
+    Raises:
+        ValueError: the last dimension is not even, or there is none.
+        TypeError: x has another dtype.
+    """
+    if x.dim() == 0 or x.shape[-1] % 2 != 0:
+        raise ValueError(f"geglu: x has shape {tuple(x.shape)}, expected (..., 2 I)")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"geglu: x is {x.dtype}, expected float32, bfloat16 or float16")
+    if launch.ready(x.device):
+        return geglu_triton(x)
+    return geglu_reference(x)
+
+
+def geglu_reference(x: Tensor) -> Tensor:
+    """`geglu` in plain torch."""
+    value, gate = x.float().chunk(2, dim=-1)
+    return (value * F.gelu(gate)).to(x.dtype)
+
+
+def geglu_triton(x: Tensor, *, chosen: Configuration | None = None) -> Tensor:
+    """`geglu` by kernels/gpu/geglu.py, with a chosen configuration or the default."""
+    x = x.contiguous()
+    width = x.shape[-1] // 2
+    result = x.new_empty((*x.shape[:-1], width))
+    if result.numel() == 0:
+        return result
+    rows = result.numel() // width
+    plan = chosen or configuration(launch.architecture(x.device), rows, width, x.itemsize)
+    launch.run(
+        "geglu.forward",
+        (-(-rows // plan.rows), -(-width // plan.columns)),
+        (x, result, rows),
+        {"WIDTH": width, "ROWS": plan.rows, "COLUMNS": plan.columns},
+        num_warps=plan.num_warps,
+    )
+    return result
+
+
+def _columns(width: int) -> int:
+    """A power of two up to 512 that divides a width, if one of at least 64 does, so that no column needs a mask."""
+    divisor = min(512, width & -width)
+    return divisor if divisor >= 64 else min(512, _power_of_two(width))
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is not smaller."""
+    return 1 << (number - 1).bit_length()
