@@ -1,0 +1,147 @@
+"""Residual addition and the layer norm that follows it, in one pass over memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldmrt.kernels import launch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# A row is held in registers; beyond this many elements (padded to a power of two) it would no longer fit.
+MAX_WIDTH = 16384
+
+
+class Configuration(NamedTuple):
+    """How the Triton body is cut up: a program computes `rows` whole rows, a power of two."""
+
+    rows: int
+    num_warps: int
+
+
+def candidates(arch: int, rows: int, width: int) -> list[Configuration]:
+    """The configurations worth measuring for (rows, width); the first is the default.
+
+    About 16 elements of a row in a thread: enough loads in flight to hide the memory's latency, and few warps to wait for each
+    other in the sums.
+    """
+    del arch  # the same for all: nothing but memory matters
+    padded = _power_of_two(width)
+    found = []
+    for per_thread, height in ((16, 1), (16, 2), (8, 1), (32, 1)):
+        num_warps = min(16, max(1, height * padded // (32 * per_thread)))
+        found.append(Configuration(min(height, _power_of_two(rows)), num_warps))
+    return list(dict.fromkeys(found))
+
+
+def configuration(arch: int, rows: int, width: int) -> Configuration:
+    """The default for (rows, width)."""
+    return candidates(arch, rows, width)[0]
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The sum of two tensors, and its layer norm over the last dimension.
+
+    Args:
+        x: (..., C), float32, bfloat16 or float16.
+        residual: x's shape and dtype.
+        weight: (C,), any float dtype, or None.
+        bias: (C,), any float dtype, or None.
+        eps: added to the variance.
+
+    Returns:
+        The total, rounded to x's dtype, and the layer norm of the rounded total, computed in float32 and rounded once; both
+        contiguous and of x's shape and dtype.
+
+    Raises:
+        ValueError: shapes or devices do not fit together.
+        TypeError: x has another dtype, or residual is not of x's.
+    """
+    _check(x, residual, weight, bias)
+    if launch.ready(x.device) and x.shape[-1] <= MAX_WIDTH:
+        return add_layer_norm_triton(x, residual, weight, bias, eps)
+    return add_layer_norm_reference(x, residual, weight, bias, eps)
+
+
+def add_layer_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm` in plain torch."""
+    total = (x.float() + residual.float()).to(x.dtype).contiguous()
+    scale = None if weight is None else weight.float()
+    shift = None if bias is None else bias.float()
+    return total, F.layer_norm(total.float(), total.shape[-1:], scale, shift, eps).to(x.dtype)
+
+
+def add_layer_norm_triton(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    chosen: Configuration | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm` by kernels/gpu/layer_norm.py, with a chosen configuration or the default."""
+    x, residual = x.contiguous(), residual.contiguous()
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    if x.numel() == 0:
+        return total, normed
+    width = x.shape[-1]
+    rows = x.numel() // width
+    plan = chosen or configuration(launch.architecture(x.device), rows, width)
+    launch.run(
+        "layer_norm.forward",
+        (-(-rows // plan.rows),),
+        (
+            x,
+            residual,
+            x if weight is None else weight.contiguous(),
+            x if bias is None else bias.contiguous(),
+            total,
+            normed,
+            rows,
+            float(eps),
+        ),
+        {
+            "HAS_WEIGHT": weight is not None,
+            "HAS_BIAS": bias is not None,
+            "WIDTH": width,
+            "ROWS": plan.rows,
+            "COLUMNS": _power_of_two(width),
+        },
+        num_warps=plan.num_warps,
+    )
+    return total, normed
+
+
+def _check(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"add_layer_norm: x has shape {tuple(x.shape)}, expected (..., C) with C not 0")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"add_layer_norm: x is {x.dtype}, expected float32, bfloat16 or float16")
+    if residual.dtype != x.dtype:
+        raise TypeError(f"add_layer_norm: residual is {residual.dtype}, expected {x.dtype} as x")
+    expected = (
+        ("residual", residual, tuple(x.shape)),
+        ("weight", weight, (x.shape[-1],)),
+        ("bias", bias, (x.shape[-1],)),
+    )
+    for name, tensor, shape in expected:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"add_layer_norm: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.device != x.device:
+            raise ValueError(f"add_layer_norm: {name} is on {tensor.device}, expected {x.device} as x")
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is not smaller."""
+    return 1 << (number - 1).bit_length()
