@@ -45,7 +45,8 @@ def hoist(graph: Graph, kinds: Mapping[str, Kind]) -> Hoisted:
 
     Returns:
         `context` and `schedule` with their own free row count, and `step`, whose further inputs are their outputs, of the
-        same names: the name of the layer that makes the value, such as `down_blocks.0.attentions.0...attn2.to_k`.
+        same names: the name of the layer that makes the value, such as `down_blocks.0.attentions.0...attn2.to_k`, or for
+        merged layers what they are called wherever they stand: `attn2.to_k+to_v`.
 
     Raises:
         BuildError: an input has no class.
@@ -78,7 +79,7 @@ def hoist(graph: Graph, kinds: Mapping[str, Kind]) -> Hoisted:
     taken = {*nodes, *inputs, *graph.weights, *graph.constants} - set(order)
     names: dict[str, str] = {}
     for value in order:
-        names[value] = _unused(_layer(nodes[value]), taken)
+        names[value] = _unused(_layer(nodes[value], nodes, classes), taken)
         taken.add(names[value])
     specs = {
         value: TensorSpec(
@@ -116,12 +117,34 @@ def classify(graph: Graph, kinds: Mapping[str, Kind]) -> dict[str, Kind]:
     return classes
 
 
-def _layer(node: Node) -> str:
-    """A readable name for a crossing value: the layer whose weight made it."""
-    for name in node.refs():
+def _layer(value: Node, nodes: Mapping[str, Node], classes: Mapping[str, Kind]) -> str:
+    """A readable name for a crossing value: the layer whose weight made it.
+
+    Where one weight has been made of many (`export.passes.merge_linears`), what their layers are called, without where they
+    stand: `attn2.to_k+to_v` for the keys and values of all cross-attentions.
+    """
+    layers: list[list[str]] = []
+    pending = list(value.refs())
+    while pending:
+        name = pending.pop(0)
         if name.endswith(".weight"):
-            return name.removesuffix(".weight")
-    return f"hoisted.{node.name}"
+            layers.append(name.split(".")[:-1])
+        elif name in nodes and classes[name] == "const":
+            pending += nodes[name].refs()
+    if not layers:
+        return f"hoisted.{value.name}"
+    if len(layers) > 1:
+        layers = [_without_place(layer) for layer in layers]
+    owners, names = (
+        list(dict.fromkeys(part)) for part in zip(*((".".join(x[:-1]), x[-1]) for x in layers), strict=True)
+    )
+    return ".".join("+".join(part) for part in (owners, names) if any(part))
+
+
+def _without_place(layer: list[str]) -> list[str]:
+    """A layer's name from behind the last number in it: `attn2.to_k`. A number at its end is part of its name: `to_out.0`."""
+    numbers = [place for place, part in enumerate(layer[:-1]) if part.isdigit()]
+    return layer[numbers[-1] + 1 :] if numbers else layer
 
 
 def _unused(name: str, taken: set[str]) -> str:

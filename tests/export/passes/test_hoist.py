@@ -138,11 +138,12 @@ def test_what_is_not_one_row_per_row_sinks() -> None:
             node("k", "linear.default", Ref("text"), Ref("k.weight")),
             node("twice", "cat.default", (Ref("k"), Ref("k")), shape=(Dim("rows", 2), 4)),
             node("wide", "view.default", Ref("twice"), (ROWS, 8), shape=(ROWS, 8)),
-            node("half", "slice.Tensor", Ref("wide"), 1, 0, 4),
+            node("part", "slice.Tensor", Ref("wide"), 1, 0, 4),
+            node("half", "neg.default", Ref("part")),
             node("out", "add.Tensor", Ref("latents"), Ref("half")),
         )
     )
-    # The slice of the doubled rows is one row per row again, and is what crosses.
+    # What is made of the doubled rows is one row per row again, and is what crosses.
     assert list(parts.context.outputs.values()) == ["half"]
 
 
@@ -184,6 +185,31 @@ def test_one_layer_used_twice_makes_two_values() -> None:
         )
     )
     assert len(parts.context.outputs) == 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "name"),
+    [
+        (["down.0.attn2.to_k"], "down.0.attn2.to_k"),
+        (["down.0.attn2.to_k", "down.0.attn2.to_v", "up.1.attn2.to_k"], "attn2.to_k+to_v"),
+        (["down.0.attn1.to_k", "down.0.attn2.to_v"], "attn1+attn2.to_k+to_v"),
+        (["down.0.time_emb_proj", "mid.3.time_emb_proj"], "time_emb_proj"),
+        (["down.0.to_out.0", "mid.3.to_out.0"], "to_out.0"),
+        (["query", "key"], "query+key"),
+    ],
+)
+def test_a_weight_made_of_many_is_named_after_what_they_have_in_common(layers: list[str], name: str) -> None:
+    part = graph(
+        node("both", "cat.default", tuple(Ref(f"{layer}.weight") for layer in layers), 0, shape=(4, 4)),
+        node("other", "neg.default", Ref("text")),
+        node("k", "linear.default", Ref("text"), Ref("both")),
+        node("l", "linear.default", Ref("other"), Ref("both")),
+        node("sum", "add.Tensor", Ref("latents"), Ref("k")),
+        node("out", "mul.Tensor", Ref("sum"), Ref("l")),
+    )
+    part = part.replace(weights={f"{x}.weight": TensorSpec(f"{x}.weight", (4, 4), F32) for x in layers})
+    context = hoist(part, KINDS).context
+    assert list(context.outputs) == [name, f"{name}.2"]
 
 
 def test_an_output_that_does_not_need_the_latents() -> None:
