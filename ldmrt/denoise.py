@@ -1,16 +1,18 @@
 """The sampling loop: one step over static buffers, for images that may each be at another step.
 
 A step is three things in a row: the `step` engine, the sampler's update (guidance, one row of coefficients, the next model input),
-and the advance of the row indices. Nothing is allocated for it and nothing is read back, so that the same calls can be captured as
-a CUDA graph; on the CPU they run as they are.
+and the advance of the row indices. Its state lies in static buffers and nothing is read back, so that the same calls can be
+captured as a CUDA graph; on the CPU they run as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
+from ldmrt.capture import Recorder
 from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.errors import EngineMismatch
 from ldmrt.kernels.sampler import advance, sampler_step
@@ -18,6 +20,14 @@ from ldmrt.schedule import SamplerTable
 from ldmrt.slots import Slots
 
 Conditioning = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Admitted:
+    """What the tables of a slot are made of, kept to make them again when the weights change."""
+
+    table: SamplerTable
+    conditionings: tuple[Conditioning, ...]
 
 
 class Denoiser:
@@ -33,6 +43,9 @@ class Denoiser:
         evaluations: the most model evaluations of one image.
         with_noise: whether samplers that draw noise may be admitted.
         device: where all of it lies.
+        recorder: captures the step as a CUDA graph; None to launch its kernels one by one, as on a CPU.
+        generation: counts the changes of the weights. What was computed from other weights is then computed anew, for the
+            images that are under way too.
     """
 
     def __init__(
@@ -46,6 +59,8 @@ class Denoiser:
         evaluations: int,
         with_noise: bool,
         device: torch.device,
+        recorder: Recorder | None = None,
+        generation: Callable[[], int] = lambda: 0,
     ) -> None:
         latents = step.inputs["latents"]
         rows, *latent_shape = _sizes(latents)
@@ -81,6 +96,12 @@ class Denoiser:
         output = next(iter(step.outputs.values()))
         self._output = torch.zeros(_sizes(output), dtype=output.dtype, device=device)
         step.bind({"latents": self.slots.model_input, output.name: self._output, **self._contexts, **self._current})
+        self._admitted: dict[int, _Admitted] = {}
+        self._generation = generation
+        self._made_at = generation()
+        self._recorder = recorder
+        self._replays: dict[int, Callable[[], None]] = {}
+        self.capture(1)
 
     @torch.inference_mode()
     def admit(
@@ -111,24 +132,15 @@ class Denoiser:
             BadRequest: the sampler has more evaluations than the batch was made for.
         """
         per_image = self.rows // self.capacity
-        conditionings = [cond] if uncond is None else [cond, uncond]
+        conditionings = (cond,) if uncond is None else (cond, uncond)
         if len(conditionings) > per_image:
             raise EngineMismatch(
                 f"a batch of {self.capacity} in {self.rows} rows has no room for guidance, which takes two rows an image"
             )
         first = slot * per_image
         rows = slice(first, first + len(conditionings))
-        stacked = {
-            name: torch.stack([one[name].to(spec.dtype) for one in conditionings])
-            for name, spec in self._context.inputs.items()
-        }
-        for name, tensor in self._context.run(stacked).items():
-            self._contexts[name][rows].copy_(tensor)
-        entries = self.slots.entries_per_slot
-        for row, conditioning in enumerate(conditionings, start=first):
-            for name, tensor in self._scheduled(table, conditioning).items():
-                self._tables[name][row * entries : row * entries + len(tensor)].copy_(tensor)
-            self._offset[row] = (row - slot) * entries
+        self._refresh()
+        self._prepare(slot, _Admitted(table, conditionings))
         self._slot_of_row[rows] = slot
         self.slots.admit(
             slot,
@@ -139,10 +151,46 @@ class Denoiser:
             uncond_row=None if uncond is None else first + 1,
             noise=noise,
         )
+        self._admitted[slot] = _Admitted(table, conditionings)
 
-    @torch.inference_mode()
     def step(self) -> None:
         """One model evaluation and one sampler update for every admitted slot."""
+        self.steps(1)
+
+    @torch.inference_mode()
+    def steps(self, count: int) -> None:
+        """Several steps: one call of the GPU where so many were captured, else one each."""
+        self._refresh()
+        whole = self._replays.get(count)
+        if whole is not None:
+            whole()
+        else:
+            one = self._replays.get(1, self._work)
+            for _ in range(count):
+                one()
+        for _ in range(count):
+            self.slots.stepped()
+
+    @torch.inference_mode()
+    def capture(self, count: int) -> None:
+        """Capture `count` steps as one CUDA graph, if there is a recorder; `steps(count)` replays it from then on.
+
+        Raises:
+            EngineMismatch: images are under way, which the trial runs would move on.
+        """
+        if self._recorder is None or count in self._replays:
+            return
+        if self.slots.active:
+            raise EngineMismatch("the step cannot be captured while images are under way: release them first")
+
+        def work() -> None:
+            for _ in range(count):
+                self._work()
+
+        self._replays[count] = self._recorder.record(work)
+
+    def _work(self) -> None:
+        """What the device does for a step. It leaves free slots untouched, however often it runs."""
         slots = self.slots
         torch.index_select(slots.row, 0, self._slot_of_row, out=self._entry)
         self._entry.add_(self._offset)
@@ -163,7 +211,6 @@ class Denoiser:
             slots.model_input,
         )
         advance(slots.row, slots.last_row)
-        slots.stepped()
 
     def latents(self, slot: int) -> torch.Tensor:
         """(C, h, w) float32: the slot's latents as they are now, in the static buffer."""
@@ -172,6 +219,30 @@ class Denoiser:
     def release(self, slot: int) -> None:
         """Give a slot up; its rows are left alone from now on."""
         self.slots.release(slot)
+        self._admitted.pop(slot, None)
+
+    def _refresh(self) -> None:
+        """Make the tables of the images under way anew, if the weights have changed since."""
+        if self._generation() != self._made_at:
+            self._made_at = self._generation()
+            for slot, admitted in self._admitted.items():
+                self._prepare(slot, admitted)
+
+    def _prepare(self, slot: int, admitted: _Admitted) -> None:
+        """Compute what the step reads of a slot's request and timesteps, into the static buffers."""
+        first = slot * (self.rows // self.capacity)
+        rows = slice(first, first + len(admitted.conditionings))
+        stacked = {
+            name: torch.stack([one[name].to(spec.dtype) for one in admitted.conditionings])
+            for name, spec in self._context.inputs.items()
+        }
+        for name, tensor in self._context.run(stacked).items():
+            self._contexts[name][rows].copy_(tensor)
+        entries = self.slots.entries_per_slot
+        for row, conditioning in enumerate(admitted.conditionings, start=first):
+            for name, tensor in self._scheduled(admitted.table, conditioning).items():
+                self._tables[name][row * entries : row * entries + len(tensor)].copy_(tensor)
+            self._offset[row] = (row - slot) * entries
 
     def _scheduled(self, table: SamplerTable, conditioning: Conditioning) -> Mapping[str, torch.Tensor]:
         """What the step reads of the timesteps, for all of a sampler's evaluations at once."""

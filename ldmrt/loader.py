@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from ldmrt.bundle import Bundle, EngineRecord
+from ldmrt.capture import Recorder
+from ldmrt.engines.captured import CapturedEngine
 from ldmrt.engines.protocol import Engine
 from ldmrt.errors import EngineMismatch
 
@@ -21,21 +23,32 @@ class EngineLoader:
         bundle: the opened bundle.
         device: where the engines run.
         kind: the engine kind.
+        recorder: what captures CUDA graphs, or None.
 
     Args:
         bundle: the opened bundle.
         device: where the engines are to run.
         kind: the engine kind to use; None for `torch`, or the one there is.
         dtype: the precision to use; None for the best one on the device.
+        recorder: captures what runs once per request as CUDA graphs; None to launch kernel by kernel. The steps are captured
+            by who runs them, `ldmrt.denoise.Denoiser`.
 
     Raises:
         EngineMismatch: the bundle has no engine of this kind.
     """
 
-    def __init__(self, bundle: Bundle, device: torch.device, kind: str | None, dtype: str | None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: torch.device,
+        kind: str | None,
+        dtype: str | None,
+        recorder: Recorder | None = None,
+    ) -> None:
         kinds = sorted({record.kind for record in bundle.manifest.engines if record.component == "step"})
         self.bundle, self.device, self._dtype = bundle, device, dtype
         self.kind = kind or ("torch" if "torch" in kinds or not kinds else kinds[0])
+        self.recorder = recorder
         self._engines: dict[str, Engine] = {}
         if self.kind not in kinds:
             raise EngineMismatch(
@@ -64,8 +77,16 @@ class EngineLoader:
     def load(self, record: EngineRecord) -> Engine:
         """An engine, loaded once."""
         if record.key not in self._engines:
-            self._engines[record.key] = self.bundle.load(record, self.device)
+            engine = self.bundle.load(record, self.device)
+            if self.recorder is not None and record.kind == "torch" and record.component != "step":
+                engine = CapturedEngine(engine, self.recorder)
+            self._engines[record.key] = engine
         return self._engines[record.key]
+
+    def generation(self, component: str) -> int:
+        """How often the weights of a component have been changed since they were loaded."""
+        record = self.records(component)[0]
+        return self.bundle.parameters(record.weights, self.device).generation if record.kind == "torch" else 0
 
     def only(self, component: str) -> Engine:
         """The engine of a component that has one for all sizes and row counts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +15,20 @@ import torch
 
 from ldmrt import image as pixels
 from ldmrt.bundle import Bundle
+from ldmrt.capture import Recorder
 from ldmrt.config import parse_device
 from ldmrt.denoise import Denoiser
 from ldmrt.errors import BadRequest, EngineMismatch, NumericalError
 from ldmrt.loader import EngineLoader
 from ldmrt.noise import Generators, draw
+from ldmrt.parameters import Parameters
 from ldmrt.request import Defaults, Job, LongPrompt, Request, resolve
 from ldmrt.schedule import NoiseSchedule, SamplerTable, sampler_table
 from ldmrt.text import Embedding, Given, PromptEncoder, TextModel
 from ldmrt.tokenizer import Tokenizer
 
 OutputType = Literal["pil", "np", "latent"]
+Capture = Literal["step", "loop", "off"]
 OnStep = Callable[[int, torch.Tensor], None]
 Text = tuple[Embedding, Embedding | None]
 
@@ -58,7 +61,7 @@ class Pipeline:
         defaults: what a request gets where it says nothing, and its bounds.
     """
 
-    def __init__(self, loader: EngineLoader) -> None:
+    def __init__(self, loader: EngineLoader, *, whole_loop: bool = False) -> None:
         self._loader = loader
         self.bundle, self.device = loader.bundle, loader.device
         model = self.bundle.manifest.model
@@ -84,6 +87,7 @@ class Pipeline:
             max_clip_skip=self._prompts.layers - 1,
         )
         self._denoisers: dict[tuple[int, ...], Denoiser] = {}
+        self._whole_loop = whole_loop
         self._lock = threading.Lock()
 
     @classmethod
@@ -94,6 +98,7 @@ class Pipeline:
         *,
         engine: str | None = None,
         dtype: str | None = None,
+        capture: Capture = "step",
     ) -> Pipeline:
         """Open a bundle and load its engines.
 
@@ -102,13 +107,20 @@ class Pipeline:
             device: `cpu`, `cuda` or `cuda:N`; None for a GPU if there is one.
             engine: the engine kind to use where the bundle has several; None for `torch` if it is there.
             dtype: the precision to use where the bundle has several; None for the best one on the device.
+            capture: what becomes one CUDA graph on a GPU: a `step`, the whole `loop` (recorded anew for each number of steps; calls
+                with `on_step` still go step by step), or nothing (`off`). Without meaning on a CPU.
 
         Raises:
+            BadRequest: `capture` is none of these, or the device is not there.
             BundleError: there is no bundle, or it is damaged.
             EngineMismatch: it has no engine for this device, kind or precision.
         """
+        if capture not in ("step", "loop", "off"):
+            raise BadRequest(f"capture is {capture!r}, expected step, loop or off", param="capture")
         bundle = Bundle.open(builtin_bundle() if path is None else path)
-        return cls(EngineLoader(bundle, _device(device), engine, dtype))
+        place = _device(device)
+        recorder = Recorder(place) if place.type == "cuda" and capture != "off" else None
+        return cls(EngineLoader(bundle, place, engine, dtype, recorder), whole_loop=capture == "loop")
 
     def __call__(
         self,
@@ -231,6 +243,48 @@ class Pipeline:
         images = finals if output_type == "latent" else images
         return Result(images=images, latents=finals, seeds=job.seeds, timings=clock.seconds, job=job)
 
+    def update_weights(self, component: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Change weights in place, as for a LoRA or another checkpoint of the same architecture. Nothing is compiled anew.
+
+        Args:
+            component: `unet`, `text_encoder`, `text_encoder_2`, `decoder` or `encoder`. The last two share their file, not their
+                weights.
+            tensors: new values by the names of the model's weight file; the other weights stay as they are.
+
+        Raises:
+            BadRequest: there is no such component.
+            EngineMismatch: a name or shape is not the model's (nothing is changed then), or the engine kind embeds its weights.
+        """
+        with self._lock:
+            self._parameters(component).update(tensors)
+
+    def restore_weights(self, component: str) -> None:
+        """Give a component the weights of the bundle back, to the bit.
+
+        Raises:
+            BadRequest: there is no such component.
+            EngineMismatch: the engine kind embeds its weights.
+        """
+        with self._lock:
+            self._parameters(component).restore()
+
+    def _parameters(self, component: str) -> Parameters:
+        """A component's weights, all of its engines loaded, so that their names are known."""
+        parts = ("context", "schedule", "step") if component == "unet" else (component,)
+        known = {record.component for record in self.bundle.manifest.engines}
+        if component in ("context", "schedule", "step") or not known.issuperset(parts):
+            raise BadRequest(
+                f"component is {component!r}, expected unet, text_encoder, decoder or encoder", param="component"
+            )
+        if self.kind != "torch":
+            raise EngineMismatch(
+                f"{self.kind} engines hold weights of their own, which cannot be changed in place: use the torch engine"
+            )
+        records = [self._loader.records(part)[0] for part in parts]
+        for record in records:
+            self._loader.load(record)
+        return self.bundle.parameters(records[-1].weights, self.device)
+
     @property
     def kind(self) -> str:
         """The engine kind in use."""
@@ -294,14 +348,21 @@ class Pipeline:
                 evaluations=evaluations,
                 with_noise=table.uses_noise,
                 device=self.device,
+                recorder=self._loader.recorder,
+                generation=lambda: self._loader.generation("step"),
             )
+        if self._whole_loop:
+            self._denoisers[key].capture(table.evaluations)
         return self._denoisers[key]
 
     def _denoise(self, denoiser: Denoiser, table: SamplerTable, images: int, on_step: OnStep | None) -> None:
-        for step in table.steps.tolist():
-            denoiser.step()
-            if on_step is not None and step >= 0:
-                on_step(step, denoiser.slots.x[:images].clone())
+        if on_step is None:
+            denoiser.steps(table.evaluations)
+        else:
+            for step in table.steps.tolist():
+                denoiser.step()
+                if step >= 0:
+                    on_step(step, denoiser.slots.x[:images].clone())
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

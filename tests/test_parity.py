@@ -363,3 +363,27 @@ def test_bfloat16(tiny_model: Path, reference: Any, tmp_path: Path) -> None:
     assert pipe.dtype == "bfloat16"
     for name in ("guidance", "no guidance", "eta and a negative prompt"):
         compare(pipe, reference, CASES[name], limit=LATENTS_BFLOAT16, decibels=PSNR_BFLOAT16)
+
+
+def test_weights_changed_in_place(tiny_model: Path, tiny_bundle: Path) -> None:
+    """The pictures of a model that has had the new weights from the start: keys, convolutions, time embedding, text encoder."""
+    reference, pipe = reference_pipeline(tiny_model), Pipeline.from_bundle(tiny_bundle)
+    before = draw_ours(pipe, {"prompt": PROMPT, "num_inference_steps": 6, "seed": 3})[0]
+    names = {
+        "unet": (
+            "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+            "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight",
+            "conv_in.weight",
+            "time_embedding.linear_1.bias",
+        ),
+        "text_encoder": tuple(key for key in reference.text_encoder.state_dict() if "layers.0.self_attn.v_proj" in key),
+    }
+    for component, chosen in names.items():
+        module = getattr(reference, component)
+        changed = {name: 1.5 * module.state_dict()[name] + 0.01 for name in chosen}
+        module.load_state_dict({**module.state_dict(), **changed})
+        pipe.update_weights(component, changed)
+    compare(pipe, reference, CASES["guidance"])
+    for component in names:
+        pipe.restore_weights(component)
+    assert torch.equal(draw_ours(pipe, {"prompt": PROMPT, "num_inference_steps": 6, "seed": 3})[0][-1], before[-1])

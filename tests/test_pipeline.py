@@ -353,3 +353,31 @@ def test_a_bundle_for_two_images_only(tiny_model: Path, tiny_bundle: Path, tmp_p
 
 def test_the_public_name() -> None:
     assert ldmrt.Pipeline is Pipeline
+
+
+# ---------------------------------------------------------------------------------------------------- changed weights
+
+
+def test_weights_come_back_to_the_bit(tiny_bundle: Path) -> None:
+    pipe = Pipeline.from_bundle(tiny_bundle, device="cpu")
+    before = pipe(PROMPT, seed=1, **QUICK).latents
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    file = WeightFile(tiny_bundle / pipe.bundle.manifest.weights["unet.float32"].file)
+    for factor in (2.0, -1.0):
+        pipe.update_weights("unet", {name: factor * file[name]})
+        assert not torch.equal(pipe(PROMPT, seed=1, **QUICK).latents, before)
+    pipe.restore_weights("unet")
+    assert torch.equal(pipe(PROMPT, seed=1, **QUICK).latents, before)
+
+
+def test_weights_that_cannot_be_changed(tiny_bundle: Path) -> None:
+    pipe = Pipeline.from_bundle(tiny_bundle, device="cpu")
+    with pytest.raises(BadRequest, match="component is 'step'"):
+        pipe.update_weights("step", {})
+    with pytest.raises(EngineMismatch, match="no weight 'nothing'"):
+        pipe.update_weights("unet", {"nothing": torch.zeros(1)})
+
+
+def test_capture_has_three_values(tiny_bundle: Path) -> None:
+    with pytest.raises(BadRequest, match="capture is 'all'"):
+        Pipeline.from_bundle(tiny_bundle, capture="all")  # type: ignore[arg-type]

@@ -1,0 +1,50 @@
+"""All fusing passes, in order, and what they found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ldmrt.export.passes.fuse_add_norm import fuse_add_norm
+from ldmrt.export.passes.fuse_attention import fuse_attention
+from ldmrt.export.passes.fuse_geglu import fuse_geglu
+from ldmrt.export.passes.fuse_norm import fuse_norm
+from ldmrt.export.passes.merge_linears import merge_linears
+from ldmrt.export.passes.pattern import Pass
+from ldmrt.graph import Graph
+
+PASSES: Mapping[str, Callable[[Graph], Pass]] = {
+    "group_norm": fuse_norm,
+    "geglu": fuse_geglu,
+    "add_layer_norm": fuse_add_norm,
+    "attention": fuse_attention,
+    "linear": merge_linears,
+}
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What `fuse` makes.
+
+    Attributes:
+        graph: the graph, rewritten.
+        found: by pass, the places where the operator that its pattern is built around stands (the pass says which).
+        fused: by pass, those of them that were rewritten.
+    """
+
+    graph: Graph
+    found: Mapping[str, int]
+    fused: Mapping[str, int]
+
+
+def fuse(graph: Graph) -> Fused:
+    """The same function with the operators of `ldmrt.kernels`, and fewer matrix products.
+
+    Args:
+        graph: a cleaned graph, before it is cut by `hoist`. Its dimensions may be free.
+    """
+    found, fused = {}, {}
+    for name, run in PASSES.items():
+        result = run(graph)
+        graph, found[name], fused[name] = result.graph, result.found, result.fused
+    return Fused(graph, found, fused)

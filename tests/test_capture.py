@@ -1,0 +1,223 @@
+"""The traps of capture, with a recorder that replays operators on the CPU as a CUDA graph replays kernels.
+
+Each test is of one way in which a captured step could go on computing with what no longer holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import ldmrt.denoise
+from ldmrt.bundle import Bundle
+from ldmrt.denoise import Denoiser
+from ldmrt.errors import EngineMismatch
+from ldmrt.kernels.sampler import sampler_step_reference
+from ldmrt.parameters import Parameters
+from ldmrt.schedule import NoiseSchedule, SamplerTable, ddim
+from tests.replay import HostSyncError, Recorder
+
+CPU = torch.device("cpu")
+TOKENS, WIDTH = 77, 32
+
+
+@pytest.fixture(autouse=True)
+def _operators_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorder sees torch's operators, not the native library's."""
+    monkeypatch.setattr(ldmrt.denoise, "sampler_step", sampler_step_reference)
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path) -> Bundle:
+    """Opened anew for each test: some change its weights."""
+    return Bundle.open(tiny_bundle)
+
+
+@pytest.fixture
+def schedule(bundle: Bundle) -> NoiseSchedule:
+    return NoiseSchedule.from_dict(bundle.manifest.model.schedule)
+
+
+def parameters(bundle: Bundle) -> Parameters:
+    return bundle.parameters(bundle.find("step")[0].weights, CPU)
+
+
+def denoiser(bundle: Bundle, recorder: Recorder | None, *, rows: int = 4, tokens: int = TOKENS) -> Denoiser:
+    record = next(record for record in bundle.find("step") if record.rows == rows)
+    return Denoiser(
+        bundle.load(bundle.find("context")[0], CPU),
+        bundle.load(bundle.find("schedule")[0], CPU),
+        bundle.load(record, CPU),
+        capacity=rows // 2,
+        tokens=tokens,
+        evaluations=16,
+        with_noise=True,
+        device=CPU,
+        recorder=recorder,  # type: ignore[arg-type]
+        generation=lambda: parameters(bundle).generation,
+    )
+
+
+def admit(
+    loop: Denoiser, slot: int, table: SamplerTable, *, seed: int, guidance: float = 7.5, tokens: int = TOKENS
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    loop.admit(
+        slot,
+        latents=draw(4, 8, 8),
+        table=table,
+        guidance_scale=guidance,
+        cond={"encoder_hidden_states": draw(tokens, WIDTH)},
+        uncond={"encoder_hidden_states": draw(tokens, WIDTH)} if guidance > 1 else None,
+        noise=draw(table.evaluations, 4, 8, 8),
+    )
+
+
+@contextmanager
+def both(bundle: Bundle) -> Iterator[tuple[Denoiser, Denoiser, Callable[[int], None]]]:
+    """A captured loop and one that is not, over engines of their own, and a check that their slots agree to the bit."""
+    captured, plain = denoiser(bundle, Recorder()), denoiser(Bundle.open(bundle.path), None)
+
+    def agree(slot: int) -> None:
+        assert torch.equal(captured.latents(slot), plain.latents(slot))
+
+    yield captured, plain, agree
+
+
+def test_what_is_captured_is_what_is_run(bundle: Bundle, schedule: NoiseSchedule) -> None:
+    with both(bundle) as (captured, plain, agree):
+        for loop in (captured, plain):
+            admit(loop, 0, ddim(schedule, 3, 0.5), seed=1)
+        for _ in range(3):
+            captured.step()
+            plain.step()
+            agree(0)
+
+
+def test_capture_leaves_no_trace_in_the_buffers(bundle: Bundle) -> None:
+    with both(bundle) as (captured, plain, _):
+        for name in ("x", "saved", "history", "row", "last_row", "cond_row", "uncond_row", "model_input"):
+            assert torch.equal(getattr(captured.slots, name), getattr(plain.slots, name)), name
+
+
+def test_python_numbers_are_not_frozen(bundle: Bundle, schedule: NoiseSchedule) -> None:
+    """Guidance, sampler, step count and slot come from buffers: the second image of a slot is not made like the first."""
+    with both(bundle) as (captured, plain, agree):
+        for seed, (steps, eta, guidance) in enumerate([(3, 0.0, 7.5), (5, 1.0, 2.0), (2, 0.0, 1.0)]):
+            for loop in (captured, plain):
+                admit(loop, seed % 2, ddim(schedule, steps, eta), seed=seed, guidance=guidance)
+            for _ in range(steps):
+                captured.step()
+                plain.step()
+            agree(seed % 2)
+            for loop in (captured, plain):
+                loop.release(seed % 2)
+
+
+def test_an_image_that_joins_or_leaves_between_two_replays(bundle: Bundle, schedule: NoiseSchedule) -> None:
+    with both(bundle) as (captured, plain, agree):
+        for loop in (captured, plain):
+            admit(loop, 0, ddim(schedule, 6), seed=1)
+            loop.step()
+            admit(loop, 1, ddim(schedule, 2, 1.0), seed=2)
+            loop.step()
+            loop.step()
+            loop.release(1)
+            loop.step()
+        agree(0)
+        agree(1)
+
+
+def test_several_steps_in_one_graph(bundle: Bundle, schedule: NoiseSchedule) -> None:
+    with both(bundle) as (captured, plain, agree):
+        captured.capture(4)
+        for loop in (captured, plain):
+            admit(loop, 0, ddim(schedule, 4, 0.3), seed=1)
+            loop.steps(4)
+            assert loop.slots.done(0)
+        agree(0)
+
+
+def test_a_loop_is_not_captured_over_images_under_way(bundle: Bundle, schedule: NoiseSchedule) -> None:
+    loop = denoiser(bundle, Recorder())
+    admit(loop, 0, ddim(schedule, 2), seed=1)
+    with pytest.raises(EngineMismatch, match="under way"):
+        loop.capture(2)
+
+
+def test_weights_changed_in_place_are_used(bundle: Bundle, schedule: NoiseSchedule) -> None:
+    """The captured graph, and the keys and values that were computed before, for an image under way."""
+    with both(bundle) as (captured, plain, agree):
+        table = ddim(schedule, 4)
+        for loop in (captured, plain):
+            admit(loop, 0, table, seed=1)
+            loop.steps(2)
+        before = captured.latents(0).clone()
+        spec = next(s for name, s in bundle.graph(bundle.find("context")[0]).weights.items() if "to_k" in name)
+        noise = torch.randn(spec.shape, generator=torch.Generator().manual_seed(5))
+        for loop, opened in ((captured, bundle), (plain, None)):
+            if opened is not None:
+                parameters(opened).update({spec.name: noise})
+                loop.steps(2)
+        plain.steps(2)
+        assert not torch.equal(captured.latents(0), plain.latents(0))
+
+        # What it should be: a loop that has had the new weights from the start, put where the first one was.
+        changed = Bundle.open(bundle.path)
+        expected = denoiser(changed, None)
+        parameters(changed).update({spec.name: noise})
+        admit(expected, 0, table, seed=1)
+        state = denoiser(Bundle.open(bundle.path), None)
+        admit(state, 0, table, seed=1)
+        state.steps(2)
+        assert torch.equal(state.latents(0), before)
+        for name in ("x", "saved", "history", "row", "model_input"):
+            getattr(expected.slots, name).copy_(getattr(state.slots, name))
+        expected.steps(2)
+        assert torch.equal(captured.latents(0), expected.latents(0))
+
+        parameters(bundle).restore()
+        captured.release(0)
+        plain.release(0)
+        for loop in (captured, plain):
+            admit(loop, 0, table, seed=1)
+            loop.steps(4)
+        agree(0)
+
+
+def test_nothing_waits_for_the_device_and_every_step_is_the_same(bundle: Bundle) -> None:
+    recorder = Recorder()
+    loop = denoiser(bundle, recorder)
+    loop.capture(2)
+    one, two = recorder.calls
+    assert two == one + one
+
+
+def test_the_recorder_refuses_what_a_capture_refuses() -> None:
+    value = torch.ones(3)
+
+    def work() -> None:
+        value.sum().item()
+
+    with pytest.raises(HostSyncError):
+        Recorder().record(work)
+
+
+def test_the_recorder_replays_on_the_same_memory() -> None:
+    source, target = torch.ones(2), torch.zeros(2)
+
+    def work() -> None:
+        target.copy_((source * 2).view(2) + 1)
+
+    replay = Recorder().record(work)
+    source.fill_(5)
+    replay()
+    assert target.tolist() == [11, 11]
