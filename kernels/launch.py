@@ -4,85 +4,102 @@ The operators (kernels/attention.py and its neighbours) decide on a grid, argume
 kernels/gpu/, which alone imports triton, and only when a kernel is to be compiled in this process. `run` then does one of three
 things, by where the tensors are:
 
-* on a GPU it launches, with Triton's own compiler in this process;
+* on a GPU it launches: a cubin that a bundle brought (`register`), or what Triton compiles in this process. Either is loaded
+  and launched by kernels/cuda_driver.py; Triton's own launcher would need a C compiler;
 * on the meta device it records what it would have launched (`recording`), which is how the kernels of a graph are known
   without a GPU;
 * on the CPU it runs in Triton's interpreter, if TRITON_INTERPRET=1: for tests.
+
+The variable LDMRT_KERNELS, read once, chooses among the ways on a GPU: `auto` (a cubin, else Triton), `cubin`, `triton`, or
+`reference`, the operators in plain torch.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Constant = int | float | bool | str
-Argument = Tensor | int | float
+from ldmrt.kernels import aot, cuda_driver
+from ldmrt.kernels.variant import Argument, Constant, Variant, function
 
 # The architecture whose configurations are used where there is no GPU to ask, as in the interpreter.
 DEFAULT_ARCH = 90
 
-_TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.bool: "*i1",
-    torch.uint8: "*u8",
-}
+VARIABLE = "LDMRT_KERNELS"
+_CHOICES = ("auto", "cubin", "triton", "reference")
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One kernel, compiled for one kind of arguments.
+class Choice(NamedTuple):
+    """Which ways to a kernel are open; `why_not` says what closes both, or is None."""
 
-    Attributes:
-        kernel: `file.function` in kernels/gpu, such as `group_norm.normalize`.
-        types: Triton's types of the arguments that are not constants, in order: `*fp16`, `i32`, `fp32`.
-        aligned: for each of them, whether it is a multiple of 16 (a pointer: of 16 bytes).
-        constants: the constexpr arguments by name, sorted.
-        num_warps: warps of a program.
-        num_stages: stages of software pipelining.
-        fp_fusion: whether a product and a sum may become one fused operation, rounded once.
-    """
+    cubins: bool
+    triton: bool
+    why_not: str | None
 
-    kernel: str
-    types: tuple[str, ...]
-    aligned: tuple[bool, ...]
-    constants: tuple[tuple[str, Constant], ...]
-    num_warps: int
-    num_stages: int
-    fp_fusion: bool = True
 
-    @staticmethod
-    def of(
-        kernel: str,
-        arguments: Sequence[Argument],
-        constants: Mapping[str, Constant],
-        num_warps: int,
-        num_stages: int,
-        *,
-        fp_fusion: bool = True,
-    ) -> Variant:
-        """The variant that a launch needs."""
-        return Variant(
-            kernel=kernel,
-            types=tuple(map(_type, arguments)),
-            aligned=tuple(map(_aligned, arguments)),
-            constants=tuple(sorted(constants.items())),
-            num_warps=num_warps,
-            num_stages=num_stages,
-            fp_fusion=fp_fusion,
+def choose(environ: Mapping[str, str]) -> Choice:
+    """The ways that the environment leaves open, of those that are there."""
+    value = environ.get(VARIABLE, "").strip().lower() or "auto"
+    if value not in _CHOICES:
+        return Choice(
+            cubins=False, triton=False, why_not=f"{VARIABLE}={environ[VARIABLE]!r} is none of {', '.join(_CHOICES)}"
         )
+    if value == "reference":
+        return Choice(cubins=False, triton=False, why_not=f"{VARIABLE}={environ[VARIABLE]} switches them off")
+    installed = importlib.util.find_spec("triton") is not None
+    if value == "triton" and not installed:
+        return Choice(cubins=False, triton=False, why_not=f"{VARIABLE}=triton, and Triton is not installed")
+    return Choice(cubins=value in {"auto", "cubin"}, triton=value != "cubin" and installed, why_not=None)
+
+
+@cache
+def _choice() -> Choice:
+    return choose(os.environ)
+
+
+class _Store:
+    """The cubins of this process, and the kernels that have been launched, loaded."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cubins: dict[str, dict[int, aot.Cubin]] = {}
+        self._arches: frozenset[int] = frozenset()
+        # By what is quickly told of a launch: the same always leads to the same variant.
+        self.loaded: dict[tuple[Any, ...], cuda_driver.Kernel] = {}
+
+    def add(self, cubins: Sequence[aot.Cubin]) -> None:
+        with self._lock:
+            for cubin in cubins:
+                self._cubins.setdefault(cubin.key, {})[cubin.arch] = cubin
+            self._arches |= {cubin.arch for cubin in cubins}
+
+    def serves(self, arch: int) -> bool:
+        """Whether there is anything for a device of an architecture."""
+        return any(aot.runs_on(compiled, arch) for compiled in self._arches)
+
+    def count(self, arch: int) -> int:
+        """How many variants there are for a device of an architecture."""
+        with self._lock:
+            return sum(any(aot.runs_on(compiled, arch) for compiled in found) for found in self._cubins.values())
+
+    def find(self, variant: Variant, arch: int) -> aot.Cubin | None:
+        """The cubin for a device of an architecture: of those that it runs, the one compiled for the latest."""
+        with self._lock:
+            found = self._cubins.get(variant.key(), {})
+            nearest = max((compiled for compiled in found if aot.runs_on(compiled, arch)), default=None)
+            return None if nearest is None else found[nearest]
+
+
+_store = _Store()
 
 
 class _Recording(threading.local):
@@ -112,11 +129,44 @@ def architecture(device: torch.device) -> int:
     return _recording.arch
 
 
+def register(folder: Path) -> int:
+    """Add the cubins of a folder to those of this process.
+
+    Returns:
+        How many variants there are.
+
+    Raises:
+        ValueError: the folder is damaged, or not of this version; nothing is added.
+        OSError: a file cannot be read.
+    """
+    cubins = aot.read(folder)
+    _store.add(cubins)
+    return len({cubin.key for cubin in cubins})
+
+
 def ready(device: torch.device) -> bool:
     """Whether kernels can be launched on a device; else an operator computes its reference. Asked before every `run`."""
     if device.type == "meta":
         return _recording.variants is not None
-    return device.type == "cuda" and _has_triton()
+    if device.type != "cuda":
+        return False
+    choice = _choice()
+    return choice.triton or (choice.cubins and _store.serves(architecture(device)))
+
+
+def describe(device: torch.device) -> str:
+    """What computes the operators on a device, in one line."""
+    choice = _choice()
+    if device.type != "cuda":
+        return f"plain torch or C++: kernels are for a GPU, and this is {device}"
+    if choice.why_not is not None:
+        return f"plain torch: {choice.why_not}"
+    arch = architecture(device)
+    count = _store.count(arch) if choice.cubins else 0
+    if count == 0 and not choice.triton:
+        return f"plain torch: no kernel compiled for sm_{arch} is registered, and Triton is not installed or not to be used"
+    ways = [f"{count} compiled kernels for sm_{arch}"] * (count > 0) + ["Triton in this process"] * choice.triton
+    return ", else ".join(ways)
 
 
 def run(
@@ -131,6 +181,9 @@ def run(
 ) -> None:
     """Launch a kernel on the current stream.
 
+    The first launch of a variant on a device loads it, and may compile it: neither can be done while a CUDA graph is being
+    captured, so run once before.
+
     Args:
         kernel: `file.function` in kernels/gpu.
         grid: programs along one to three axes.
@@ -140,6 +193,9 @@ def run(
         num_warps: warps of a program.
         num_stages: stages of software pipelining.
         fp_fusion: whether a product and a sum may become one fused operation, rounded once.
+
+    Raises:
+        RuntimeError: on a GPU, no cubin fits and Triton is not to be had; or the driver refuses the launch.
     """
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     if device.type == "meta":
@@ -147,36 +203,89 @@ def run(
             variant = Variant.of(kernel, arguments, constants, num_warps, num_stages, fp_fusion=fp_fusion)
             _recording.variants[variant] = None
         return
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
-    _function(kernel)[grid](*arguments, **constants, **options)
+    if device.type != "cuda":
+        function(kernel)[grid](*arguments, **constants, num_warps=num_warps)
+        return
+    _on_gpu(device, kernel, grid, arguments, constants, num_warps, num_stages, fp_fusion=fp_fusion)
 
 
-def _type(argument: Argument) -> str:
-    if isinstance(argument, Tensor):
-        return _TYPES[argument.dtype]
-    return "fp32" if isinstance(argument, float) else "i32" if -(2**31) <= argument < 2**31 else "i64"
+def _on_gpu(
+    device: torch.device,
+    kernel: str,
+    grid: tuple[int, ...],
+    arguments: Sequence[Argument],
+    constants: Mapping[str, Constant],
+    num_warps: int,
+    num_stages: int,
+    *,
+    fp_fusion: bool,
+) -> None:
+    if 0 in grid:
+        return
+    if device.index == torch.cuda.current_device():
+        _launch(device, kernel, grid, arguments, constants, num_warps, num_stages, fp_fusion=fp_fusion)
+    else:
+        with torch.cuda.device(device):
+            _launch(device, kernel, grid, arguments, constants, num_warps, num_stages, fp_fusion=fp_fusion)
 
 
-def _aligned(argument: Argument) -> bool:
-    if isinstance(argument, Tensor):
-        # A meta tensor has no address, but its storage is taken to be aligned, as every allocator's is.
-        meta = argument.device.type == "meta"
-        return (argument.storage_offset() * argument.itemsize if meta else argument.data_ptr()) % 16 == 0
-    return isinstance(argument, int) and argument % 16 == 0
+def _launch(
+    device: torch.device,
+    kernel: str,
+    grid: tuple[int, ...],
+    arguments: Sequence[Argument],
+    constants: Mapping[str, Constant],
+    num_warps: int,
+    num_stages: int,
+    *,
+    fp_fusion: bool,
+) -> None:
+    """`_on_gpu`, on the current one."""
+    values, kinds = _values_and_kinds(arguments)
+    key = (kernel, device.index, num_warps, num_stages, fp_fusion, *constants.items(), *kinds)
+    loaded = _store.loaded.get(key)
+    if loaded is None:
+        variant = Variant.of(kernel, arguments, constants, num_warps, num_stages, fp_fusion=fp_fusion)
+        loaded = _store.loaded[key] = _load(variant, device)
+    cuda_driver.driver().ensure_context(device.index)
+    x, y, z = (*grid, 1, 1)[:3]
+    loaded.launch((x, y, z), values, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _values_and_kinds(arguments: Sequence[Argument]) -> tuple[list[int | float], list[Any]]:
+    """What the kernel is given; and what decides on the variant, told more quickly than by making one."""
+    values: list[int | float] = []
+    kinds: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            address = argument.data_ptr()
+            values.append(address)
+            kinds.append((argument.dtype, address % 16 == 0))
+        else:
+            values.append(argument)
+            kinds.append(None if isinstance(argument, float) else (-(2**31) <= argument < 2**31, argument % 16 == 0))
+    return values, kinds
+
+
+def _load(variant: Variant, device: torch.device) -> cuda_driver.Kernel:
+    arch, choice = architecture(device), _choice()
+    cubin = _store.find(variant, arch) if choice.cubins else None
+    if cubin is None and choice.triton:
+        cubin = aot.compile_variant(variant, arch)
+    if cubin is None:
+        raise RuntimeError(
+            f"no kernel is compiled for {variant.kernel} {variant.types} {dict(variant.constants)} on sm_{arch}, and Triton is "
+            f"not installed or {VARIABLE} excludes it: build the bundle for this GPU, install ldmrt[triton], or set "
+            f"{VARIABLE}=reference"
+        )
+    driver = cuda_driver.driver()
+    driver.ensure_context(device.index)
+    return cuda_driver.Kernel(
+        driver, cubin.code, cubin.symbol, variant.types, cubin.hidden, cubin.threads, cubin.shared
+    )
 
 
 @cache
 def _capability(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return major * 10 + minor
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@cache
-def _function(kernel: str) -> Any:
-    file, function = kernel.split(".")
-    return getattr(importlib.import_module(f"ldmrt.kernels.gpu.{file}"), function)
