@@ -63,7 +63,7 @@ $(VENV)/.stamp-demo: $(SOURCES) | $(VENV)/.stamp-venv
 	@touch $@
 
 $(VENV)/.stamp-test: $(SOURCES) | $(VENV)/.stamp-venv
-	$(INSTALL) --editable ".[export,onnxruntime]" --group test
+	$(INSTALL) --editable ".[export,onnxruntime,triton]" --group test
 	@$(BIN)/python -c "import ldmrt.kernels"
 	@touch $@ $(VENV)/.stamp-demo
 

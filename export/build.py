@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -28,21 +29,20 @@ from ldmrt.bundle import (
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BuildError
 from ldmrt.export import architectures
-from ldmrt.export.capture import capture
+from ldmrt.export.compile import compile_component
 from ldmrt.export.component import PREFIX, Component
+from ldmrt.export.cubins import architecture, compile_kernels
 from ldmrt.export.folder import BundleFolder
 from ldmrt.export.options import Options
-from ldmrt.export.passes.clean import clean
-from ldmrt.export.passes.hoist import hoist
 from ldmrt.export.source import Checkpoint, Source
 from ldmrt.export.verify import Trial, certify, reference_outputs, run_denoiser, run_engine, run_rows
 from ldmrt.graph import Graph, dtype_of, rename_values, specialize, to_json
+from ldmrt.kernels.aot import write as write_cubins
 from ldmrt.schedule import NoiseSchedule
 from ldmrt.weights import WeightFile, sha256, write as write_weights
 
 OnProgress = Callable[[str, int, int], None]
 
-_EXACT = ("timesteps", "time_ids")
 _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -54,6 +54,7 @@ def build_engines(
     sizes: Sequence[tuple[int, int]] | None = None,
     batch_sizes: Sequence[int] = (1,),
     dtype: str = "auto",
+    targets: Sequence[str] = (),
     on_progress: OnProgress | None = None,
 ) -> Bundle:
     """Compile a model into a bundle, or add engines to the bundle that is there.
@@ -64,7 +65,9 @@ def build_engines(
         engine: `auto` (torch), `torch` or `onnxruntime` (CPU, float32).
         sizes: (width, height) in pixels; the model's own size if None.
         batch_sizes: images per call to make engines for.
-        dtype: precision; `auto` is bfloat16 on a CPU that computes in it, else float32.
+        dtype: precision; `auto` is float16 with targets, else bfloat16 on a CPU that computes in it, else float32.
+        targets: GPU architectures (`sm_89`) to compile the torch engine's kernels for. No GPU is needed, and on one of these
+            neither Triton nor a compiler will be. Without targets a GPU uses Triton, if it is installed, when it runs.
         on_progress: called with (what is being done, steps done, steps in all).
 
     Returns:
@@ -76,7 +79,9 @@ def build_engines(
     """
     _require("diffusers", "transformers")
     source = Source.open(Path(model))
-    options = Options.resolve(source, engine=engine, sizes=sizes, batch_sizes=batch_sizes, dtype=dtype)
+    options = Options.resolve(source, engine=engine, sizes=sizes, batch_sizes=batch_sizes, dtype=dtype, targets=targets)
+    if options.targets:
+        _require("triton")
     if options.engine == "onnxruntime":
         _require("onnx", "onnxscript", "onnxruntime")
     build = _Build(source, BundleFolder(Path(out)), options, on_progress or (lambda _what, _done, _total: None))
@@ -106,6 +111,7 @@ class _Build:
     source_files: tuple[FileRecord, ...] = ()
     weights: dict[str, FileRecord] = field(default_factory=dict)
     engines: list[EngineRecord] = field(default_factory=list)
+    kernels: tuple[FileRecord, ...] = ()
     passes: dict[str, dict[str, int]] = field(default_factory=dict)
     done: int = 0
     total: int = 0
@@ -119,7 +125,7 @@ class _Build:
         """Build all components."""
         with self.folder.open():
             components = list(architectures.components(self.source, self.options.sizes))
-            self.total = 2 * len(components) + 2
+            self.total = 2 * len(components) + (3 if self.options.targets else 2)
             self.progress("reading the model")
             self.folder.need(self.space())
             self.source_files = self.hash_source()
@@ -131,6 +137,7 @@ class _Build:
                 )
             for size, component, trials in components:
                 self.build_component(size, component, trials)
+            self.compile_kernels()
             self.progress("writing the manifest")
             self.folder.commit(self.manifest(self.copy_tokenizer()))
         self.on_progress("done", self.total, self.total)
@@ -150,13 +157,15 @@ class _Build:
         label = component.name + (f" {size[0]}x{size[1]}" if size else "")
         self.progress(f"{label}: compiling")
         precision = self.precision(component.folder)
-        dtype = dtype_of(precision)
         checkpoint = Checkpoint(self.source, component.folder, component.original)
-        graph = capture(component.name, component.module.to(dtype), _cast(component.inputs, dtype), component.outputs)
-        captured = len(graph.nodes)
-        graph = clean(_with_file_keys(_with_buffers(graph), checkpoint))
-        self.passes[component.name] = {"captured": captured, "clean": len(graph.nodes)}
-        drafts = [_Draft(*draft, precision) for draft in self.drafts(component, graph, size)]
+        compiled = compile_component(
+            component,
+            dtype_of(precision),
+            fused=self.options.engine == "torch",
+            prepare=lambda graph: _with_file_keys(_with_buffers(graph), checkpoint),
+        )
+        self.passes[component.name] = dict(compiled.passes)
+        drafts = [_Draft(*draft, precision) for draft in self.drafts(component, compiled.graphs, size)]
         weights = self.weights_for(component.folder, checkpoint)
         keys = [self.key(draft, weights) for draft in drafts]
         reused = [self.made(draft) or self.reusable(key) for draft, key in zip(drafts, keys, strict=True)]
@@ -178,19 +187,17 @@ class _Build:
         return "float32" if upcast else self.options.dtype
 
     def drafts(
-        self, component: Component, graph: Graph, size: tuple[int, int] | None
+        self, component: Component, graphs: Sequence[Graph], size: tuple[int, int] | None
     ) -> list[tuple[Graph, tuple[int, int] | None, int | None]]:
         """The graphs to make engines of, each with its size and row count."""
         if component.folder in self.source.kind.tokenizers:
-            return [(graph, size, None)]
-        if component.name != "unet":
-            return [(specialize(graph, {"rows": rows}), size, rows) for rows in self.options.batch_sizes]
-        hoisted = hoist(graph, component.kinds)
-        self.passes["unet"] |= {kind: count for kind, count in hoisted.counts.items() if count}
-        # With guidance an image takes two rows, without it one.
-        rows = sorted({count for batch in self.options.batch_sizes for count in (batch, 2 * batch)})
-        steps = [(specialize(hoisted.step, {"rows": count}), size, count) for count in rows]
-        return [(hoisted.context, None, None), (hoisted.schedule, None, None), *steps]
+            return [(graph, size, None) for graph in graphs]
+        *whole, last = graphs
+        # With guidance an image takes two rows of the denoising network, without it one.
+        factors = (1, 2) if component.kinds else (1,)
+        rows = sorted({factor * batch for batch in self.options.batch_sizes for factor in factors})
+        sized = [(specialize(last, {"rows": count}), size, count) for count in rows]
+        return [*((graph, None, None) for graph in whole), *sized]
 
     def kind(self, component: str) -> str:
         """`context` and `schedule` run once per request, on the torch engine whatever runs the rest."""
@@ -302,6 +309,25 @@ class _Build:
             found[record.key] = [run_rows(run, trial, record.rows) for trial in trials]
         return found
 
+    def compile_kernels(self) -> None:
+        """Compile the kernels of all the bundle's engines for the targets, and for those it has kernels for already."""
+        old = self.folder.old
+        self.kernels = old.kernels if old is not None else ()
+        if not self.options.targets:
+            return
+        self.progress(f"kernels for {', '.join(self.options.targets)}: compiling")
+        bundle = Bundle(self.folder.path, self.manifest(()))
+        graphs = [bundle.graph(record) for record in bundle.manifest.engines if record.kind == "torch"]
+        there = bundle.cubins()
+        targets = {*self.options.targets, *(f"sm_{cubin.arch}" for cubin in there)}
+        cubins = compile_kernels(graphs, sorted(targets, key=architecture), there)
+        digest = hashlib.sha256("".join(sorted(cubin.file_name for cubin in cubins)).encode()).hexdigest()[:8]
+        with tempfile.TemporaryDirectory() as folder:
+            files = write_cubins(Path(folder), cubins)
+            self.kernels = tuple(
+                self.folder.write_bytes(f"kernels-{digest}/{path.name}", path.read_bytes()) for path in files
+            )
+
     # ------------------------------------------------------------------------------------------------ files
 
     def space(self) -> int:
@@ -394,20 +420,13 @@ class _Build:
             tokenizer_files=tokenizer_files,
             weights={**(old.weights if old else {}), **self.weights},
             engines=(*kept, *self.engines),
+            kernels=self.kernels,
             passes={**(old.passes if old else {}), **self.passes},
         )
 
 
 def _slot(record: EngineRecord) -> tuple[Any, ...]:
     return record.component, record.kind, record.dtype, record.size, record.rows
-
-
-def _cast(inputs: Sequence[TensorSpec], dtype: torch.dtype) -> list[TensorSpec]:
-    """Network inputs in the engine's precision; ids and numbers that are not activations keep theirs."""
-    return [
-        TensorSpec(s.name, s.shape, dtype if s.dtype.is_floating_point and s.name not in _EXACT else s.dtype)
-        for s in inputs
-    ]
 
 
 def _with_buffers(graph: Graph) -> Graph:
@@ -428,5 +447,5 @@ def _with_file_keys(graph: Graph, checkpoint: Checkpoint) -> Graph:
 def _require(*packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        extra = "onnxruntime" if missing == ["onnxruntime"] else "export"
+        extra = missing[0] if missing in (["onnxruntime"], ["triton"]) else "export"
         raise BuildError(f"building these engines needs {', '.join(missing)}: pip install 'ldmrt[{extra}]'")

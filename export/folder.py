@@ -19,6 +19,7 @@ from ldmrt.weights import sha256
 _OURS = re.compile(
     r"(graphs/[a-z0-9_]+-[0-9a-z-]*-[0-9a-f]{8}\.(json|safetensors)"
     r"|[a-z0-9_]+-[0-9a-z-]*-[0-9a-f]{8}\.onnx"
+    r"|kernels-[0-9a-f]{8}/([0-9a-f]{32}-sm[0-9]+\.cubin|kernels\.json)"
     r"|weights/[a-z0-9_]+\.(float32|bfloat16|float16)\.safetensors"
     r"|(graphs/|weights/)?\..*\.tmp)"
 )
@@ -134,11 +135,14 @@ class BundleFolder:
             for record in Bundle(self.path, self.old).records():
                 if record.file not in named:
                     (self.path / record.file).unlink(missing_ok=True)
-        for folder in (self.path, self.path / "graphs", self.path / "weights"):
+        kernels = [path for path in self.path.glob("kernels-*") if path.is_dir()]
+        for folder in (self.path, self.path / "graphs", self.path / "weights", *kernels):
             for path in folder.glob("*"):
                 orphan = path.relative_to(self.path).as_posix()
                 if orphan not in named and _OURS.fullmatch(orphan):
                     path.unlink(missing_ok=True)
+        for folder in kernels:
+            _remove_empty([folder])
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

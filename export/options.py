@@ -9,6 +9,7 @@ import torch
 
 from ldmrt.errors import BuildError
 from ldmrt.export.architectures import downscale
+from ldmrt.export.cubins import architecture
 from ldmrt.export.source import Source
 
 ENGINES = ("auto", "torch", "onnxruntime")
@@ -28,12 +29,14 @@ class Options:
         dtype: the precision.
         sizes: (width, height) in pixels.
         batch_sizes: images per call, in order.
+        targets: GPU architectures to compile kernels for, such as `sm_89`.
     """
 
     engine: str
     dtype: str
     sizes: tuple[tuple[int, int], ...]
     batch_sizes: tuple[int, ...]
+    targets: tuple[str, ...] = ()
 
     @classmethod
     def resolve(
@@ -44,6 +47,7 @@ class Options:
         sizes: Sequence[tuple[int, int]] | None,
         batch_sizes: Sequence[int],
         dtype: str,
+        targets: Sequence[str] = (),
     ) -> Options:
         """Check what was asked and fill in what was not.
 
@@ -55,14 +59,8 @@ class Options:
         if dtype not in DTYPES:
             raise BuildError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
         engine = "torch" if engine == "auto" else engine
-        if engine == "onnxruntime":
-            if dtype not in ("auto", "float32"):
-                raise BuildError(
-                    f"engine onnxruntime runs on the CPU in float32 only, {dtype} was asked for; use --dtype float32"
-                )
-            dtype = "float32"
-        if dtype == "auto":
-            dtype = "bfloat16" if has_native_bfloat16() else "float32"
+        targets = sorted(set(targets), key=architecture)
+        dtype = _precision(engine, dtype, targets)
         if sizes is None:
             side = int(source.configs["unet"].get("sample_size") or 64) * downscale(source)
             sizes = [(int(source.defaults.get("width", side)), int(source.defaults.get("height", side)))]
@@ -79,7 +77,34 @@ class Options:
                 raise BuildError(f"size {width}x{height} is too large, expected at most {_LARGEST_SIDE} each way")
         if not batch_sizes or not all(1 <= batch <= _LARGEST_BATCH for batch in batch_sizes):
             raise BuildError(f"batch sizes are {list(batch_sizes)}, expected at least one, from 1 to {_LARGEST_BATCH}")
-        return cls(engine, dtype, tuple(dict.fromkeys(sizes)), tuple(sorted(set(batch_sizes))))
+        return cls(
+            engine,
+            dtype,
+            tuple(dict.fromkeys(sizes)),
+            tuple(sorted(set(batch_sizes))),
+            tuple(targets),
+        )
+
+
+def _precision(engine: str, dtype: str, targets: Sequence[str]) -> str:
+    """The precision to build in.
+
+    Raises:
+        BuildError: the engine kind does not have it, or no GPU runs the engine kind.
+    """
+    if engine == "onnxruntime":
+        if dtype not in ("auto", "float32"):
+            raise BuildError(
+                f"engine onnxruntime runs on the CPU in float32 only, {dtype} was asked for; use --dtype float32"
+            )
+        if targets:
+            raise BuildError(f"engine onnxruntime runs on the CPU, not on {targets[0]}; use --engine torch")
+        return "float32"
+    if dtype != "auto":
+        return dtype
+    if targets:
+        return "float16"  # guidance amplifies bfloat16's rounding
+    return "bfloat16" if has_native_bfloat16() else "float32"
 
 
 def has_native_bfloat16() -> bool:

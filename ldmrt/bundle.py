@@ -20,6 +20,7 @@ from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.files import replacing
 from ldmrt.graph import Graph, from_json
+from ldmrt.kernels import aot, launch
 from ldmrt.parameters import Parameters
 from ldmrt.weights import WeightFile, sha256
 
@@ -149,6 +150,7 @@ class Manifest(_Record):
         tokenizer_files: files of the tokenizer.
         weights: weight files by name (`unet.bfloat16`).
         engines: the compiled components.
+        kernels: compiled kernels of the torch engines for GPUs, with their index, `kernels.json`; all in one folder.
         passes: per component, what the compiler found and did (for `ldmrt inspect`).
     """
 
@@ -159,6 +161,7 @@ class Manifest(_Record):
     tokenizer_files: tuple[FileRecord, ...]
     weights: dict[str, FileRecord]
     engines: tuple[EngineRecord, ...]
+    kernels: tuple[FileRecord, ...] = ()
     passes: dict[str, dict[str, int]] = {}
 
     def to_json(self) -> str:
@@ -178,6 +181,7 @@ class Bundle:
         self.path = path
         self.manifest = manifest
         self._checked: set[str] = set()
+        self._registered = False
         self._parameters: dict[tuple[str, torch.device], Parameters] = {}
 
     @classmethod
@@ -223,6 +227,7 @@ class Bundle:
         """Every file that the manifest names."""
         yield from self.manifest.tokenizer_files
         yield from self.manifest.weights.values()
+        yield from self.manifest.kernels
         for engine in self.manifest.engines:
             yield from engine.files
 
@@ -309,6 +314,8 @@ class Bundle:
         if record.kind == "torch":
             from ldmrt.engines.torch import TorchEngine
 
+            if device.type == "cuda":
+                self._register_kernels()
             return _as_agreed(record, TorchEngine(self.graph(record), self.parameters(record.weights, device), device))
         from ldmrt.engines.onnxruntime import OnnxRuntimeEngine
 
@@ -322,6 +329,35 @@ class Bundle:
         if weights not in self.manifest.weights:
             raise BundleError(f"{self.path / MANIFEST} has no weights {weights!r}; build the bundle again")
         return self.manifest.weights[weights]
+
+    def cubins(self) -> list[aot.Cubin]:
+        """The compiled kernels.
+
+        Raises:
+            BundleError: a file is missing or damaged.
+        """
+        folder = self._kernel_folder()
+        try:
+            return aot.read(folder) if folder is not None else []
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{error}; build the bundle again with `ldmrt build-engines`") from error
+
+    def _register_kernels(self) -> None:
+        """Make the compiled kernels known to the launcher, once."""
+        folder = self._kernel_folder()
+        if folder is not None and not self._registered:
+            try:
+                launch.register(folder)
+            except (OSError, ValueError) as error:
+                raise BundleError(f"{error}; build the bundle again with `ldmrt build-engines`") from error
+        self._registered = True
+
+    def _kernel_folder(self) -> Path | None:
+        """The folder of the compiled kernels, each file checked."""
+        folders = {self.checked(record).parent for record in self.manifest.kernels}
+        if len(folders) > 1:
+            raise BundleError(f"{self.path / MANIFEST} names kernels in several folders; build the bundle again")
+        return next(iter(folders), None)
 
     def parameters(self, weights: str, device: torch.device) -> Parameters:
         """The weights of a file of the manifest, on a device: one `Parameters` for all engines that read them.

@@ -29,8 +29,18 @@ def build_engines(
         list[int] | None, typer.Option(metavar="N", help="Images at a time; repeatable. Default: 1.")
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="Precision. auto: bfloat16 on a CPU that computes in it, else float32.")
+        Dtype,
+        typer.Option(
+            help="Precision. auto: float16 with --target, bfloat16 on a CPU that computes in it, else float32."
+        ),
     ] = Dtype.auto,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SM",
+            help="GPU architecture to compile kernels for, such as sm_89; repeatable. Needs Triton here, but no GPU.",
+        ),
+    ] = None,
     json: Json = False,
     _verbose: Verbose = False,
 ) -> None:
@@ -47,6 +57,7 @@ def build_engines(
             sizes=size or None,
             batch_sizes=batch or (1,),
             dtype=dtype.value,
+            targets=target or (),
             on_progress=lambda what, done, total: update(description=what, completed=done, total=total),
         )
     seconds = time.perf_counter() - started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,7 +72,31 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "weights": weights,
         "engines": engines,
         "passes": manifest.passes,
+        "kernels": _kernels(bundle),
     }
+
+
+def _kernels(bundle: Bundle) -> list[dict[str, Any]]:
+    """The compiled kernels, with what each takes of a multiprocessor; none if a file is damaged, which `damage` reports."""
+    try:
+        cubins = bundle.cubins()
+    except BundleError:
+        return []
+    return [
+        {
+            "kernel": cubin.variant.kernel,
+            "target": f"sm_{cubin.arch}",
+            "types": list(cubin.variant.types),
+            "constants": dict(cubin.variant.constants),
+            "threads": cubin.threads,
+            "registers": cubin.registers,
+            "shared_bytes": cubin.shared,
+            "stack_bytes": cubin.stack,
+            "bytes": len(cubin.code),
+            "triton": cubin.triton,
+        }
+        for cubin in cubins
+    ]
 
 
 def damage(bundle: Bundle) -> list[str]:
@@ -118,15 +143,51 @@ def _print(bundle: Bundle, document: dict[str, Any]) -> None:
             [[name, item["file"], _size_of([item])] for name, item in document["weights"].items()],
             ["weights", "file", "size"],
         )
-    if manifest.passes:
+    _print_passes(manifest.passes)
+    _print_kernels(document["kernels"])
+
+
+def _print_passes(passes: Mapping[str, Mapping[str, int]]) -> None:
+    """What the compiler did to each component: nodes, and of each pattern how many places were found and fused."""
+    if not passes:
+        return
+    typer.echo()
+    table(
+        [
+            [component, ", ".join(f"{count} {what}" for what, count in counts.items() if "." not in what)]
+            for component, counts in passes.items()
+        ],
+        ["compiled", "nodes"],
+    )
+    names = dict.fromkeys(what.split(".")[0] for counts in passes.values() for what in counts if "." in what)
+    if names:
         typer.echo()
-        table(
-            [
-                [component, ", ".join(f"{count} {what}" for what, count in counts.items())]
-                for component, counts in manifest.passes.items()
-            ],
-            ["compiled", "nodes"],
-        )
+        rows = [
+            [component, *(f"{counts.get(f'{name}.fused', 0)} of {counts.get(f'{name}.found', 0)}" for name in names)]
+            for component, counts in passes.items()
+        ]
+        table(rows, ["fused of found", *names])
+
+
+def _print_kernels(kernels: list[dict[str, Any]]) -> None:
+    """By kernel and target: how many variants, and the most that any of them takes."""
+    if not kernels:
+        return
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for kernel in kernels:
+        groups.setdefault((kernel["kernel"], kernel["target"]), []).append(kernel)
+    typer.echo()
+    rows = [
+        [
+            name,
+            target,
+            str(len(members)),
+            *(str(max(member[what] for member in members)) for what in ("registers", "shared_bytes", "stack_bytes")),
+            bytes_text(sum(member["bytes"] for member in members)),
+        ]
+        for (name, target), members in sorted(groups.items())
+    ]
+    table(rows, ["kernel", "target", "variants", "registers", "shared", "stack", "size"])
 
 
 def _size_of(files: list[dict[str, Any]]) -> str:
