@@ -48,7 +48,7 @@ class Cubin:
         shared: bytes of dynamic shared memory of a block.
         parameters: the size of each parameter in bytes: those of the variant, then pointers that Triton adds, to be null.
         registers: of a thread.
-        stack: bytes of a thread's stack, where spilled registers lie; 0 is what a fast kernel has.
+        stack: bytes of a thread's stack, where spilled registers lie.
         code: the file.
     """
 

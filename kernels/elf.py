@@ -28,7 +28,7 @@ class Usage:
     Attributes:
         symbol: its name.
         registers: of a thread.
-        stack: bytes of a thread's stack in local memory; a kernel has one only where registers were spilled, or for arrays.
+        stack: bytes of a thread's stack in local memory, where spilled registers lie; a few may be reserved and never used.
         threads: of a block, as compiled.
         parameters: the size of each parameter in bytes.
     """
@@ -48,8 +48,8 @@ def usage(cubin: bytes) -> Usage:
     """
     try:
         return _usage(cubin)
-    except (struct.error, UnicodeDecodeError, IndexError) as error:
-        raise ValueError(f"not a cubin, or a damaged one: {error}") from None
+    except (struct.error, UnicodeDecodeError, LookupError) as error:
+        raise ValueError(f"not a cubin, or a damaged one: {error!r}") from None
 
 
 def _usage(cubin: bytes) -> Usage:

@@ -31,6 +31,20 @@ from torch import Tensor
 from ldmrt.kernels import aot, cuda_driver
 from ldmrt.kernels.variant import Argument, Constant, Variant, function
 
+__all__ = [
+    "Argument",
+    "Choice",
+    "Constant",
+    "Variant",
+    "architecture",
+    "choose",
+    "describe",
+    "ready",
+    "recording",
+    "register",
+    "run",
+]
+
 # The architecture whose configurations are used where there is no GPU to ask, as in the interpreter.
 DEFAULT_ARCH = 90
 

@@ -9,35 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from ldmrt.kernels import aot, launch
+from ldmrt.kernels import aot
 from ldmrt.kernels.aot import Cubin, runs_on
-from ldmrt.kernels.sampler import WIDTH, advance, sampler_step
 from ldmrt.kernels.variant import Variant, source_hash
 from tests.kernels.compiled import compile_afresh, compile_all, needs_triton, tool
-
-ARCHES = [80, 86, 89, 90, 100, 120]
-
-
-def sampler_variants(arch: int, dtype: torch.dtype = torch.float16) -> list[Variant]:
-    """Those of SD1.5's latents: the step and the advance."""
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    x, rows, index = empty(2, 4, 64, 64), empty(4, 4, 64, 64, dtype=dtype), empty(2, dtype=torch.int64)
-    table, noise, scale = empty(20, WIDTH), empty(20, 4, 64, 64), empty(2)
-    with launch.recording(arch) as variants:
-        sampler_step(x, x, empty(3, *x.shape), rows, table, index, noise, scale, index, index, rows)
-        advance(index, index)
-    return list(variants)
+from tests.kernels.problems import sampler_variants
 
 
 @pytest.fixture(scope="module")
 def cubins() -> list[Cubin]:
     """Two kernels for the oldest and the newest architecture."""
-    return [cubin for arch in (80, 120) for cubin in compile_all(sampler_variants(arch), arch)]
+    return [cubin for arch in (80, 120) for cubin in compile_all(sampler_variants(arch)[1:], arch)]
 
 
 def fake(arch: int = 90, **change: Any) -> Cubin:
@@ -116,7 +99,7 @@ def test_progress_counts_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_triton
 @pytest.mark.parametrize("change", [{"constants": ()}, {"constants": (("BLOCKS", 128),)}, {"types": ("*i64", "*i64")}])
 def test_arguments_that_the_kernel_does_not_take_are_refused(change: dict[str, Any]) -> None:
-    variant = replace(sampler_variants(90)[1], **change)
+    variant = replace(sampler_variants(90)[-1], **change)
     with pytest.raises(ValueError, match=r"sampler\.advance takes \['row_pointer', 'last_pointer', 'slots', 'BLOCK'\]"):
         compile_afresh([variant], 90)
 

@@ -1,0 +1,94 @@
+"""The operators as torch's: `torch.ops.ldmrt.NAME`, so that torch.compile, torch.export and others see one call each.
+
+Importing this file registers them. A graph of ours calls the functions themselves, by `OPERATORS`: torch's dispatcher would cost
+more than some of them take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmrt.kernels.attention import attention
+from ldmrt.kernels.geglu import geglu
+from ldmrt.kernels.group_norm import group_norm_silu
+from ldmrt.kernels.layer_norm import add_layer_norm
+from ldmrt.kernels.sampler import advance, sampler_step
+
+# By their names in a graph.
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "ldmrt.add_layer_norm.default": add_layer_norm,
+    "ldmrt.attention.default": attention,
+    "ldmrt.geglu.default": geglu,
+    "ldmrt.group_norm_silu.default": group_norm_silu,
+}
+
+# A letter and an exclamation mark stand for what is written to.
+_SCHEMAS: dict[str, tuple[Callable[..., Any], str]] = {
+    "add_layer_norm": (
+        add_layer_norm,
+        "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+    ),
+    "attention": (
+        attention,
+        "(Tensor query, Tensor key, Tensor value, int heads, float scale, bool causal=False, Tensor? mask=None) -> Tensor",
+    ),
+    "geglu": (geglu, "(Tensor x) -> Tensor"),
+    "group_norm_silu": (
+        group_norm_silu,
+        "(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, bool silu, Tensor? shift=None) -> Tensor",
+    ),
+    "sampler_step": (
+        sampler_step,
+        (
+            "(Tensor(a!) x, Tensor(b!) saved, Tensor(c!) history, Tensor model_output, Tensor table, Tensor row, "
+            "Tensor? noise, Tensor guidance_scale, Tensor cond_row, Tensor uncond_row, Tensor(d!) model_input) -> ()"
+        ),
+    ),
+    "advance": (advance, "(Tensor(a!) row, Tensor last_row) -> ()"),
+}
+
+
+def _fake_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,  # noqa: ARG001
+    weight: Tensor | None,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+    eps: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _fake_attention(query: Tensor, *_others: Any, **_options: Any) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+def _fake_geglu(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+def _fake_group_norm_silu(x: Tensor, *_others: Any, **_options: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_in_place(*_arguments: Any, **_options: Any) -> None:
+    """Nothing is returned, and no shape changes."""
+
+
+# What each gives, without computing it.
+_FAKES: dict[str, Callable[..., Any]] = {
+    "add_layer_norm": _fake_add_layer_norm,
+    "attention": _fake_attention,
+    "geglu": _fake_geglu,
+    "group_norm_silu": _fake_group_norm_silu,
+    "sampler_step": _fake_in_place,
+    "advance": _fake_in_place,
+}
+
+for _name, (_body, _schema) in _SCHEMAS.items():
+    torch.library.define(f"ldmrt::{_name}", _schema, tags=[torch.Tag.pt2_compliant_tag])
+    torch.library.impl(f"ldmrt::{_name}", "default", _body)
+    torch.library.register_fake(f"ldmrt::{_name}", _FAKES[_name])
