@@ -266,6 +266,7 @@ def test_text_encoders(interpret: Interpret, act: str, penultimate: bool) -> Non
         num_attention_heads=3,
         max_position_embeddings=9,
         projection_dim=6,
+        bos_token_id=48,
         eos_token_id=49,
         hidden_act=act,
     )
