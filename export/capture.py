@@ -16,8 +16,10 @@ from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BuildError
 from ldmrt.graph import Argument, Dim, Graph, Node, Ref, Size
 
-# Rows beyond 63 take another path in some modules (diffusers copies before it upsamples 64 rows or more).
-_LARGEST = {"rows": 63, "tokens": 4096}
+# Some modules take another path for more rows: diffusers copies before it upsamples 64 rows, or 2^31 elements, or more. The copy
+# changes no value, so what is traced below the bound holds above it too.
+_ROWS = (63, 27, 11, 4)
+_TOKENS = 4096
 # Two names of one operator.
 _SAME = {"aten.concat.default": "aten.cat.default", "aten.concatenate.default": "aten.cat.default"}
 _EXAMPLE = {"rows": 3, "tokens": 77}
@@ -43,30 +45,36 @@ def capture(name: str, module: torch.nn.Module, inputs: Sequence[TensorSpec], ou
     Raises:
         BuildError: the module cannot be traced, or has a size that is no multiple of one free dimension.
     """
-    dims = {
-        size: torch.export.Dim(size, min=2, max=_LARGEST[size])
-        for spec in inputs
-        for size in spec.shape
-        if isinstance(size, str)
-    }
     examples = tuple(
         torch.empty(
             [_EXAMPLE[size] if isinstance(size, str) else size for size in spec.shape], dtype=spec.dtype, device="meta"
         )
         for spec in inputs
     )
+    limits = _ROWS if any("rows" in spec.shape for spec in inputs) else _ROWS[-1:]
+    for most in limits:
+        try:
+            program = _export(module, examples, inputs, most)
+            break
+        except Exception as error:  # torch.export raises what the module raises, and its own kinds besides
+            if most == limits[-1] or "rows" not in str(error):
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise BuildError(f"{name}: the model cannot be traced ({reason})") from error
+    return _Reader(name, program, inputs, outputs).graph()
+
+
+def _export(
+    module: torch.nn.Module, examples: tuple[torch.Tensor, ...], inputs: Sequence[TensorSpec], most: int
+) -> torch.export.ExportedProgram:
+    """Trace, with up to `most` rows."""
+    largest = {"rows": most, "tokens": _TOKENS}
+    free = {size for spec in inputs for size in spec.shape if isinstance(size, str)}
+    dims = {size: torch.export.Dim(size, min=2, max=largest[size]) for size in sorted(free)}
     dynamic = tuple(
         {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs
     )
-    try:
-        with torch.no_grad():
-            program = torch.export.export(
-                module, examples, dynamic_shapes=(dynamic,) if _is_variadic(module) else dynamic
-            )
-    except Exception as error:  # torch.export raises what the module raises, and its own kinds besides
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BuildError(f"{name}: the model cannot be traced ({reason})") from error
-    return _Reader(name, program, inputs, outputs).graph()
+    with torch.no_grad():
+        return torch.export.export(module, examples, dynamic_shapes=(dynamic,) if _is_variadic(module) else dynamic)
 
 
 def _is_variadic(module: torch.nn.Module) -> bool:

@@ -161,3 +161,21 @@ def test_what_cannot_be_captured_is_named(module: Any, sizes: list[str], message
     with pytest.raises(BuildError, match=message) as caught:
         capture("odd", module, specs, ("result",))
     assert "\n" not in str(caught.value)
+
+
+class Copying(nn.Module):
+    """Copies before it doubles more than 2^31 elements, as diffusers' upsampling does."""
+
+    def forward(self, picture: torch.Tensor) -> torch.Tensor:
+        if picture.numel() * 2 > 2**31:
+            picture = picture.contiguous()
+        return torch.cat([picture, picture], 1)
+
+
+@pytest.mark.parametrize("most", [40, 20, 6])
+def test_a_large_size_with_another_path_for_many_rows(most: int) -> None:
+    """The SD2.1 decoder at 768 x 768 is one: its own bound is 28 rows. The path for few rows is what is captured."""
+    elements = 2**30 // (4 * most)
+    graph = clean(capture("copying", Copying(), [TensorSpec("picture", ("rows", 4, elements), F32)], ("twice",)))
+    assert [node.op for node in graph.nodes] == ["aten.cat.default"]
+    assert graph.nodes[0].shape == (Dim("rows"), 8, elements)
