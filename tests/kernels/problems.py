@@ -134,10 +134,10 @@ def _call_transformers(network: Network, dtype: torch.dtype, rows: int) -> None:
         x, weight = _empty(rows, tokens, channels, dtype=dtype), _empty(channels, dtype=dtype)
         scale = (channels // heads) ** -0.5
         merged = _empty(rows, tokens, 3 * channels, dtype=dtype)
-        attention(*merged.split(channels, dim=-1), heads, scale, network.causal)
+        attention(*merged.chunk(3, dim=-1), heads, scale, network.causal)
         for text_tokens in network.text_tokens:
             text = _empty(rows, text_tokens, 2 * channels, dtype=dtype)
-            attention(x, *text.split(channels, dim=-1), heads, scale)
+            attention(x, *text.chunk(2, dim=-1), heads, scale)
         if network.gated:
             geglu(_empty(rows, tokens, 8 * channels, dtype=dtype))
         if network.gated or network.causal:
