@@ -51,13 +51,15 @@ def capture(name: str, module: torch.nn.Module, inputs: Sequence[TensorSpec], ou
         )
         for spec in inputs
     )
-    limits = _ROWS if any("rows" in spec.shape for spec in inputs) else _ROWS[-1:]
-    for most in limits:
+    # Without free rows there is nothing to bound.
+    limits = list(_ROWS) if any("rows" in spec.shape for spec in inputs) else [0]
+    program = None
+    while program is None:
+        most = limits.pop(0)
         try:
             program = _export(module, examples, inputs, most)
-            break
         except Exception as error:  # torch.export raises what the module raises, and its own kinds besides
-            if most == limits[-1] or "rows" not in str(error):
+            if not limits or "rows" not in str(error):
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise BuildError(f"{name}: the model cannot be traced ({reason})") from error
     return _Reader(name, program, inputs, outputs).graph()

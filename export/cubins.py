@@ -67,7 +67,7 @@ def compile_kernels(
 
 def variants(graphs: Iterable[Graph], arch: int) -> list[Variant]:
     """The kernels that the torch engines of some graphs launch on an architecture, each once."""
-    with launch.recording(arch) as found, torch.inference_mode(), _Convolutions():
+    with launch.recording(arch) as found, torch.inference_mode(), _Convolutions():  # type: ignore[no-untyped-call]
         for graph in graphs:
             _run(graph)
             if graph.name == "step":
@@ -114,7 +114,7 @@ def _update(latents: TensorSpec) -> None:
         advance(slots.row, slots.last_row)
 
 
-class _Convolutions(TorchDispatchMode):
+class _Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Convolutions give channels-last pictures for channels-last pictures, as cuDNN's do; torch's own on meta do not."""
 
     def __torch_dispatch__(

@@ -162,7 +162,7 @@ def test_weights_changed_in_place_are_used(bundle: Bundle, schedule: NoiseSchedu
             loop.steps(2)
         before = captured.latents(0).clone()
         spec = next(s for name, s in bundle.graph(bundle.find("context")[0]).weights.items() if "to_k" in name)
-        noise = torch.randn(spec.shape, generator=torch.Generator().manual_seed(5))
+        noise = torch.randn([int(size) for size in spec.shape], generator=torch.Generator().manual_seed(5))
         for loop, opened in ((captured, bundle), (plain, None)):
             if opened is not None:
                 parameters(opened).update({spec.name: noise})

@@ -85,7 +85,11 @@ def alone(bundle: Bundle, schedule: NoiseSchedule, image: Image, rows: int, *, s
     """The latents after each step, nothing else in the batch."""
     loop = denoiser(bundle, rows, capacity=rows // 2)
     admit(loop, slot, image, schedule)
-    return [loop.latents(slot).clone() for _ in range(image.steps) if loop.step() is None]
+    steps = []
+    for _ in range(image.steps):
+        loop.step()
+        steps.append(loop.latents(slot).clone())
+    return steps
 
 
 def test_images_at_other_places_do_not_touch_each_other(bundle: Bundle, schedule: NoiseSchedule) -> None:

@@ -17,6 +17,7 @@ from ldmrt.errors import BuildError, BundleError
 from ldmrt.export import cubins
 from ldmrt.graph import Graph, Node, Ref
 from ldmrt.kernels import launch
+from ldmrt.kernels.variant import Variant
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 F16 = torch.float16
@@ -56,7 +57,7 @@ def ordered() -> Node:
     return Node("ordered", "aten.contiguous.default", (Ref("x"),), kwargs, (2, 64, 16, 16), F16)
 
 
-def constants(found: list[cubins.Variant]) -> dict[str, object]:
+def constants(found: list[Variant]) -> dict[str, object]:
     (variant,) = found
     return dict(variant.constants)
 
