@@ -19,8 +19,9 @@ Losses = dict[str, Tensor]
 class Shards:
     """Splits batches in equal parts and averages the parts' gradients."""
 
-    def __init__(self, device: str, cores: int) -> None:
+    def __init__(self, device: str, cores: int, *, autocast: bool = True) -> None:
         self._device = device
+        self._autocast = autocast
         self._count = cores if device == "cpu" else 1
         if self._count > 1:
             torch.set_num_threads(1)
@@ -45,7 +46,7 @@ class Shards:
 
         def work(part: int) -> tuple[tuple[Tensor | None, ...], Losses]:
             piece = {key: value.chunk(self._count)[part] for key, value in batch.items()}
-            with torch.autocast(self._device, torch.bfloat16):
+            with torch.autocast(self._device, torch.bfloat16, enabled=self._autocast):
                 found = losses(piece)
             gradients = torch.autograd.grad(found["total"], weights, allow_unused=True)
             return gradients, {key: value.detach().float() for key, value in found.items()}

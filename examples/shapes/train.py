@@ -6,7 +6,6 @@ import copy
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +22,8 @@ from torch.nn import functional as F
 import architecture
 import corpus
 import generator
+from emphasis import DETAIL, LAYOUT, noise_weights
+from plain_attention import PlainAttention
 from progress import Budget, Checkpoint, Record, read_record
 from reader import Reader
 from shards import Batch, Losses, Shards
@@ -244,8 +245,9 @@ def latents(
     cores: Cores = 2,
     pictures: Annotated[int, typer.Option(help="Pictures to encode.")] = 60_000,
     two_objects: Annotated[float, typer.Option(help="Share with two objects.")] = 0.65,
+    scaling: Annotated[float | None, typer.Option(help="Scaling factor. Default: to unit variance.")] = None,
 ) -> None:
-    """Draw the training pictures and encode them once, with their captions and labels."""
+    """Draw the training pictures and encode them once, with their captions."""
     path = out / "latents.safetensors"
     if path.exists():
         return
@@ -254,7 +256,7 @@ def latents(
     Checkpoint(out / "vae.safetensors").load({"vae": model})
     rng = np.random.default_rng((seed, 5))
     size = 32
-    kept: dict[str, list[Tensor]] = {"latents": [], "ids": [], "labels": []}
+    kept: dict[str, list[Tensor]] = {"latents": [], "ids": []}
 
     def work(wanted: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(device, torch.bfloat16):
@@ -265,7 +267,6 @@ def latents(
         for _ in track(range(pictures // size), description="latents"):
             scenes = [generator.sample_training_scene(rng, two_objects) for _ in range(size)]
             kept["ids"].append(corpus.encode_all([scene.caption for scene in scenes]))
-            kept["labels"].append(corpus.describe_all(scenes))
             layouts = [generator.sample_layout(scene, rng) for scene in scenes]
             yield to_tensor([generator.draw(layout) for layout in layouts])
 
@@ -278,38 +279,11 @@ def latents(
                 kept["latents"].append(queue.popleft().result())
         kept["latents"] += [future.result() for future in queue]
     tensors = {key: torch.cat(parts) for key, parts in kept.items()}
-    tensors["scaling"] = 1 / tensors["latents"].std()
+    tensors["scaling"] = 1 / tensors["latents"].std() if scaling is None else torch.tensor(scaling)
     tensors["latents"] = (tensors["latents"] * tensors["scaling"]).half()
     aside = path.with_suffix(".new")
     save_file(tensors, aside)
     aside.replace(path)
-
-
-@dataclass(frozen=True)
-class Emphasis:
-    """Which noise levels are trained on the most.
-
-    Attributes:
-        power: How much the weight of a time step grows with its noise; see `noise_weights`.
-        start: Half of the time steps are drawn from here on, the others from all.
-    """
-
-    power: float
-    start: int
-
-
-LAYOUT = Emphasis(power=0.9, start=600)
-DETAIL = Emphasis(power=0.6, start=300)
-
-
-def noise_weights(alphas: Tensor, power: float) -> Tensor:
-    """Weight of the squared noise error for each time step, from the cumulative alphas (1000,).
-
-    Capped signal-to-noise weighting, raised at high noise, where the layout, the colours and
-    the relation are decided and where an error in the noise is a large error in the picture.
-    """
-    snr = alphas / (1 - alphas)
-    return snr.clamp(max=5) / snr * alphas.pow(-power)
 
 
 @torch.no_grad()
@@ -326,36 +300,35 @@ def unet(
     budget_minutes: Minutes = 68,
     device: Device = "cpu",
     cores: Cores = 2,
-    batch: Annotated[int, typer.Option(help="Latents a step.")] = 32,
+    batch: Annotated[int, typer.Option(help="Latents a step.")] = 48,
     peak: Annotated[float, typer.Option(help="Greatest learning rate.")] = 1.3e-3,
     empty: Annotated[float, typer.Option(help="Share of empty captions.")] = 0.1,
-    text_factor: Annotated[float, typer.Option(help="The text encoder's rate over peak.")] = 0.1,
-    reader_weight: Annotated[float, typer.Option(help="Weight of the reader's loss.")] = 0.05,
     layout_part: Annotated[float, typer.Option(help="First part of the budget, spent on layout.")] = 0.5,
+    start: Annotated[Path | None, typer.Option(help="A model folder whose denoiser to start from.")] = None,
 ) -> None:
-    """Train the denoiser, and the text encoder along with it."""
+    """Train the denoiser on what the text encoder makes of the captions."""
     torch.manual_seed(seed)
-    shards = Shards(device, cores)
+    shards = Shards(device, cores, autocast=False)
     data = load_file(out / "latents.safetensors")
     data = {key: value.to(device) for key, value in data.items()}
-    encoder, reader = architecture.build_text_encoder(), Reader()
-    Checkpoint(out / "text.safetensors").load({"text": encoder, "reader": reader})
+    encoder = architecture.build_text_encoder()
+    Checkpoint(out / "text.safetensors").load({"text": encoder})
+    encoder.to(device, torch.bfloat16).requires_grad_(requires_grad=False)
     denoiser = architecture.build_unet()
-    architecture.start_from_identity(denoiser)
-    live: dict[str, nn.Module] = {"unet": denoiser, "text": encoder, "reader": reader}
-    for model in live.values():
-        model.to(device).train()
-    average = {f"average.{name}": copy.deepcopy(live[name]) for name in ("unet", "text")}
-    models = {**live, **average}
-    groups = [
-        {"params": list(denoiser.parameters()), "factor": 1.0},
-        {"params": list(encoder.parameters()), "factor": text_factor},
-        {"params": list(reader.parameters()), "factor": text_factor},
-    ]
-    optimizer = torch.optim.AdamW(groups, peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    weights = [weight for model in live.values() for weight in model.parameters()]
+    if start is None:
+        architecture.start_from_identity(denoiser)
+    else:
+        denoiser.load_state_dict(load_file(start / "unet" / "diffusion_pytorch_model.safetensors"))
+    denoiser.to(device).train()
+    models: dict[str, nn.Module] = {"unet": denoiser, "average.unet": copy.deepcopy(denoiser)}
+    masters = list(denoiser.parameters())
+    optimizer = torch.optim.AdamW(masters, peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     checkpoint = Checkpoint(out / "unet.safetensors")
     step, spent = checkpoint.load(models, optimizer)
+    # The forward and backward passes run on a copy in bfloat16: casting once a step costs less than autocast's at each use.
+    worker = copy.deepcopy(denoiser).bfloat16()
+    worker.set_attn_processor(PlainAttention())
+    weights = list(worker.parameters())
     alphas = architecture.build_scheduler().alphas_cumprod.to(device)
     emphases = (LAYOUT, DETAIL)
     weightings = [noise_weights(alphas, emphasis.power) for emphasis in emphases]
@@ -368,22 +341,15 @@ def unet(
         times = part["times"]
         alpha = alphas[times].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * part["latents"] + (1 - alpha).sqrt() * part["noise"]
-        hidden = encoder(part["ids"]).last_hidden_state
-        guess = denoiser(noisy, times, hidden).sample.float()
+        with torch.no_grad():
+            hidden = encoder(part["ids"]).last_hidden_state
+        guess = worker(noisy.bfloat16(), times, hidden).sample.float()
         error = (guess - part["noise"]).square().mean(dim=(1, 2, 3))
         denoise = (part["weights"] * error).mean()
-        captioned = ~part["dropped"]
-        read = reader.loss(hidden[captioned], part["labels"][captioned])
         high = times >= 500
         error_high = (error * high).sum() / high.sum().clamp(min=1)
         error_low = (error * ~high).sum() / (~high).sum().clamp(min=1)
-        return {
-            "total": denoise + reader_weight * read,
-            "denoise": denoise,
-            "high": error_high,
-            "low": error_low,
-            "read": read,
-        }
+        return {"total": denoise, "denoise": denoise, "high": error_high, "low": error_low}
 
     with Record(out / "unet.jsonl", "unet", budget) as record:
         while budget.fraction < 1:
@@ -395,7 +361,6 @@ def unet(
             above = torch.randint(emphases[stage].start, 1000, (batch,), generator=order)
             times = torch.where(torch.rand(batch, generator=order) < 0.5, above, times).to(device)
             chosen = data["latents"][picked].float()
-            ids = torch.where(dropped[:, None], nothing, data["ids"][picked])
             noise = torch.randn(chosen.shape, generator=order)
             found = shards.backward(
                 weights,
@@ -405,16 +370,17 @@ def unet(
                     "noise": noise.to(device),
                     "times": times,
                     "weights": weightings[stage][times],
-                    "ids": ids,
-                    "dropped": dropped,
-                    "labels": data["labels"][picked],
+                    "ids": torch.where(dropped[:, None], nothing, data["ids"][picked]),
                 },
             )
             record.add(found)
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            for master, weight in zip(masters, weights, strict=True):
+                master.grad = None if weight.grad is None else weight.grad.float()
+            torch.nn.utils.clip_grad_norm_(masters, 1.0)
             optimizer.step()
-            for name in ("unet", "text"):
-                follow(average[f"average.{name}"], live[name], step)
+            follow(models["average.unet"], denoiser, step)
+            with torch.no_grad():
+                torch._foreach_copy_(weights, masters)
             step += 1
             if step % 50 == 0:
                 record.report(step)
@@ -423,6 +389,24 @@ def unet(
                 export(out)
     checkpoint.save(models, optimizer, step, budget.spent)
     export(out)
+
+
+@app.command()
+def adopt(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    out: Out = Path("runs/shapes"),
+) -> None:
+    """Take a model's autoencoder and text encoder as trained, to go on with its denoiser.
+
+    Then: `latents --scaling` with the model's scaling factor, and `unet --start` with its folder.
+    """
+    autoencoder, encoder = architecture.build_vae(), architecture.build_text_encoder()
+    autoencoder.load_state_dict(load_file(model / "vae" / "diffusion_pytorch_model.safetensors"))
+    encoder.load_state_dict(load_file(model / "text_encoder" / "model.safetensors"))
+    out.mkdir(parents=True, exist_ok=True)
+    done = float("inf")  # seconds spent: no budget is left
+    Checkpoint(out / "vae.safetensors").save({"vae": autoencoder.float()}, None, 0, done)
+    Checkpoint(out / "text.safetensors").save({"text": encoder.float(), "reader": Reader()}, None, 0, done)
 
 
 @app.command()
@@ -435,7 +419,8 @@ def export(out: Out = Path("runs/shapes")) -> None:
         scaling = file.get_tensor("scaling").item()
     autoencoder.register_to_config(scaling_factor=round(scaling, 5))
     encoder, denoiser = architecture.build_text_encoder(), architecture.build_unet()
-    Checkpoint(out / "unet.safetensors").load({"average.unet": denoiser, "average.text": encoder})
+    Checkpoint(out / "text.safetensors").load({"text": encoder})
+    Checkpoint(out / "unet.safetensors").load({"average.unet": denoiser})
     architecture.save_pipeline(out / "model", autoencoder, encoder, denoiser)
 
 
