@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import ldmrt
 from ldmrt.kernels.sampler import WIDTH, Column, advance, sampler_step
 from ldmrt.pipeline import Pipeline
 from ldmrt.schedule import NoiseSchedule, ddim
@@ -71,3 +75,87 @@ def test_sampler_step_equals_the_cpu() -> None:
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-6, atol=1e-6)
     assert results[0][2].tolist() == results[1][2].tolist() == [2, 4]
+
+
+ARGUMENTS: dict[str, Any] = {
+    "num_inference_steps": 6,
+    "guidance_scale": 5.0,
+    "seed": 3,
+    "num_images_per_prompt": 2,
+    "output_type": "latent",
+}
+
+
+def test_captured_or_not_the_same_bits(tiny_bundle: Path) -> None:
+    """A step as one graph, all steps as one graph, kernel by kernel: the same kernels in the same order."""
+    found = [
+        Pipeline.from_bundle(tiny_bundle, device="cuda", capture=capture)("a test", **ARGUMENTS).latents
+        for capture in ("step", "loop", "off")
+    ]
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[2])
+
+
+def test_captured_calls_do_not_touch_each_other(tiny_bundle: Path) -> None:
+    """Several batch sizes and prompt lengths share one memory pool, and each call gives what it gives alone."""
+    pipe = Pipeline.from_bundle(tiny_bundle, device="cuda")
+    cases = [{"num_images_per_prompt": 1}, {"guidance_scale": 1.0}, {}, {"prompt": "a red circle " * 40}]
+    alone = [
+        Pipeline.from_bundle(tiny_bundle, device="cuda")(**{"prompt": "a", **ARGUMENTS, **c}).latents for c in cases
+    ]
+    for _ in range(2):
+        for case, expected in zip(cases, alone, strict=True):
+            assert torch.equal(pipe(**{"prompt": "a", **ARGUMENTS, **case}).latents, expected)
+
+
+def test_steps_neither_allocate_nor_wait(tiny_bundle: Path) -> None:
+    """Between the first and the last step: no allocation from the GPU's memory, and no call that waits for the GPU."""
+    pipe = Pipeline.from_bundle(tiny_bundle, device="cuda")
+    pipe("a test", **ARGUMENTS)
+    denoiser = next(iter(pipe._denoisers.values()))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        denoiser.steps(5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_weights_changed_under_a_captured_step(tiny_bundle: Path) -> None:
+    changed = Pipeline.from_bundle(tiny_bundle, device="cuda")
+    before = changed("a test", **ARGUMENTS).latents
+    records = changed.bundle.find("step")
+    names = [name for name in changed.bundle.graph(records[0]).weights if name.endswith("conv_in.weight")]
+    shape = changed.bundle.graph(records[0]).weights[names[0]].shape
+    value = torch.randn([int(size) for size in shape], generator=torch.Generator().manual_seed(1))
+    changed.update_weights("unet", {names[0]: value})
+    fresh = Pipeline.from_bundle(tiny_bundle, device="cuda")
+    fresh.update_weights("unet", {names[0]: value})
+    assert torch.equal(changed("a test", **ARGUMENTS).latents, fresh("a test", **ARGUMENTS).latents)
+    changed.restore_weights("unet")
+    assert torch.equal(changed("a test", **ARGUMENTS).latents, before)
+
+
+def test_kernels_from_the_bundle(tiny_model: Path, tmp_path: Path) -> None:
+    """Cubins alone, as where Triton is not installed; they are what Triton would compile here, so the bits are the same."""
+    major, minor = torch.cuda.get_device_capability()
+    target = f"sm_{major}{minor}"
+    ldmrt.build_engines(tiny_model, tmp_path / "bundle", dtype="float16", targets=[target])
+    script = (
+        "import sys, torch, ldmrt\n"
+        "latents = ldmrt.Pipeline.from_bundle(sys.argv[1], device='cuda')('a test', num_inference_steps=4, seed=1,"
+        " output_type='latent').latents\n"
+        "assert 'triton' not in sys.modules or sys.argv[3] != 'cubin'\n"
+        "torch.save(latents, sys.argv[2])\n"
+    )
+    found = {}
+    for way in ("cubin", "triton", "reference"):
+        path = tmp_path / f"{way}.pt"
+        command = [sys.executable, "-P", "-c", script, str(tmp_path / "bundle"), str(path), way]
+        subprocess.run(command, env={**os.environ, "LDMRT_KERNELS": way}, check=True, timeout=300)
+        found[way] = torch.load(path, weights_only=True)
+    assert torch.equal(found["cubin"], found["triton"])
+    # float16 keeps 11 bits; the kernels sum in float32 in another order, and guidance amplifies what differs.
+    assert relative_error(found["cubin"], found["reference"]) < 2e-2
