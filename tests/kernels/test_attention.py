@@ -256,6 +256,14 @@ def test_slices_of_merged_keys_and_values(body: Body) -> None:
 
 
 @pytest.mark.parametrize("body", BODIES)
+def test_keys_and_values_from_different_allocations(body: Body) -> None:
+    query = random(2, 20, 32, dtype=torch.float16)
+    key = random(2, 3 * 50, 32, dtype=torch.float16, seed=1)[:, ::3]
+    value = random(5, 50, 40, dtype=torch.float16, seed=2)[1:4:2, :, 8:]
+    assert_right(body, query, key, value, 2, 0.25)
+
+
+@pytest.mark.parametrize("body", BODIES)
 def test_one_text_for_all_rows(body: Body) -> None:
     query, key, value = inputs(3, 20, 11, 2, 16)
     assert_right(body, query, key[:1].expand(3, -1, -1), value[:1].expand(3, -1, -1), 2, 0.25)
@@ -285,13 +293,14 @@ def test_the_maximum_may_come_last(body: Body) -> None:
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("body", BODIES)
 def test_what_is_not_finite_stays_in_its_row(body: Body, where: str, bad: float) -> None:
-    tensors = dict(zip(("query", "key", "value"), inputs(3, 20, 40, 2, 16), strict=True))
+    tensors = dict(zip(("query", "key", "value"), inputs(3, 20, 40, 2, 40, torch.float16), strict=True))
     expected = body(**tensors, heads=2, scale=0.25)
-    tensors[where][1, 4, 3] = bad  # of head 0
+    tensors[where][1, 4, 43] = bad  # of head 1, beside what head 0 is padded with
     found = body(**tensors, heads=2, scale=0.25)
     torch.testing.assert_close(found[::2], expected[::2], rtol=0, atol=0)
-    torch.testing.assert_close(found[1, :, 16:], expected[1, :, 16:], rtol=0, atol=0)
-    reached = found[1, 4, 3] if where == "query" else found[1, :, 3]
+    torch.testing.assert_close(found[1, :, :40], expected[1, :, :40], rtol=0, atol=0)
+    reached = found[1, 4, 43] if where == "query" else found[1, :, 43]
+    # An infinite key takes all of the weight of a query, or none of it.
     assert not reached.isfinite().any() or (where == "key" and math.isinf(bad))
     if where == "query":
         assert found[1, :4].isfinite().all()
