@@ -1,0 +1,255 @@
+"""Group norm (Wu and He 2018, arXiv 1803.08494) with the time embedding added before it and SiLU after it, in one operator."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldmrt.kernels import launch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Multiprocessors of the usual machine of an architecture: A100, A10, L40S, H100, B200, RTX 5090. Others have no more than these.
+_MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
+
+# The most elements that one program holds in registers: 32 float32 numbers in each of 512 threads. Twice as many just fit, or
+# spill a few bytes, by architecture and layout; that is left to measurements.
+_HELD = 16384
+_MAX_SPLITS = 256
+# Offsets within a row are 32-bit.
+_MAX_ROW = 2**31
+
+
+class Configuration(NamedTuple):
+    """How the Triton bodies are cut up.
+
+    Attributes:
+        groups: groups of a program; divides the number of groups.
+        splits: 1 for one kernel whose programs hold all positions of their groups; else programs, a power of two, that share
+            the positions of a group, in two kernels.
+        spatial: positions of a tile, a power of two; all of them if there is one split.
+        num_warps: warps of a program.
+    """
+
+    groups: int
+    splits: int
+    spatial: int
+    num_warps: int
+
+
+def candidates(
+    arch: int, rows: int, channels: int, groups: int, spatial: int, itemsize: int, *, channels_last: bool
+) -> list[Configuration]:
+    """The configurations worth measuring for x of (rows, channels, spatial); the first is the default.
+
+    What fits into registers is read once. What does not is split so that there are about four programs for each
+    multiprocessor, but not so far that reading the other splits' moments costs more than a quarter of reading x.
+    """
+    size = channels // groups
+    programs = 4 * _MULTIPROCESSORS.get(arch, 128)
+    found = []
+
+    vector = _group_blocks(groups, size * itemsize, 16) if channels_last else 1
+    # One group is 20 bytes of every 640 at worst. Whole vectors are better if the programs are many enough all the same.
+    for block in (vector, 1) if rows * groups // vector >= programs // 4 else (1, vector):
+        elements = _power_of_two(spatial) * _power_of_two(block * size)
+        if elements <= _HELD:
+            found += [
+                Configuration(block, 1, _power_of_two(spatial), min(32, max(1, elements // (32 * per_thread))))
+                for per_thread in (32, 16)
+            ]
+
+    segment = _group_blocks(groups, size * itemsize, 32, at_least=128) if channels_last else 1
+    merging = math.isqrt(max(1, spatial * size * itemsize // 32))
+    for block, elements, warps, share in (
+        (1, 4096, 8, 1),
+        (1, 8192, 8, 1),
+        (2, 4096, 8, 1),
+        (1, 4096, 4, 2),
+        (1, 4096, 8, 2),
+    ):
+        width = block * segment if channels_last and groups % (block * segment) == 0 else segment
+        tile = min(_power_of_two(spatial), max(1, elements // _power_of_two(width * size)))
+        wanted = share * programs * width // (rows * groups)
+        limit = min(wanted, share * merging, -(-spatial // tile), _MAX_SPLITS)
+        found.append(Configuration(width, max(2, 1 << (max(1, limit).bit_length() - 1)), tile, warps))
+    if _HELD < _power_of_two(spatial) * _power_of_two(size) <= 2 * _HELD:
+        found.append(Configuration(1, 1, _power_of_two(spatial), 16))
+    return list(dict.fromkeys(found))
+
+
+def configuration(
+    arch: int, rows: int, channels: int, groups: int, spatial: int, itemsize: int, *, channels_last: bool
+) -> Configuration:
+    """The default for x of (rows, channels, spatial)."""
+    return candidates(arch, rows, channels, groups, spatial, itemsize, channels_last=channels_last)[0]
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,  # noqa: FBT001  (positional in graphs)
+    shift: Tensor | None = None,
+) -> Tensor:
+    """group_norm(x + shift), then SiLU if `silu`; computed in float32 and rounded once.
+
+    Args:
+        x: (N, C, *spatial), float32, bfloat16 or float16. Fast if contiguous or channels last; any other layout is copied.
+        weight: (C,), any float dtype, or None.
+        bias: (C,), any float dtype, or None.
+        groups: divides C.
+        eps: added to the variance.
+        silu: whether y becomes y * sigmoid(y).
+        shift: (N, C), any float dtype and any stride between rows, or None: added to every position of a channel.
+
+    Returns:
+        A tensor of x's shape, dtype and memory layout.
+
+    Raises:
+        ValueError: shapes or devices do not fit together, or groups does not divide C.
+        TypeError: x has another dtype.
+    """
+    _check(x, weight, bias, groups, shift)
+    if launch.ready(x.device) and x.shape[1:].numel() < _MAX_ROW:
+        return group_norm_silu_triton(x, weight, bias, groups, eps, silu, shift)
+    return group_norm_silu_reference(x, weight, bias, groups, eps, silu, shift)
+
+
+def group_norm_silu_reference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,  # noqa: FBT001
+    shift: Tensor | None = None,
+) -> Tensor:
+    """`group_norm_silu` in plain torch."""
+    result = torch.empty_like(x)
+    if x.numel() == 0:
+        return result
+    value = x.float()
+    if shift is not None:
+        value = value + shift.float().reshape(*shift.shape, *[1] * (x.dim() - 2))
+    # torch.group_norm of a channels-last tensor on the CPU takes the variance from a sum of squares, in which a large mean
+    # cancels all digits; without its mean any tensor is safe.
+    value = value.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
+    value = (value - value.mean(tuple(range(2, value.dim())), keepdim=True)).flatten(1, 2)
+    scale = None if weight is None else weight.float()
+    final = None if bias is None else bias.float()
+    value = torch.group_norm(value, groups, scale, final, eps)
+    return result.copy_(F.silu(value) if silu else value)
+
+
+def group_norm_silu_triton(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,  # noqa: FBT001
+    shift: Tensor | None = None,
+    *,
+    chosen: Configuration | None = None,
+) -> Tensor:
+    """`group_norm_silu` by kernels/gpu/group_norm.py, with a chosen configuration or the default."""
+    result = torch.empty_like(x)
+    if x.numel() == 0:
+        return result
+    channels_last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    if not (channels_last or x.is_contiguous()):
+        copied = group_norm_silu_triton(x.contiguous(), weight, bias, groups, eps, silu, shift, chosen=chosen)
+        return result.copy_(copied)
+    if shift is not None and shift.shape[1] > 1 and shift.stride(1) != 1:
+        shift = shift.contiguous()
+
+    rows, channels, spatial = x.shape[0], x.shape[1], x.shape[2:].numel()
+    size = channels // groups
+    plan = chosen or configuration(
+        launch.architecture(x.device), rows, channels, groups, spatial, x.itemsize, channels_last=channels_last
+    )
+    blocks = groups // plan.groups
+    # A pointer that a kernel does not use may be any tensor.
+    scale = x if weight is None else weight.contiguous()
+    final = x if bias is None else bias.contiguous()
+    added, stride = (x, 0) if shift is None else (shift, shift.stride(0))
+    tile: dict[str, launch.Constant] = {
+        "HAS_SHIFT": shift is not None,
+        "CHANNELS_LAST": channels_last,
+        "CHANNELS": channels,
+        "SIZE": size,
+        "GROUPS": plan.groups,
+        "SPATIAL": plan.spatial,
+        "CHANNELS_PADDED": _power_of_two(plan.groups * size),
+        "GROUPS_PADDED": _power_of_two(plan.groups),
+    }
+    epilogue: dict[str, launch.Constant] = {
+        "HAS_WEIGHT": weight is not None,
+        "HAS_BIAS": bias is not None,
+        "SILU": silu,
+    }
+    if plan.splits == 1:
+        launch.run(
+            "group_norm.fused",
+            (blocks, rows),
+            (x, scale, final, added, result, spatial, stride, float(eps)),
+            {**epilogue, **tile},
+            num_warps=plan.num_warps,
+        )
+        return result
+    means = torch.empty((rows, blocks, plan.splits, plan.groups), dtype=torch.float32, device=x.device)
+    m2s = torch.empty_like(means)
+    grid = (plan.splits, blocks, rows)
+    launch.run(
+        "group_norm.moments",
+        grid,
+        (x, added, means, m2s, spatial, stride),
+        tile,
+        num_warps=plan.num_warps,
+    )
+    launch.run(
+        "group_norm.normalize",
+        grid,
+        (x, scale, final, added, means, m2s, result, spatial, stride, float(eps)),
+        {**epilogue, **tile, "SPLITS": plan.splits},
+        num_warps=plan.num_warps,
+    )
+    return result
+
+
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, shift: Tensor | None) -> None:
+    if x.dim() < 2:
+        raise ValueError(f"group_norm_silu: x has shape {tuple(x.shape)}, expected (N, C, *spatial)")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"group_norm_silu: x is {x.dtype}, expected float32, bfloat16 or float16")
+    channels = x.shape[1]
+    if groups < 1 or channels < 1 or channels % groups != 0:
+        raise ValueError(f"group_norm_silu: {channels} channels cannot be split into {groups} groups of one size")
+    expected = (("weight", weight, (channels,)), ("bias", bias, (channels,)), ("shift", shift, (x.shape[0], channels)))
+    for name, tensor, shape in expected:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"group_norm_silu: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.device != x.device:
+            raise ValueError(f"group_norm_silu: {name} is on {tensor.device}, expected {x.device} as x")
+
+
+def _group_blocks(groups: int, group_bytes: int, multiple: int, at_least: int = 1) -> int:
+    """The fewest groups, a divisor of all, whose channels are a multiple of so many bytes, and at least so many; else all."""
+    for block in range(1, groups):
+        if groups % block == 0 and block * group_bytes % multiple == 0 and block * group_bytes >= at_least:
+            return block
+    return groups
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is not smaller."""
+    return 1 << (number - 1).bit_length()
