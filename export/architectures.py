@@ -167,23 +167,33 @@ def _original(source: Source, component: Component) -> torch.nn.Module:
 
 def instantiate(source: Source, folder: str) -> torch.nn.Module:
     """A component's original module on the meta device, in eval mode: shapes, no weights."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    texts = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    make = _text_encoder if folder in source.kind.tokenizers else _network
     config: dict[str, Any] = dict(source.configs[folder])
     try:
         with torch.device("meta"):
-            if folder in texts:
-                module: torch.nn.Module = texts[folder](CLIPTextConfig(**config))
-            else:
-                module = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[folder].from_config(config)
+            module = make(folder, config)
     except Exception as error:  # whatever a constructor makes of values that nobody has checked
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BuildError(
             f"{source.path / folder / 'config.json'} does not describe a model ({reason}); copy the model again"
         ) from error
     return module.eval()
+
+
+def _text_encoder(folder: str, config: dict[str, Any]) -> torch.nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    classes: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    module: torch.nn.Module = classes[folder](CLIPTextConfig(**config))
+    return module
+
+
+def _network(folder: str, config: dict[str, Any]) -> torch.nn.Module:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    classes: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    module: torch.nn.Module = classes[folder].from_config(config)
+    return module
 
 
 def reference(component: Component, checkpoint: Checkpoint) -> torch.nn.Module:

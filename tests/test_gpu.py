@@ -99,7 +99,12 @@ def test_captured_or_not_the_same_bits(tiny_bundle: Path) -> None:
 def test_captured_calls_do_not_touch_each_other(tiny_bundle: Path) -> None:
     """Several batch sizes and prompt lengths share one memory pool, and each call gives what it gives alone."""
     pipe = Pipeline.from_bundle(tiny_bundle, device="cuda")
-    cases = [{"num_images_per_prompt": 1}, {"guidance_scale": 1.0}, {}, {"prompt": "a red circle " * 40}]
+    cases: list[dict[str, Any]] = [
+        {"num_images_per_prompt": 1},
+        {"guidance_scale": 1.0},
+        {},
+        {"prompt": "a red circle " * 40},
+    ]
     alone = [
         Pipeline.from_bundle(tiny_bundle, device="cuda")(**{"prompt": "a", **ARGUMENTS, **c}).latents for c in cases
     ]

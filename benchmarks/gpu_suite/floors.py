@@ -7,9 +7,8 @@ from typing import Any
 from gpu_suite.models import TOKENS
 from gpu_suite.session import Rates, Session
 from ldmrt.bench.flops import Cost, by_class, costs
-from ldmrt.graph import Graph, Node, specialize
+from ldmrt.graph import Graph, specialize
 
-_ATTENTION = "ldmrt.attention.default"
 # Nodes that find what they read in order already, wherever it is a picture of the step.
 _COPIES_NOTHING = "aten.contiguous.default"
 
@@ -23,12 +22,7 @@ def floor_of(graph: Graph, rows: int, rates: Rates) -> dict[str, Any]:
         once, when an engine is loaded.
     """
     fixed = specialize(graph, {"rows": rows, "tokens": TOKENS})
-    static = _static(fixed)
-    found = [
-        cost
-        for node, cost in zip(fixed.nodes, _costs(fixed), strict=True)
-        if node.name not in static and node.op != _COPIES_NOTHING
-    ]
+    found = [cost for cost in costs(fixed) if cost.op != _COPIES_NOTHING]
 
     def least(cost: Cost) -> float:
         return max(cost.flops / rates.gemm, cost.nbytes / rates.copy)
@@ -58,27 +52,3 @@ def floors(session: Session, unit: str) -> None:
         for batch in batches:
             with session.results.part(unit, f"{name} step, batch {batch} with guidance") as figures:
                 figures.update(floor_of(session.model(name).unet["step"], 2 * batch, session.rates))
-
-
-def _costs(graph: Graph) -> list[Cost]:
-    """`ldmrt.bench.flops.costs`, with the products of the fused attention."""
-    shapes: dict[str, Any] = {spec.name: spec.shape for spec in graph.inputs}
-    shapes |= {node.name: node.shape for node in graph.nodes}
-
-    def with_attention(node: Node, cost: Cost) -> Cost:
-        if node.op != _ATTENTION or cost.flops:
-            return cost
-        rows, query_tokens, width = shapes[node.name]
-        return Cost(cost.op, 4 * rows * query_tokens * width * shapes[node.args[1].name][1], cost.nbytes)
-
-    return [with_attention(node, cost) for node, cost in zip(graph.nodes, costs(graph), strict=True)]
-
-
-def _static(graph: Graph) -> set[str]:
-    """The values that depend on weights alone."""
-    static = set(graph.weights)
-    for node in graph.nodes:
-        refs = set(node.refs())
-        if refs and refs <= static:
-            static.add(node.name)
-    return static - set(graph.weights)

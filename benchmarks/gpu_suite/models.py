@@ -20,7 +20,7 @@ from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.engines.torch import TorchEngine
 from ldmrt.export import architectures
 from ldmrt.export.compile import compile_component
-from ldmrt.export.component import PREFIX, Component, Decoder, UNet, UNetTextTime
+from ldmrt.export.component import PREFIX, Component
 from ldmrt.export.source import KINDS, Source
 from ldmrt.graph import Graph, specialize
 from ldmrt.parameters import Parameters
@@ -108,26 +108,9 @@ class Model:
     # ------------------------------------------------------------------------------------------------ graphs
 
     def component(self, folder: str) -> Component:
-        """The U-Net or the decoder. `export.architectures` has the same, but asks for transformers, which may be missing here."""
-        latents = TensorSpec("latents", ("rows", *self.latent_shape), torch.float32)
-        module = instantiate(folder, self.configs[folder])
-        if folder == "vae":
-            scaling = float(self.configs["vae"].get("scaling_factor", 0.18215))
-            return Component("decoder", "vae", Decoder(module, scaling, 0.0), (latents,), ("image",))
-        width = int(self.configs["unet"]["cross_attention_dim"])
-        inputs = [
-            latents,
-            TensorSpec("timesteps", ("rows",), torch.float32),
-            TensorSpec("encoder_hidden_states", ("rows", "tokens", width), torch.float32),
-        ]
-        wrapper: torch.nn.Module = UNet(module)
-        kinds: dict[str, Any] = {"latents": "step", "timesteps": "schedule", "encoder_hidden_states": "request"}
-        if self.is_xl:
-            wrapper = UNetTextTime(module)
-            inputs.append(TensorSpec("text_embeds", ("rows", self.pooled), torch.float32))
-            inputs.append(TensorSpec("time_ids", ("rows", architectures.TIME_IDS), torch.float32))
-            kinds |= {"text_embeds": "request", "time_ids": "request"}
-        return Component("unet", "unet", wrapper, tuple(inputs), ("model_output",), kinds)
+        """The U-Net or the decoder."""
+        make = {"unet": architectures.unet, "vae": architectures.decoder}[folder]
+        return make(self.source, (self.side, self.side))
 
     @property
     def pooled(self) -> int:
@@ -185,7 +168,7 @@ class Model:
 
     def original(self, folder: str, dtype: torch.dtype) -> Any:
         """The module as diffusers has it, with the same weights."""
-        module = instantiate(folder, self.configs[folder]).to(dtype)
+        module = architectures.instantiate(self.source, folder).to(dtype)
         state = {
             name: self.weight(folder, TensorSpec(PREFIX + name, tuple(tensor.shape), dtype))
             for name, tensor in module.state_dict().items()
@@ -255,18 +238,6 @@ class Model:
                 cond=self.conditioning(10 * slot),
                 uncond=self.conditioning(10 * slot + 5),
             )
-
-
-def instantiate(folder: str, config: Any) -> torch.nn.Module:
-    """A module of diffusers on the meta device."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()
-    classes: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
-    with torch.device("meta"):
-        module: torch.nn.Module = classes[folder].from_config(dict(config))
-    return module.eval()
 
 
 def _shrunk(config: Any, changes: dict[str, Any] | None) -> Any:

@@ -12,6 +12,11 @@ from ldmrt.operators import VIEWS
 
 Shape = tuple[int, ...]
 
+# Operators that give several views of one tensor.
+_CUTS = frozenset(
+    f"aten.{name}" for name in ("chunk.default", "split.Tensor", "split_with_sizes.default", "unbind.int")
+)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -31,6 +36,9 @@ class Cost:
 def costs(graph: Graph) -> list[Cost]:
     """The cost of every node of a graph whose dimensions are all fixed (`ldmrt.graph.specialize`).
 
+    What depends on weights alone costs nothing: an engine computes it once, when it is loaded. A result of several tensors is
+    counted with the nodes that take them.
+
     Raises:
         BadRequest: a dimension is free.
     """
@@ -39,15 +47,23 @@ def costs(graph: Graph) -> list[Cost]:
         sizes[spec.name] = _fixed(graph, spec.name, spec.shape), spec.dtype.itemsize
     for name, tensor in graph.constants.items():
         sizes[name] = tuple(tensor.shape), tensor.dtype.itemsize
+    static, cuts = set(graph.weights), set()
     found = []
     for node in graph.nodes:
+        refs = list(dict.fromkeys(node.refs()))
         shape = _fixed(graph, node.name, node.shape)
         sizes[node.name] = shape, node.dtype.itemsize
-        if node.op in VIEWS or node.op == "python.getitem":
+        if refs and static.issuperset(refs):
+            static.add(node.name)
+        if node.op in _CUTS:
+            cuts.add(node.name)
+        if node.name in static or node.name in cuts or node.op in VIEWS:
             found.append(Cost(node.op, 0, 0))
             continue
-        operands = [sizes[name] for name in dict.fromkeys(node.refs())]
-        nbytes = sum(math.prod(dims) * itemsize for dims, itemsize in (*operands, sizes[node.name]))
+        taken = node.op == "python.getitem"
+        read = [] if taken else refs
+        written = [node.name] if shape and not (taken and refs[0] in cuts) else []
+        nbytes = sum(math.prod(dims) * itemsize for dims, itemsize in (sizes[name] for name in (*read, *written)))
         found.append(Cost(node.op, _flops(node, shape, sizes), nbytes))
     return found
 
@@ -92,6 +108,8 @@ def _flops(node: Node, shape: Shape, sizes: Mapping[str, tuple[Shape, int]]) -> 
         case "scaled_dot_product_attention":
             query, key = operand(0), operand(1)
             return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + shape[-1])
+        case "attention":  # (rows, tokens, heads * head size)
+            return 4 * outputs * operand(1)[1]
     return 0
 
 

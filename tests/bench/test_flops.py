@@ -35,6 +35,24 @@ def test_products_by_hand() -> None:
     assert attention.nbytes == 4 * 2 * 8 * 40 * (100 + 77 + 100)  # keys and values are the same tensor here
 
 
+def test_fused_operators() -> None:
+    """The products of a fused attention; both results of the residual sum and its norm; nothing for packed weights."""
+    q, k = TensorSpec("q", (2, 100, 320), F32), TensorSpec("k", (2, 77, 320), F32)
+    attention = one("ldmrt.attention.default", (Ref("q"), Ref("k"), Ref("k"), 8, 0.1), (2, 100, 320), q, k)
+    assert attention.flops == 4 * 2 * 8 * 100 * 77 * 40
+    x, w = TensorSpec("x", (6, 10), F32), TensorSpec("w", (10,), F32)
+    nodes = (
+        Node("both", "ldmrt.add_layer_norm.default", (Ref("x"), Ref("x"), Ref("w"), Ref("w"), 1e-5), {}, (), F32),
+        Node("total", "python.getitem", (Ref("both"), 0), {}, (6, 10), F32),
+        Node("norm", "python.getitem", (Ref("both"), 1), {}, (6, 10), F32),
+        Node("packed", "aten.cat.default", ((Ref("w"), Ref("w")),), {}, (20,), F32),
+        Node("halves", "aten.chunk.default", (Ref("norm"), 2, 1), {}, (), F32),
+        Node("half", "python.getitem", (Ref("halves"), 0), {}, (6, 5), F32),
+    )
+    found = costs(Graph("part", (x,), {"w": w}, {}, nodes, {"half": "half", "total": "total", "packed": "packed"}))
+    assert [cost.nbytes for cost in found] == [4 * (60 + 10), 4 * 60, 4 * 60, 0, 0, 0]
+
+
 def test_views_are_free() -> None:
     x = TensorSpec("x", (5, 7), F32)
     assert one("aten.transpose.int", (Ref("x"), 0, 1), (7, 5), x) == Cost("aten.transpose.int", 0, 0)
