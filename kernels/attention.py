@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmrt.kernels import configurations, launch
-from ldmrt.kernels.configurations import Problem, Tiles
+from ldmrt.kernels import launch
+from ldmrt.kernels.configurations import ATTENTION, Problem, Tiles
 
 MAX_HEAD_SIZE = 512  # of the Triton body: its result stays in registers
 
@@ -53,7 +53,8 @@ def attention(
     """
     _check(query, key, value, heads, scale, mask)
     if launch.ready(query.device) and _fits_triton(query, key, value, heads):
-        choice = configurations.choose("attention", launch.architecture(query.device), _problem(query, key, heads))
+        arguments = (query, key, value, heads, scale, causal, mask)
+        choice = ATTENTION.choose(launch.architecture(query.device), _problem(query, key, heads), arguments)
         if choice.body == "triton":
             return attention_triton(query, key, value, heads, scale, causal, mask, choice.tiles)
     return attention_reference(query, key, value, heads, scale, causal, mask)
@@ -98,7 +99,7 @@ def attention_triton(
     key_tokens, head_size = key.shape[1], width // heads
     arch = launch.architecture(query.device)
     if tiles is None:
-        tiles = configurations.choose("attention", arch, _problem(query, key, heads)).tiles
+        tiles = ATTENTION.choose(arch, _problem(query, key, heads)).tiles
     output = query.new_empty(rows, query_tokens, width)
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:

@@ -1,19 +1,20 @@
-"""Which body computes an attention, and with which tiles: a table per architecture, and above it what was measured.
+"""Which body computes an attention, and with which tiles: a table per architecture.
 
 Chosen by reading what Triton 3.7 makes of the kernel, not yet by a GPU's clock. The first candidate is the default. It spills no
 register for the head sizes of Stable Diffusion to an image or to 77 tokens of text, and fits into the shared memory of a
 program: 99 KiB on 8.6, 8.9 and 12.0, 163 KiB on 8.0, 227 KiB on 9.0 and 10.0. What is fastest, only the machine can tell:
-`override` is how a measurement counts.
+kernels/tuning.py is how a measurement counts.
 """
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
+
+from ldmrt.kernels.tuning import Operator
 
 Body = Literal["triton", "sdpa"]
 
@@ -133,21 +134,6 @@ _FLOAT32: dict[int, _Row] = {
 
 ARCHITECTURES = tuple(_TABLE)
 
-_lock = threading.Lock()
-_overrides: dict[tuple[str, int, Problem], Choice] = {}
-
-
-def choose(kernel: str, arch: int, problem: Problem) -> Choice:
-    """What computes a problem: what `override` says, else the default of the table.
-
-    Args:
-        kernel: the operator's name; the table has `attention`.
-        arch: the compute capability, such as 89.
-        problem: what is to be computed.
-    """
-    chosen = _overrides.get((kernel, arch, problem))
-    return candidates(kernel, arch, problem)[0] if chosen is None else chosen
-
 
 @cache
 def candidates(kernel: str, arch: int, problem: Problem) -> tuple[Choice, ...]:
@@ -172,18 +158,6 @@ def candidates(kernel: str, arch: int, problem: Problem) -> tuple[Choice, ...]:
     return (sdpa, *triton) if sdpa_first else (*triton, sdpa)
 
 
-def override(kernel: str, arch: int, problem: Problem, choice: Choice) -> None:
-    """From now on, in this process, `choose` answers this for the problem. It counts for launches that come after it."""
-    with _lock:
-        _overrides[kernel, arch, problem] = choice
-
-
-def clear() -> None:
-    """Forget every `override`."""
-    with _lock:
-        _overrides.clear()
-
-
 def _row(arch: int, problem: Problem) -> _Row:
     nearest = max((known for known in ARCHITECTURES if known <= arch), default=86)
     table = _FLOAT32 if problem.dtype == torch.float32 else _TABLE[nearest]
@@ -191,3 +165,12 @@ def _row(arch: int, problem: Problem) -> _Row:
     if not bounds:
         raise ValueError(f"configurations: head size {problem.head_size}, expected at most {max(table)}")
     return table[min(bounds)]
+
+
+ATTENTION: Operator[Problem, Choice] = Operator(
+    "attention",
+    Problem,
+    lambda arch, problem: candidates("attention", arch, problem),
+    source="attention.forward",
+    launches=lambda choice: choice.body == "triton",
+)

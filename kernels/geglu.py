@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldmrt.kernels import launch
+from ldmrt.kernels.tuning import Operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a GEGLU is tuned by: the size of its result."""
+
+    rows: int
+    width: int
+    dtype: torch.dtype
 
 
 class Configuration(NamedTuple):
@@ -37,9 +48,12 @@ def candidates(arch: int, rows: int, width: int, itemsize: int) -> list[Configur
     return list(dict.fromkeys(found))
 
 
-def configuration(arch: int, rows: int, width: int, itemsize: int) -> Configuration:
-    """The default for a result of (rows, width)."""
-    return candidates(arch, rows, width, itemsize)[0]
+OPERATOR: Operator[Problem, Configuration] = Operator(
+    "geglu",
+    Problem,
+    lambda arch, problem: candidates(arch, problem.rows, problem.width, problem.dtype.itemsize),
+    source="geglu.forward",
+)
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -71,14 +85,14 @@ def geglu_reference(x: Tensor) -> Tensor:
 
 
 def geglu_triton(x: Tensor, *, chosen: Configuration | None = None) -> Tensor:
-    """`geglu` by kernels/gpu/geglu.py, with a chosen configuration or the default."""
+    """`geglu` by kernels/gpu/geglu.py, with a chosen configuration or that of the problem."""
     x = x.contiguous()
     width = x.shape[-1] // 2
     result = x.new_empty((*x.shape[:-1], width))
     if result.numel() == 0:
         return result
     rows = result.numel() // width
-    plan = chosen or configuration(launch.architecture(x.device), rows, width, x.itemsize)
+    plan = chosen or OPERATOR.choose(launch.architecture(x.device), Problem(rows, width, x.dtype), (x,))
     launch.run(
         "geglu.forward",
         (-(-rows // plan.rows), -(-width // plan.columns)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldmrt.kernels import launch
+from ldmrt.kernels.tuning import Operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,6 +24,18 @@ _HELD = 16384
 _MAX_SPLITS = 256
 # Offsets within a row are 32-bit.
 _MAX_ROW = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a group norm is tuned by: x as (rows, channels, spatial)."""
+
+    rows: int
+    channels: int
+    groups: int
+    spatial: int
+    dtype: torch.dtype
+    channels_last: bool
 
 
 class Configuration(NamedTuple):
@@ -82,11 +96,20 @@ def candidates(
     return list(dict.fromkeys(found))
 
 
-def configuration(
-    arch: int, rows: int, channels: int, groups: int, spatial: int, itemsize: int, *, channels_last: bool
-) -> Configuration:
-    """The default for x of (rows, channels, spatial)."""
-    return candidates(arch, rows, channels, groups, spatial, itemsize, channels_last=channels_last)[0]
+OPERATOR: Operator[Problem, Configuration] = Operator(
+    "group_norm_silu",
+    Problem,
+    lambda arch, problem: candidates(
+        arch,
+        problem.rows,
+        problem.channels,
+        problem.groups,
+        problem.spatial,
+        problem.dtype.itemsize,
+        channels_last=problem.channels_last,
+    ),
+    source="group_norm.fused",
+)
 
 
 def group_norm_silu(
@@ -159,7 +182,7 @@ def group_norm_silu_triton(
     *,
     chosen: Configuration | None = None,
 ) -> Tensor:
-    """`group_norm_silu` by kernels/gpu/group_norm.py, with a chosen configuration or the default."""
+    """`group_norm_silu` by kernels/gpu/group_norm.py, with a chosen configuration or that of the problem."""
     result = torch.empty_like(x)
     if x.numel() == 0:
         return result
@@ -172,9 +195,9 @@ def group_norm_silu_triton(
 
     rows, channels, spatial = x.shape[0], x.shape[1], x.shape[2:].numel()
     size = channels // groups
-    plan = chosen or configuration(
-        launch.architecture(x.device), rows, channels, groups, spatial, x.itemsize, channels_last=channels_last
-    )
+    problem = Problem(rows, channels, groups, spatial, x.dtype, channels_last)
+    arguments = (x, weight, bias, groups, eps, silu, shift)
+    plan = chosen or OPERATOR.choose(launch.architecture(x.device), problem, arguments)
     blocks = groups // plan.groups
     # A pointer that a kernel does not use may be any tensor.
     scale = x if weight is None else weight.contiguous()

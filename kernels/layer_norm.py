@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,11 +10,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldmrt.kernels import launch
+from ldmrt.kernels.tuning import Operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # A row is held in registers; beyond this many elements (padded to a power of two) it would no longer fit.
 MAX_WIDTH = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a residual sum with layer norm is tuned by: x as (rows, width)."""
+
+    rows: int
+    width: int
+    dtype: torch.dtype
 
 
 class Configuration(NamedTuple):
@@ -38,9 +49,12 @@ def candidates(arch: int, rows: int, width: int) -> list[Configuration]:
     return list(dict.fromkeys(found))
 
 
-def configuration(arch: int, rows: int, width: int) -> Configuration:
-    """The default for (rows, width)."""
-    return candidates(arch, rows, width)[0]
+OPERATOR: Operator[Problem, Configuration] = Operator(
+    "add_layer_norm",
+    Problem,
+    lambda arch, problem: candidates(arch, problem.rows, problem.width),
+    source="layer_norm.forward",
+)
 
 
 def add_layer_norm(
@@ -88,14 +102,15 @@ def add_layer_norm_triton(
     *,
     chosen: Configuration | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`add_layer_norm` by kernels/gpu/layer_norm.py, with a chosen configuration or the default."""
+    """`add_layer_norm` by kernels/gpu/layer_norm.py, with a chosen configuration or that of the problem."""
     x, residual = x.contiguous(), residual.contiguous()
     total, normed = torch.empty_like(x), torch.empty_like(x)
     if x.numel() == 0:
         return total, normed
     width = x.shape[-1]
     rows = x.numel() // width
-    plan = chosen or configuration(launch.architecture(x.device), rows, width)
+    arguments = (x, residual, weight, bias, eps)
+    plan = chosen or OPERATOR.choose(launch.architecture(x.device), Problem(rows, width, x.dtype), arguments)
     launch.run(
         "layer_norm.forward",
         (-(-rows // plan.rows),),

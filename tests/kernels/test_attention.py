@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmrt.kernels import configurations, launch
+from ldmrt.kernels import configurations, launch, tuning
 from ldmrt.kernels.attention import attention, attention_reference, attention_triton
 from ldmrt.kernels.configurations import Choice, Problem, Tiles
 from tests.kernels.oracle import DTYPES, HALF_UNIT, assert_rounded
@@ -322,7 +322,7 @@ def test_any_float_dtype_has_a_reference() -> None:
 @pytest.fixture
 def _no_overrides() -> Iterator[None]:
     yield
-    configurations.clear()
+    tuning.clear()
 
 
 @pytest.mark.usefixtures("_no_overrides")
@@ -340,13 +340,13 @@ def test_a_recording_knows_the_kernel_that_would_run() -> None:
     assert all(variant.aligned[:11])
 
     problem = Problem(40, 8, 4096, 4096, torch.float16)
-    configurations.override("attention", 89, problem, Choice("triton", Tiles(64, 32, 4, 3)))
+    tuning.override("attention", 89, problem, Choice("triton", Tiles(64, 32, 4, 3)))
     with launch.recording(89) as variants:
         attention(query, key, value, 8, 40**-0.5)
     [variant] = variants
     assert (variant.num_warps, variant.num_stages, dict(variant.constants)["BLOCK_M"]) == (4, 3, 64)
 
-    configurations.override("attention", 89, problem, Choice("sdpa", Tiles(64, 32, 4, 3)))
+    tuning.override("attention", 89, problem, Choice("sdpa", Tiles(64, 32, 4, 3)))
     with launch.recording(89) as variants:
         result = attention(query, key, value, 8, 40**-0.5)
     assert not variants

@@ -1,27 +1,19 @@
-"""The table of attention configurations, and what is put above it."""
+"""The table of attention configurations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
 from ldmrt.kernels import configurations
-from ldmrt.kernels.configurations import ARCHITECTURES, Choice, Problem, Tiles, candidates, choose, clear, override
+from ldmrt.kernels.configurations import ARCHITECTURES, ATTENTION, Problem, candidates
 
 PROBLEM = Problem(head_size=40, heads=8, query_tokens=4096, key_tokens=4096, dtype=torch.float16)
 HEAD_SIZES = [1, 8, 40, 48, 64, 80, 128, 160, 256, 512]
 # What one program may take of an SM's shared memory (CUDA C++ Programming Guide, technical specifications).
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-
-
-@pytest.fixture(autouse=True)
-def _no_overrides() -> Iterator[None]:
-    clear()
-    yield
-    clear()
 
 
 def test_the_architectures_are_those_we_know_the_memory_of() -> None:
@@ -50,8 +42,8 @@ def test_every_problem_has_tiles_that_triton_can_compile(
 
 
 def test_the_default_is_the_first_candidate() -> None:
-    assert choose("attention", 89, PROBLEM) == candidates("attention", 89, PROBLEM)[0]
-    assert choose("attention", 89, PROBLEM).body == "triton"
+    assert ATTENTION.choose(89, PROBLEM) == candidates("attention", 89, PROBLEM)[0]
+    assert ATTENTION.choose(89, PROBLEM).body == "triton"
 
 
 @pytest.mark.parametrize(
@@ -66,7 +58,7 @@ def test_the_default_is_the_first_candidate() -> None:
     ],
 )
 def test_where_torch_is_the_default(arch: int, problem: Problem, body: str) -> None:
-    assert choose("attention", arch, problem).body == body
+    assert ATTENTION.choose(arch, problem).body == body
 
 
 @pytest.mark.parametrize(("arch", "row"), [(87, 86), (103, 100), (121, 120), (130, 120)])
@@ -82,19 +74,6 @@ def test_few_queries_are_not_given_large_blocks(arch: int, head_size: int) -> No
     for tokens in (64, 77):
         found = candidates("attention", arch, Problem(head_size, 8, tokens, tokens, torch.float16))
         assert found[0].tiles.block_m <= 64
-
-
-def test_an_override_counts_for_its_problem_until_cleared() -> None:
-    before = choose("attention", 89, PROBLEM)
-    measured = Choice("sdpa", Tiles(16, 16, 4, 1))
-    override("attention", 89, PROBLEM, measured)
-    assert choose("attention", 89, PROBLEM) == measured
-    assert choose("attention", 89, replace(PROBLEM)) == measured
-    assert choose("attention", 86, PROBLEM) == before
-    assert choose("attention", 89, replace(PROBLEM, heads=4)) == before
-    assert candidates("attention", 89, PROBLEM)[0] == before
-    clear()
-    assert choose("attention", 89, PROBLEM) == before
 
 
 def test_an_unknown_kernel_or_head_size_is_named() -> None:
