@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from ldmrt import image as pixels
+from ldmrt import choices, image as pixels
 from ldmrt.bundle import Bundle
 from ldmrt.capture import Recorder
 from ldmrt.config import parse_device
@@ -119,6 +119,8 @@ class Pipeline:
             raise BadRequest(f"capture is {capture!r}, expected step, loop or off", param="capture")
         bundle = Bundle.open(builtin_bundle() if path is None else path)
         place = _device(device)
+        if place.type == "cuda":
+            choices.apply(place)
         recorder = Recorder(place) if place.type == "cuda" and capture != "off" else None
         return cls(EngineLoader(bundle, place, engine, dtype, recorder), whole_loop=capture == "loop")
 

@@ -14,6 +14,7 @@ from ldmrt.cli.failures import Commands
 from ldmrt.cli.generate import generate
 from ldmrt.cli.inspect import inspect
 from ldmrt.cli.options import Verbose
+from ldmrt.cli.tune import tune
 
 app = typer.Typer(
     name="ldmrt",
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate)
 app.command("build-engines")(build_engines)
+app.command("tune")(tune)
 app.command("inspect")(inspect)
 app.command("doctor")(doctor)
 
