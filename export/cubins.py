@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmrt.engines.protocol import TensorSpec
-from ldmrt.engines.torch import TorchEngine
 from ldmrt.errors import BuildError
 from ldmrt.graph import Graph
 from ldmrt.kernels import aot, launch
 from ldmrt.kernels.sampler import advance, sampler_step
 from ldmrt.kernels.variant import Variant
-from ldmrt.parameters import Parameters
+from ldmrt.rehearsal import rehearse
 from ldmrt.slots import Slots
 
 # What Triton compiles for: Ampere and later. Its tensor-core code for Turing (7.5) spills.
@@ -67,22 +64,14 @@ def compile_kernels(
 
 def variants(graphs: Iterable[Graph], arch: int) -> list[Variant]:
     """The kernels that the torch engines of some graphs launch on an architecture, each once."""
-    with launch.recording(arch) as found, torch.inference_mode(), _Convolutions():  # type: ignore[no-untyped-call]
+    with launch.recording(arch) as found, torch.inference_mode():
         for graph in graphs:
-            _run(graph)
+            free = {size for spec in graph.inputs for size in spec.shape if isinstance(size, str)}
+            for rows in _ROWS if "rows" in free else (1,):
+                rehearse(graph, {"rows": rows, "tokens": _TOKENS})
             if graph.name == "step":
                 _update(next(spec for spec in graph.inputs if spec.name == "latents"))
     return list(found)
-
-
-def _run(graph: Graph) -> None:
-    """Run a graph on tensors without contents, at each of the sizes that its free dimensions may have."""
-    parameters = Parameters(lambda spec: _empty(spec, {}), _META)
-    engine = TorchEngine(graph, parameters, _META)
-    free = {size for spec in graph.inputs for size in spec.shape if isinstance(size, str)}
-    for rows in _ROWS if "rows" in free else (1,):
-        sizes = {"rows": rows, "tokens": _TOKENS}
-        engine.run({spec.name: _empty(spec, sizes) for spec in graph.inputs})
 
 
 def _update(latents: TensorSpec) -> None:
@@ -112,22 +101,3 @@ def _update(latents: TensorSpec) -> None:
             slots.model_input,
         )
         advance(slots.row, slots.last_row)
-
-
-class _Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Convolutions give channels-last pictures for channels-last pictures, as cuDNN's do; torch's own on meta do not."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default):
-            picture = args[0]
-            if picture.dim() == 4 and picture.is_contiguous(memory_format=torch.channels_last):
-                return torch.empty_like(result, memory_format=torch.channels_last)
-        return result
-
-
-def _empty(spec: TensorSpec, sizes: dict[str, int]) -> torch.Tensor:
-    shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
-    return torch.empty(shape, dtype=spec.dtype, device=_META)

@@ -81,7 +81,7 @@ def content(path: Path) -> np.ndarray[Any, Any]:
 # ---------------------------------------------------------------------------------------------------- the frame
 
 
-@pytest.mark.parametrize("command", ["", "generate", "build-engines", "inspect", "doctor"])
+@pytest.mark.parametrize("command", ["", "generate", "build-engines", "inspect", "tune", "doctor"])
 def test_help(run: Run, command: str) -> None:
     ended = run(*command.split(), "--help")
     assert ended.code == 0
