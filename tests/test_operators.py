@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ldmrt.errors import BundleError
+from ldmrt.kernels.ops import OPERATORS
 from ldmrt.operators import ALLOWED, VIEWS, resolve
 
 OVERLOADS = sorted(op for op in ALLOWED if not op.startswith("python."))
@@ -14,11 +15,14 @@ OVERLOADS = sorted(op for op in ALLOWED if not op.startswith("python."))
 def test_there_are_operators() -> None:
     assert len(OVERLOADS) > 50
     assert VIEWS <= ALLOWED
+    assert set(OPERATORS) == {op for op in ALLOWED if op.startswith("ldmrt.")}
 
 
 @pytest.mark.parametrize("op", OVERLOADS)
 def test_each_is_there_and_pure(op: str) -> None:
     function = resolve(op)
+    if op in OPERATORS:
+        function = getattr(torch.ops.ldmrt, op.split(".")[1]).default  # the same function, as torch knows it
     assert isinstance(function, torch._ops.OpOverload)
     schema = function._schema
     assert not schema.is_mutable, f"{op} writes into its arguments"
