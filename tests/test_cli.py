@@ -323,14 +323,15 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         return Bundle.open(tiny_bundle)
 
     monkeypatch.setattr(ldmrt, "build_engines", build, raising=False)
-    sizes = ["--size", "512x768", "--size", "64X64"]
-    ended = run("build-engines", "m", "--out", "o", *sizes, "--batch", 2, "--batch", 3, "--dtype", "bfloat16", "--json")
+    sizes, target = ["--size", "512x768", "--size", "64X64"], ["--target", "sm_89"]
+    ended = run("build-engines", "m", "--out", "o", *sizes, "--batch", 2, "--batch", 3, "--dtype", "bfloat16", *target, "--json")
     assert given == {
         "args": (Path("m"), Path("o")),
         "engine": "auto",
         "sizes": [(512, 768), (64, 64)],
         "batch_sizes": [2, 3],
         "dtype": "bfloat16",
+        "targets": ["sm_89"],
     }
     assert ended.err == ""
     document = json.loads(ended.out)

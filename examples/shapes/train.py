@@ -429,14 +429,15 @@ def plot(
     out: Out = Path("runs/shapes"),
     picture: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("training.png"),
 ) -> None:
-    """Draw the losses of all phases over the minutes of each."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    shown = (
+    """Draw the losses over the minutes of each phase that has a record."""
+    phases = (
         ("vae", "autoencoder: PSNR, dB", ("psnr",), False),
         ("text", "text encoder: loss, share all right", ("total", "accuracy"), False),
         ("unet", "denoiser: loss, noise error by half", ("denoise", "high", "low"), True),
     )
-    for axis, (phase, title, names, logarithmic) in zip(axes, shown, strict=True):
+    shown = [phase for phase in phases if (out / f"{phase[0]}.jsonl").exists()]
+    figure, axes = plt.subplots(1, len(shown), figsize=(4.3 * len(shown), 3.6), layout="constrained", squeeze=False)
+    for axis, (phase, title, names, logarithmic) in zip(axes[0], shown, strict=True):
         lines = read_record(out / f"{phase}.jsonl")
         for name in names:
             points = [(line["seconds"] / 60, line[name]) for line in lines if name in line]
