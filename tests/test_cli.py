@@ -324,7 +324,9 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(ldmrt, "build_engines", build, raising=False)
     sizes, target = ["--size", "512x768", "--size", "64X64"], ["--target", "sm_89"]
-    ended = run("build-engines", "m", "--out", "o", *sizes, "--batch", 2, "--batch", 3, "--dtype", "bfloat16", *target, "--json")
+    ended = run(
+        "build-engines", "m", "--out", "o", *sizes, "--batch", 2, "--batch", 3, "--dtype", "bfloat16", *target, "--json"
+    )
     assert given == {
         "args": (Path("m"), Path("o")),
         "engine": "auto",
