@@ -10,7 +10,6 @@ from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BuildError
 from ldmrt.graph import Graph
 from ldmrt.kernels import aot, launch
-from ldmrt.kernels.sampler import advance, sampler_step
 from ldmrt.kernels.variant import Variant
 from ldmrt.rehearsal import rehearse
 from ldmrt.slots import Slots
@@ -87,17 +86,4 @@ def _update(latents: TensorSpec) -> None:
             model_dtype=latents.dtype,
             with_noise=with_noise,
         )
-        sampler_step(
-            slots.x,
-            slots.saved,
-            slots.history,
-            torch.empty_like(slots.model_input),
-            slots.table,
-            slots.row,
-            slots.noise,
-            slots.guidance_scale,
-            slots.cond_row,
-            slots.uncond_row,
-            slots.model_input,
-        )
-        advance(slots.row, slots.last_row)
+        slots.update(torch.empty_like(slots.model_input))

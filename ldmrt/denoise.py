@@ -15,7 +15,6 @@ import torch
 from ldmrt.capture import Recorder
 from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.errors import EngineMismatch
-from ldmrt.kernels.sampler import advance, sampler_step
 from ldmrt.schedule import SamplerTable
 from ldmrt.slots import Slots
 
@@ -197,20 +196,7 @@ class Denoiser:
         for name, current in self._current.items():
             torch.index_select(self._tables[name], 0, self._entry, out=current)
         self._step.enqueue()
-        sampler_step(
-            slots.x,
-            slots.saved,
-            slots.history,
-            self._output,
-            slots.table,
-            slots.row,
-            slots.noise,
-            slots.guidance_scale,
-            slots.cond_row,
-            slots.uncond_row,
-            slots.model_input,
-        )
-        advance(slots.row, slots.last_row)
+        slots.update(self._output)
 
     def latents(self, slot: int) -> torch.Tensor:
         """(C, h, w) float32: the slot's latents as they are now, in the static buffer."""

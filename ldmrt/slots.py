@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldmrt.errors import BadRequest
-from ldmrt.kernels.sampler import HISTORY, WIDTH
+from ldmrt.kernels.sampler import HISTORY, WIDTH, advance, sampler_step
 from ldmrt.schedule import SamplerTable, blank_rows
 
 
@@ -161,6 +161,27 @@ class Slots:
         self.row[slot] = self.last_row[slot]
         self._rows_of[slot] = ()
         self._evaluations[slot] = self._made[slot] = 0
+
+    def update(self, model_output: Tensor) -> None:
+        """The sampler's part of a step on the device: every admitted slot's next latents and model input, and its next row.
+
+        Args:
+            model_output: (rows, C, H, W) of the model's dtype.
+        """
+        sampler_step(
+            self.x,
+            self.saved,
+            self.history,
+            model_output,
+            self.table,
+            self.row,
+            self.noise,
+            self.guidance_scale,
+            self.cond_row,
+            self.uncond_row,
+            self.model_input,
+        )
+        advance(self.row, self.last_row)
 
     def stepped(self) -> None:
         """Count one evaluation for each slot: to be called by the host each time the device steps."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import ldmrt.denoise
+import ldmrt.slots
 from ldmrt.bundle import Bundle
 from ldmrt.denoise import Denoiser
 from ldmrt.errors import EngineMismatch
@@ -28,7 +28,7 @@ TOKENS, WIDTH = 77, 32
 @pytest.fixture(autouse=True)
 def _operators_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recorder sees torch's operators, not the native library's."""
-    monkeypatch.setattr(ldmrt.denoise, "sampler_step", sampler_step_reference)
+    monkeypatch.setattr(ldmrt.slots, "sampler_step", sampler_step_reference)
 
 
 @pytest.fixture

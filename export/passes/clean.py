@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 
+from ldmrt.engines.torch import call, has_dim
 from ldmrt.errors import BuildError
 from ldmrt.graph import Argument, Dim, Graph, Node, Ref, prune, substitute
-from ldmrt.operators import ALLOWED, resolve
+from ldmrt.operators import ALLOWED
 
 # A folded constant is stored in the bundle; beyond this many bytes computing it again is the better bargain.
 _LARGEST_CONSTANT = 1 << 20
@@ -65,16 +66,15 @@ def fold_constants(graph: Graph) -> Graph:
     constants = dict(graph.constants)
 
     def fold(node: Node) -> Argument | None:
-        if node.op not in ALLOWED or _has_dim(node) or any(name not in constants for name in node.refs()):
+        if (
+            node.op not in ALLOWED
+            or has_dim((node.args, tuple(node.kwargs.values())))
+            or any(name not in constants for name in node.refs())
+        ):
             return None
 
-        def load(argument: Ref | Dim) -> Argument:
-            return constants[argument.name]
-
-        args = tuple(_listed(substitute(argument, load)) for argument in node.args)
-        kwargs = {key: _listed(substitute(argument, load)) for key, argument in node.kwargs.items()}
         with torch.inference_mode():
-            value = resolve(node.op)(*args, **kwargs)
+            value = call(node, constants)
         if not isinstance(value, torch.Tensor) or value.nbytes > _LARGEST_CONSTANT:
             return None
         constants[node.name] = value.clone().contiguous()
@@ -117,14 +117,3 @@ def rewrite(graph: Graph, replacement: Callable[[Node], Argument | None]) -> Gra
             nodes.append(node)
     outputs = {name: renamed.get(value, Ref(value)).name for name, value in graph.outputs.items()}
     return prune(graph.replace(nodes=tuple(nodes), outputs=outputs))
-
-
-def _has_dim(node: Node) -> bool:
-    def walk(argument: Argument) -> bool:
-        return isinstance(argument, Dim) or (isinstance(argument, tuple) and any(map(walk, argument)))
-
-    return walk(node.args) or walk(tuple(node.kwargs.values()))
-
-
-def _listed(argument: Argument) -> Argument:
-    return list(argument) if isinstance(argument, tuple) else argument

@@ -316,11 +316,12 @@ def _packed(graph: Graph) -> dict[str, Node]:
     packed: dict[str, Node] = {}
     for node in graph.nodes:
         refs = set(node.refs())
-        if refs and refs <= static and not _has_dim((node.args, tuple(node.kwargs.values()))):
+        if refs and refs <= static and not has_dim((node.args, tuple(node.kwargs.values()))):
             packed[node.name] = node
             static.add(node.name)
     return packed
 
 
-def _has_dim(argument: Argument) -> bool:
-    return isinstance(argument, Dim) or (isinstance(argument, tuple) and any(map(_has_dim, argument)))
+def has_dim(argument: Argument) -> bool:
+    """Whether an argument has a free dimension in it, however deep."""
+    return isinstance(argument, Dim) or (isinstance(argument, tuple) and any(map(has_dim, argument)))
