@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py [--stages probe,correctness,sd15] [--out FOLDER] [--budget-seconds 520]
     python benchmarks/gpu.py --device cpu --tiny        a dry run of everything, in seconds
+    python benchmarks/gpu.py --compile-for sm_90 --kernels FOLDER      on any machine: the kernels, for later runs to bring along
 
 A worker process runs the stages in turn; when one brings it down, or overstays, another worker goes on with the rest. The results
 file is replaced after every part of a stage. Exit code 1: something was computed wrongly, or could not be checked.
@@ -50,6 +51,7 @@ STAGES = {
     "probe": Stage(("probe",), 5, 60),
     "compile": Stage(("compile",), 60, 240),
     "correctness": Stage(tuple(f"correctness.{name}" for name in OPERATORS), 10, 100),
+    "tune": Stage(tuple(f"tune.{name}" for name in MODELS), 30, 120),
     "kernels": Stage(tuple(f"kernels.{name}" for name in OPERATORS), 10, 60),
     "sd15": Stage(("sd15",), 30, 150),
     "sdxl": Stage(("sdxl",), 40, 150),
@@ -91,6 +93,7 @@ def work(args: argparse.Namespace, units: Sequence[str]) -> int:
     import torch
 
     from gpu_suite.session import Session
+    from ldmrt.kernels import launch
 
     results = Results(args.out)
     device = torch.device(args.device)
@@ -99,8 +102,9 @@ def work(args: argparse.Namespace, units: Sequence[str]) -> int:
         torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.cuda.set_device(device)
     dtype = getattr(torch, args.dtype or ("float16" if device.type == "cuda" else "float32"))
-    cache = args.inductor_cache
-    session = Session(device, args.tiny, results, args.deadline, dtype, cache)
+    if args.kernels is not None:
+        launch.register(args.kernels)
+    session = Session(device, args.tiny, results, args.deadline, dtype, args.inductor_cache, args.kernels)
     results.data["facts"] = session.facts
     for unit in units:
         stage = stage_of(unit)
@@ -123,11 +127,11 @@ def work(args: argparse.Namespace, units: Sequence[str]) -> int:
 
 def _functions() -> dict[str, Callable[[Any, str], None]]:
     """What runs each unit."""
-    from gpu_suite import breakdown, floors, kernel_stages, networks, peers, probe
+    from gpu_suite import ahead, breakdown, floors, kernel_stages, networks, peers, probe, tuning_stage
 
     found: dict[str, Callable[[Any, str], None]] = {
         "probe": probe.probe,
-        "compile": kernel_stages.compile_ahead,
+        "compile": ahead.compile_ahead,
         "floors": floors.floors,
     }
     for name in OPERATORS:
@@ -135,10 +139,23 @@ def _functions() -> dict[str, Callable[[Any, str], None]]:
         found[f"kernels.{name}"] = partial(kernel_stages.time_operator, name=name)
     for name in MODELS:
         found[name] = partial(networks.denoise, name=name)
+        found[f"tune.{name}"] = partial(tuning_stage.tune_model, name=name)
         found[f"decode.{name}"] = partial(networks.decode, name=name)
         found[f"breakdown.{name}"] = partial(breakdown.breakdown, name=name)
         found[f"peers.{name}"] = partial(peers.peers, name=name)
     return found
+
+
+def compile_only(args: argparse.Namespace) -> int:
+    """Compile the kernels of all stages for a GPU that need not be here. Returns the exit code."""
+    from gpu_suite.ahead import compile_into
+    from ldmrt.export.cubins import architecture
+
+    count, problems = compile_into(args.kernels, architecture(args.compile_for))
+    for problem in problems:
+        sys.stdout.write(f"cannot be compiled: {problem}\n")
+    sys.stdout.write(f"{count} kernels for {args.compile_for} in {args.kernels}\n")
+    return 1 if problems else 0
 
 
 # ---------------------------------------------------------------------------------------------------- the supervisor
@@ -248,7 +265,8 @@ def _rows(unit: str, entry: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]
 def _passed_on(args: argparse.Namespace) -> list[str]:
     given = ["--device", args.device, "--out", str(args.out), "--deadline", str(args.deadline)]
     given += ["--tiny"] * args.tiny + (["--dtype", args.dtype] if args.dtype else [])
-    return given + (["--inductor-cache", str(args.inductor_cache)] if args.inductor_cache else [])
+    folders = {"--inductor-cache": args.inductor_cache, "--kernels": args.kernels}
+    return given + [word for option, path in folders.items() if path for word in (option, str(path))]
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
@@ -278,6 +296,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--inductor-cache", type=Path, default=None, help="folder of torch.compile's cache, kept between runs"
     )
+    parser.add_argument("--kernels", type=Path, default=None, help="folder of kernels compiled elsewhere")
+    parser.add_argument(
+        "--compile-for", default=None, metavar="sm_90", help="only compile the kernels for this GPU into --kernels"
+    )
     parser.add_argument("--source", default=None, help="the commit, where the tree comes without git")
     parser.add_argument("--units", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, default=None, help=argparse.SUPPRESS)
@@ -286,6 +308,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.chosen = units_of(args.stages.split(","))
     except ValueError as error:
         parser.error(str(error))
+    if args.compile_for is not None and args.kernels is None:
+        parser.error("--compile-for needs the folder to write to: add --kernels FOLDER")
     if args.device == "cpu" and not args.tiny:
         parser.error("on a CPU only the dry run makes sense: add --tiny")
     if args.out is None:
@@ -298,6 +322,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """The command line."""
     args = arguments()
+    if args.compile_for is not None:
+        sys.exit(compile_only(args))
     if args.units is not None:
         sys.exit(work(args, args.units.split(",")))
     (args.out / "suite.json").unlink(missing_ok=True)

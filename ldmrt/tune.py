@@ -75,6 +75,23 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What `measure` found.
+
+    Attributes:
+        problems: how many there are.
+        measurements: of those that have a candidate that can be launched, what takes longest first.
+        seconds: by graph, what its tuned operators take in one run with the defaults, and with the choices.
+        skipped: how many candidates could not be launched.
+    """
+
+    problems: int
+    measurements: tuple[Measurement, ...]
+    seconds: Mapping[str, tuple[float, float]]
+    skipped: int
+
+
+@dataclass(frozen=True)
 class EngineTimes:
     """Seconds that the tuned operators of an engine take in one run.
 
@@ -168,13 +185,51 @@ def tune(
         timer = Stopwatch(device)
 
     on_progress("reading the engines", 0, 1)
-    calls = _collect(bundle, records, machine.capability)
+    graphs = {record.key: bundle.graph(record) for record in records}
+    found = measure(graphs, machine, timer, on_progress=on_progress)
+    if found.problems and not found.measurements:
+        raise EngineMismatch(
+            f"none of {found.skipped} candidates can be launched on {machine.gpu}: run with --verbose to see why each was skipped"
+        )
+    entries = [
+        choices.entry(each.operator, each.problem, each.choice, each.default_seconds, each.seconds)
+        for each in found.measurements
+    ]
+    path = choices.keep(place, machine, entries)
+    for each in found.measurements:
+        tuning.override(each.operator, machine.capability, each.problem, each.choice)
+    engines = (EngineTimes(record, *found.seconds[record.key]) for record in records)
+    return Report(
+        machine=machine,
+        path=path,
+        measurements=found.measurements,
+        engines=tuple(each for each in engines if each.default_seconds > 0),
+        skipped=found.skipped,
+    )
+
+
+def measure(
+    graphs: Mapping[str, Graph],
+    machine: Machine,
+    timer: Timer,
+    *,
+    on_progress: Progress = lambda what, done, total: None,
+) -> Measured:
+    """Time the candidates for the problems of some graphs' torch engines. Nothing is changed.
+
+    Args:
+        graphs: by a name each.
+        machine: what the measurement holds for.
+        timer: what times.
+        on_progress: called with what is timed, how many problems are done, and how many there are.
+    """
+    calls = collect(graphs, machine.capability)
     problems: dict[tuple[str, Any], Counter[Call]] = {}
     for counter in calls.values():
         for call, count in counter.items():
             problems.setdefault((call.operator, call.problem), Counter())[call] += count
 
-    found: dict[tuple[str, Any], Measurement] = {}
+    found: list[Measurement] = []
     times: dict[Call, tuple[float, float]] = {}
     skipped = 0
     for done, (key, counter) in enumerate(problems.items()):
@@ -182,25 +237,12 @@ def tune(
         best, seconds, failed = _measure(counter, OPERATORS[key[0]], machine, timer)
         skipped += failed
         if best is not None:
-            found[key] = best
+            found.append(best)
             times |= seconds
-    if problems and not found:
-        raise EngineMismatch(
-            f"none of {skipped} candidates can be launched on {machine.gpu}: run with --verbose to see why each was skipped"
-        )
-    entries = [
-        choices.entry(each.operator, each.problem, each.choice, each.default_seconds, each.seconds)
-        for each in found.values()
-    ]
-    path = choices.keep(place, machine, entries)
-    for each in found.values():
-        tuning.override(each.operator, machine.capability, each.problem, each.choice)
-    engines = (_engine_times(record, calls[record.key], times) for record in records)
-    return Report(
-        machine=machine,
-        path=path,
-        measurements=tuple(sorted(found.values(), key=lambda each: -each.calls * each.seconds)),
-        engines=tuple(each for each in engines if each.default_seconds > 0),
+    return Measured(
+        problems=len(problems),
+        measurements=tuple(sorted(found, key=lambda each: -each.calls * each.seconds)),
+        seconds={name: _sums(calls[name], times) for name in graphs},
         skipped=skipped,
     )
 
@@ -234,7 +276,7 @@ class Stopwatch:
         replays: dict[str, Callable[[], None]] = {}
         count = 0
         with torch.inference_mode(), torch.cuda.device(self._device):
-            arguments = [_made(argument, self._device) for argument in call.arguments]
+            arguments = arguments_of(call, self._device)
 
             def several() -> None:
                 for _ in range(count):
@@ -257,7 +299,6 @@ class Stopwatch:
 
 
 def _made(argument: Any, device: torch.device) -> Any:
-    """An argument of a call; a tensor of the form, with numbers, since zeros are multiplied at less power and a higher clock."""
     if not isinstance(argument, Form):
         return argument
     last = sum((size - 1) * stride for size, stride in zip(argument.shape, argument.strides, strict=True))
@@ -269,16 +310,20 @@ def _made(argument: Any, device: torch.device) -> Any:
     return storage.as_strided(argument.shape, argument.strides, argument.offset)
 
 
-def _collect(bundle: Bundle, records: Sequence[EngineRecord], arch: int) -> dict[str, Counter[Call]]:
-    """What the operators are asked for in a run of each engine, by the engine's key."""
-    graphs = {record.key: bundle.graph(record) for record in records}
+def collect(graphs: Mapping[str, Graph], arch: int) -> dict[str, Counter[Call]]:
+    """What the operators are asked for in a run of each graph's engine on an architecture, such as 89, by the graph's name."""
     sizes = {"rows": _ROWS, "tokens": max((_window(graph) for graph in graphs.values()), default=0) or _TOKENS}
     found: dict[str, Counter[Call]] = {}
-    for key, graph in graphs.items():
+    for name, graph in graphs.items():
         with launch.recording(arch), tuning.recording() as calls:
             rehearse(graph, sizes)
-        found[key] = Counter(calls)
+        found[name] = Counter(calls)
     return found
+
+
+def arguments_of(call: Call, device: torch.device) -> list[Any]:
+    """New arguments for a call: tensors of its forms, with numbers, since zeros are multiplied at less power and a higher clock."""
+    return [_made(argument, device) for argument in call.arguments]
 
 
 def _window(graph: Graph) -> int:
@@ -325,15 +370,9 @@ def _measure(
     return measurement, {call: (seconds[call][compared], seconds[call][choice]) for call in counter}, skipped
 
 
-def _engine_times(
-    record: EngineRecord, counter: Counter[Call], times: Mapping[Call, tuple[float, float]]
-) -> EngineTimes:
+def _sums(counter: Counter[Call], times: Mapping[Call, tuple[float, float]]) -> tuple[float, float]:
     known = [(count, times[call]) for call, count in counter.items() if call in times]
-    return EngineTimes(
-        engine=record,
-        default_seconds=sum(count * default for count, (default, _) in known),
-        seconds=sum(count * chosen for count, (_, chosen) in known),
-    )
+    return sum(count * default for count, (default, _) in known), sum(count * chosen for count, (_, chosen) in known)
 
 
 def _register_kernels(bundle: Bundle) -> None:

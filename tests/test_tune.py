@@ -97,7 +97,7 @@ def test_text_has_the_length_of_the_encoder_s_window() -> None:
 def test_the_candidates_are_timed_on_what_the_kernels_of_the_bundle_are_compiled_for(bundle: Bundle) -> None:
     """The collected calls launch the same kernels as the engines that `build-engines --target` runs."""
     graphs = [bundle.graph(record) for record in bundle.find("step")]
-    calls = tune._collect(bundle, bundle.find("step"), 89)
+    calls = tune.collect({record.key: bundle.graph(record) for record in bundle.find("step")}, 89)
     with launch.recording(89) as variants:
         for counter in calls.values():
             for call in counter:

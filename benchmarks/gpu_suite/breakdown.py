@@ -66,14 +66,15 @@ def breakdown(session: Session, unit: str, name: str) -> None:
     with session.results.part(unit, "step") as figures:
         denoiser = model.denoiser(1, None)
         model.admit(denoiser)
-        _profile(session, denoiser.step, figures)
+        _profile(session, denoiser.step, figures, f"{unit}.step")
     with session.results.part(unit, "decoder") as figures:
         engine = model.engine("decoder", 1)
         inputs = {"latents": model.noise(1, *model.latent_shape, seed=1).to(model.dtype)}
-        _profile(session, lambda: engine.run(inputs), figures)
+        _profile(session, lambda: engine.run(inputs), figures, f"{unit}.decoder")
 
 
-def _profile(session: Session, work: Any, figures: Figures) -> None:
+def _profile(session: Session, work: Any, figures: Figures, name: str) -> None:
+    """Classes and largest kernels into the figures, and every kernel in its order into a file beside the results."""
     for _ in range(3):
         work()
     session.synchronize()
@@ -87,7 +88,10 @@ def _profile(session: Session, work: Any, figures: Figures) -> None:
         trace = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     kinds = {"kernel", "gpu_memcpy", "gpu_memset"} if session.cuda else {"cpu_op"}
     events = sorted((event for event in trace if event.get("cat") in kinds), key=lambda event: float(event["ts"]))
-    figures.update(summarize([(str(event["name"]), float(event["dur"]) / 1e6) for event in events], launched))
+    kernels = [(str(event["name"]), float(event["dur"]) / 1e6) for event in events]
+    figures.update(summarize(kernels, launched))
+    lines = [json.dumps([kernel[:200], round(1e6 * seconds, 2)]) for kernel, seconds in kernels]
+    (session.results.folder / f"{name}.json").write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
 def summarize(kernels: Sequence[tuple[str, float]], launched: Sequence[str]) -> Figures:

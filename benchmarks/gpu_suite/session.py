@@ -41,6 +41,7 @@ class Session:
         deadline: `time.time()` at which the run is to be over.
         dtype: the precision of the models.
         inductor_cache: folder of torch.compile's cache, or None.
+        kernels: folder of kernels compiled elsewhere, or None.
     """
 
     device: torch.device
@@ -49,6 +50,7 @@ class Session:
     deadline: float
     dtype: torch.dtype
     inductor_cache: Path | None = None
+    kernels: Path | None = None
     _models: dict[str, Model] = field(default_factory=dict)
 
     @property

@@ -7,6 +7,8 @@ from typing import Any
 
 Figures = Mapping[str, Any]
 
+_TUNED = 24  # problems in the table; the results file has all
+
 GOALS = {
     "sd15": "goals: 160 steps/s required, 200 goal, 250 moonshot; 1.7 times diffusers with torch.compile",
     "sdxl": "goal: 1024 x 1024, 20 steps, end to end under 0.6 s",
@@ -78,8 +80,26 @@ def _part_line(unit: str, name: str, figures: Figures) -> Iterator[str]:
             f"    {name:<36} {figures['flops'] / 1e12:8.3f} TFLOP: {1e3 * figures['flop_seconds']:8.3f} ms; node by node "
             f"{1e3 * figures['node_seconds']:8.3f} ms"
         )
+    elif "problems" in figures:
+        yield from _tuned_lines(figures)
     elif unit in ("probe", "compile"):
         yield f"    {name}: {', '.join(f'{key} {_short(value)}' for key, value in figures.items())}"
+
+
+def _tuned_lines(figures: Figures) -> Iterator[str]:
+    for name, seconds in figures["graph_seconds"].items():
+        yield f"    {name}: tuned operators {1e6 * seconds['default']:.0f} us by default, {1e6 * seconds['choice']:.0f} us as chosen"
+    for each in figures["problems"][:_TUNED]:
+        times = sorted(each["microseconds"], key=lambda pair: pair[1])
+        default = next((time for choice, time in times if choice == each["default"]), float("nan"))
+        best = " ".join(f"{_compact(choice)} {time:.1f}" for choice, time in times[:3])
+        yield f"      {each['calls']:2d} x {each['operator']} {_compact(each['problem'])}: default {default:.1f}; {best}"
+
+
+def _compact(fields: Mapping[str, Any]) -> str:
+    """The values of a problem or a choice, in brackets."""
+    values = (tuple(value.values()) if isinstance(value, Mapping) else value for value in fields.values())
+    return "(" + ",".join(str(value).replace(" ", "").strip("()") for value in values) + ")"
 
 
 def _last_line(figures: Figures) -> str:
