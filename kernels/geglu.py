@@ -56,35 +56,41 @@ OPERATOR: Operator[Problem, Configuration] = Operator(
 )
 
 
-def geglu(x: Tensor) -> Tensor:
-    """x[..., :I] * gelu(x[..., I:]), with the erf GELU, computed in float32 and rounded once.
+def geglu(x: Tensor, x_bias: Tensor | None = None) -> Tensor:
+    """y[..., :I] * gelu(y[..., I:]) of y = x + x_bias, with the erf GELU, computed in float32 and rounded once.
 
     Args:
         x: (..., 2 I), float32, bfloat16 or float16.
+        x_bias: (2 I,), any float dtype, or None: what the linear layer before left out.
 
     Returns:
         (..., I) of x's dtype, contiguous.
 
     Raises:
-        ValueError: the last dimension is not even, or there is none.
+        ValueError: the last dimension is not even, or there is none; or x_bias does not fit.
         TypeError: x has another dtype.
     """
     if x.dim() == 0 or x.shape[-1] % 2 != 0:
         raise ValueError(f"geglu: x has shape {tuple(x.shape)}, expected (..., 2 I)")
     if x.dtype not in DTYPES:
         raise TypeError(f"geglu: x is {x.dtype}, expected float32, bfloat16 or float16")
+    if x_bias is not None and (x_bias.shape != x.shape[-1:] or x_bias.device != x.device):
+        raise ValueError(
+            f"geglu: x_bias is {tuple(x_bias.shape)} on {x_bias.device}, expected {tuple(x.shape[-1:])} on {x.device} as x"
+        )
     if launch.ready(x.device):
-        return geglu_triton(x)
-    return geglu_reference(x)
+        return geglu_triton(x, x_bias)
+    return geglu_reference(x, x_bias)
 
 
-def geglu_reference(x: Tensor) -> Tensor:
+def geglu_reference(x: Tensor, x_bias: Tensor | None = None) -> Tensor:
     """`geglu` in plain torch."""
-    value, gate = x.float().chunk(2, dim=-1)
+    total = x.float() if x_bias is None else x.float() + x_bias.float()
+    value, gate = total.chunk(2, dim=-1)
     return (value * F.gelu(gate)).to(x.dtype)
 
 
-def geglu_triton(x: Tensor, *, chosen: Configuration | None = None) -> Tensor:
+def geglu_triton(x: Tensor, x_bias: Tensor | None = None, *, chosen: Configuration | None = None) -> Tensor:
     """`geglu` by kernels/gpu/geglu.py, with a chosen configuration or that of the problem."""
     x = x.contiguous()
     width = x.shape[-1] // 2
@@ -92,12 +98,12 @@ def geglu_triton(x: Tensor, *, chosen: Configuration | None = None) -> Tensor:
     if result.numel() == 0:
         return result
     rows = result.numel() // width
-    plan = chosen or OPERATOR.choose(launch.architecture(x.device), Problem(rows, width, x.dtype), (x,))
+    plan = chosen or OPERATOR.choose(launch.architecture(x.device), Problem(rows, width, x.dtype), (x, x_bias))
     launch.run(
         "geglu.forward",
         (-(-rows // plan.rows), -(-width // plan.columns)),
-        (x, result, rows),
-        {"WIDTH": width, "ROWS": plan.rows, "COLUMNS": plan.columns},
+        (x, x if x_bias is None else x_bias.contiguous(), result, rows),
+        {"HAS_X_BIAS": x_bias is not None, "WIDTH": width, "ROWS": plan.rows, "COLUMNS": plan.columns},
         num_warps=plan.num_warps,
     )
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ _MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
 _HELD = 16384
 _MAX_SPLITS = 256
 # Offsets within a row are 32-bit.
-_MAX_ROW = 2**31
+MAX_ROW = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,13 @@ def candidates(
             ]
 
     segment = _group_blocks(groups, size * itemsize, 32, at_least=128) if channels_last else 1
+    # A split in one tile is loaded at once and held; more of them mean more moments to read.
+    for block, elements, warps in ((1, 8192, 8), (1, 4096, 4), (2, 8192, 8), (1, 8192, 4), (2, 4096, 4)):
+        width = block * segment
+        tile = max(1, elements // _power_of_two(width * size))
+        splits = _power_of_two(-(-spatial // tile))
+        if groups % width == 0 and 1 < splits <= _MAX_SPLITS:
+            found.append(Configuration(width, splits, tile, warps))
     merging = math.isqrt(max(1, spatial * size * itemsize // 32))
     for block, elements, warps, share in (
         (1, 4096, 8, 1),
@@ -120,8 +127,9 @@ def group_norm_silu(
     eps: float,
     silu: bool,  # noqa: FBT001  (positional in graphs)
     shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
 ) -> Tensor:
-    """group_norm(x + shift), then SiLU if `silu`; computed in float32 and rounded once.
+    """group_norm(x + shift + x_bias), then SiLU if `silu`; computed in float32 and rounded once.
 
     Args:
         x: (N, C, *spatial), float32, bfloat16 or float16. Fast if contiguous or channels last; any other layout is copied.
@@ -131,6 +139,7 @@ def group_norm_silu(
         eps: added to the variance.
         silu: whether y becomes y * sigmoid(y).
         shift: (N, C), any float dtype and any stride between rows, or None: added to every position of a channel.
+        x_bias: (C,), any float dtype, or None: likewise, for all rows: what the convolution before left out.
 
     Returns:
         A tensor of x's shape, dtype and memory layout.
@@ -139,10 +148,10 @@ def group_norm_silu(
         ValueError: shapes or devices do not fit together, or groups does not divide C.
         TypeError: x has another dtype.
     """
-    _check(x, weight, bias, groups, shift)
-    if launch.ready(x.device) and x.shape[1:].numel() < _MAX_ROW:
-        return group_norm_silu_triton(x, weight, bias, groups, eps, silu, shift)
-    return group_norm_silu_reference(x, weight, bias, groups, eps, silu, shift)
+    _check(x, weight, bias, groups, shift, x_bias)
+    if launch.ready(x.device) and x.shape[1:].numel() < MAX_ROW:
+        return group_norm_silu_triton(x, weight, bias, groups, eps, silu, shift, x_bias)
+    return group_norm_silu_reference(x, weight, bias, groups, eps, silu, shift, x_bias)
 
 
 def group_norm_silu_reference(
@@ -153,14 +162,17 @@ def group_norm_silu_reference(
     eps: float,
     silu: bool,  # noqa: FBT001
     shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
 ) -> Tensor:
     """`group_norm_silu` in plain torch."""
     result = torch.empty_like(x)
     if x.numel() == 0:
         return result
     value = x.float()
-    if shift is not None:
-        value = value + shift.float().reshape(*shift.shape, *[1] * (x.dim() - 2))
+    added = [each.float() for each in (shift, x_bias) if each is not None]
+    if added:
+        total = sum(added[1:], added[0])
+        value = value + total.reshape(*total.shape, *[1] * (x.dim() - 2))
     scale = None if weight is None else weight.float()
     final = None if bias is None else bias.float()
     # On the CPU torch.group_norm loses digits to a large mean: of a channels-last tensor nearly all, since it takes the variance from
@@ -178,6 +190,7 @@ def group_norm_silu_triton(
     eps: float,
     silu: bool,  # noqa: FBT001
     shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
     *,
     chosen: Configuration | None = None,
 ) -> Tensor:
@@ -185,25 +198,73 @@ def group_norm_silu_triton(
     result = torch.empty_like(x)
     if x.numel() == 0:
         return result
-    channels_last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-    if not (channels_last or x.is_contiguous()):
-        copied = group_norm_silu_triton(x.contiguous(), weight, bias, groups, eps, silu, shift, chosen=chosen)
+    order = layout_of(x)
+    if order is None:
+        copied = group_norm_silu_triton(x.contiguous(), weight, bias, groups, eps, silu, shift, x_bias, chosen=chosen)
         return result.copy_(copied)
+    problem = Problem(x.shape[0], x.shape[1], groups, x.shape[2:].numel(), x.dtype, order == "channels last")
+    arguments = (x, weight, bias, groups, eps, silu, shift, x_bias)
+    plan = chosen or OPERATOR.choose(launch.architecture(x.device), problem, arguments)
+    run(x, None, None, weight, bias, eps, shift, x_bias, None, result, problem, plan, silu=silu)
+    return result
+
+
+def layout_of(x: Tensor) -> str | None:
+    """The order that a tensor has in memory, if it is one of the kernels'; a picture of one pixel or channel has both."""
+    if x.is_contiguous():
+        return "contiguous"
+    return "channels last" if x.movedim(1, -1).is_contiguous() else None
+
+
+def run(
+    x: Tensor,
+    residual: Tensor | None,
+    joined: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    shift: Tensor | None,
+    x_bias: Tensor | None,
+    total: Tensor | None,
+    result: Tensor,
+    problem: Problem,
+    plan: Configuration,
+    *,
+    silu: bool,
+) -> None:
+    """Launch the Triton bodies.
+
+    Args:
+        x: (rows, width, ...), in the order of the problem, as are all pictures.
+        residual: x's shape, or None; only with `total`.
+        joined: (rows, channels - width, ...), or None; only with `total`.
+        weight: (channels,) or None.
+        bias: (channels,) or None.
+        eps: added to the variance.
+        shift: (rows, width) or None.
+        x_bias: (width,) or None.
+        total: where to keep what is normed, (rows, channels, ...), or None.
+        result: (rows, channels, ...).
+        problem: the sizes.
+        plan: how it is cut up.
+        silu: whether SiLU follows.
+    """
     if shift is not None and shift.shape[1] > 1 and shift.stride(1) != 1:
         shift = shift.contiguous()
-
-    rows, channels, spatial = x.shape[0], x.shape[1], x.shape[2:].numel()
+    rows, channels, groups, spatial, _, channels_last = astuple(problem)
     size = channels // groups
-    problem = Problem(rows, channels, groups, spatial, x.dtype, channels_last)
-    arguments = (x, weight, bias, groups, eps, silu, shift)
-    plan = chosen or OPERATOR.choose(launch.architecture(x.device), problem, arguments)
     blocks = groups // plan.groups
+
     # A pointer that a kernel does not use may be any tensor.
-    scale = x if weight is None else weight.contiguous()
-    final = x if bias is None else bias.contiguous()
-    added, stride = (x, 0) if shift is None else (shift, shift.stride(0))
+    def given(tensor: Tensor | None) -> Tensor:
+        return x if tensor is None else tensor
+
+    scale, final = (given(vector if vector is None else vector.contiguous()) for vector in (weight, bias))
+    added, own = given(shift), given(None if x_bias is None else x_bias.contiguous())
+    stride = 0 if shift is None else shift.stride(0)
     tile: dict[str, launch.Constant] = {
         "HAS_SHIFT": shift is not None,
+        "HAS_X_BIAS": x_bias is not None,
         "CHANNELS_LAST": channels_last,
         "CHANNELS": channels,
         "SIZE": size,
@@ -211,6 +272,11 @@ def group_norm_silu_triton(
         "SPATIAL": plan.spatial,
         "CHANNELS_PADDED": _power_of_two(plan.groups * size),
         "GROUPS_PADDED": _power_of_two(plan.groups),
+    }
+    source: dict[str, launch.Constant] = {
+        "HAS_RESIDUAL": residual is not None,
+        "TOTAL": total is not None,
+        "WIDTH": x.shape[1],
     }
     epilogue: dict[str, launch.Constant] = {
         "HAS_WEIGHT": weight is not None,
@@ -221,32 +287,50 @@ def group_norm_silu_triton(
         launch.run(
             "group_norm.fused",
             (blocks, rows),
-            (x, scale, final, added, result, spatial, stride, float(eps)),
-            {**epilogue, **tile},
+            (
+                x,
+                given(residual),
+                given(joined),
+                scale,
+                final,
+                added,
+                own,
+                given(total),
+                result,
+                spatial,
+                stride,
+                float(eps),
+            ),
+            {**source, **epilogue, **tile},
             num_warps=plan.num_warps,
         )
-        return result
+        return
     means = torch.empty((rows, blocks, plan.splits, plan.groups), dtype=torch.float32, device=x.device)
     m2s = torch.empty_like(means)
     grid = (plan.splits, blocks, rows)
     launch.run(
         "group_norm.moments",
         grid,
-        (x, added, means, m2s, spatial, stride),
-        tile,
+        (x, given(residual), given(joined), added, own, given(total), means, m2s, spatial, stride),
+        {**source, **tile, "WHOLE": plan.splits * plan.spatial >= spatial},
         num_warps=plan.num_warps,
     )
+    if total is not None:
+        # What has been added is in there.
+        x, stride = total, 0
+        tile |= {"HAS_SHIFT": False, "HAS_X_BIAS": False}
     launch.run(
         "group_norm.normalize",
         grid,
-        (x, scale, final, added, means, m2s, result, spatial, stride, float(eps)),
+        (x, scale, final, added, own, means, m2s, result, spatial, stride, float(eps)),
         {**epilogue, **tile, "SPLITS": plan.splits},
         num_warps=plan.num_warps,
     )
-    return result
 
 
-def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, shift: Tensor | None) -> None:
+def _check(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, shift: Tensor | None, x_bias: Tensor | None
+) -> None:
     if x.dim() < 2:
         raise ValueError(f"group_norm_silu: x has shape {tuple(x.shape)}, expected (N, C, *spatial)")
     if x.dtype not in DTYPES:
@@ -254,7 +338,12 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, s
     channels = x.shape[1]
     if groups < 1 or channels < 1 or channels % groups != 0:
         raise ValueError(f"group_norm_silu: {channels} channels cannot be split into {groups} groups of one size")
-    expected = (("weight", weight, (channels,)), ("bias", bias, (channels,)), ("shift", shift, (x.shape[0], channels)))
+    expected = (
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("shift", shift, (x.shape[0], channels)),
+        ("x_bias", x_bias, (channels,)),
+    )
     for name, tensor, shape in expected:
         if tensor is None:
             continue

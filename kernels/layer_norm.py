@@ -58,16 +58,22 @@ OPERATOR: Operator[Problem, Configuration] = Operator(
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The sum of two tensors, and its layer norm over the last dimension.
+    """X + residual + x_bias, and its layer norm over the last dimension.
 
     Args:
         x: (..., C), float32, bfloat16 or float16.
-        residual: x's shape and dtype.
+        residual: x's shape and dtype, or None.
         weight: (C,), any float dtype, or None.
         bias: (C,), any float dtype, or None.
         eps: added to the variance.
+        x_bias: (C,), any float dtype, or None: what the linear layer before left out.
 
     Returns:
         The total, rounded to x's dtype, and the layer norm of the rounded total, computed in float32 and rounded once; both
@@ -77,17 +83,23 @@ def add_layer_norm(
         ValueError: shapes or devices do not fit together.
         TypeError: x has another dtype, or residual is not of x's.
     """
-    _check(x, residual, weight, bias)
+    _check(x, residual, weight, bias, x_bias)
     if launch.ready(x.device) and x.shape[-1] <= MAX_WIDTH:
-        return add_layer_norm_triton(x, residual, weight, bias, eps)
-    return add_layer_norm_reference(x, residual, weight, bias, eps)
+        return add_layer_norm_triton(x, residual, weight, bias, eps, x_bias)
+    return add_layer_norm_reference(x, residual, weight, bias, eps, x_bias)
 
 
 def add_layer_norm_reference(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`add_layer_norm` in plain torch."""
-    total = (x.float() + residual.float()).to(x.dtype).contiguous()
+    added = [each.float() for each in (residual, x_bias) if each is not None]
+    total = sum(added, x.to(torch.float32, copy=True)).to(x.dtype).contiguous()
     scale = None if weight is None else weight.float()
     shift = None if bias is None else bias.float()
     return total, F.layer_norm(total.float(), total.shape[-1:], scale, shift, eps).to(x.dtype)
@@ -95,36 +107,40 @@ def add_layer_norm_reference(
 
 def add_layer_norm_triton(
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    x_bias: Tensor | None = None,
     *,
     chosen: Configuration | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`add_layer_norm` by kernels/gpu/layer_norm.py, with a chosen configuration or that of the problem."""
-    x, residual = x.contiguous(), residual.contiguous()
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     total, normed = torch.empty_like(x), torch.empty_like(x)
     if x.numel() == 0:
         return total, normed
     width = x.shape[-1]
     rows = x.numel() // width
-    arguments = (x, residual, weight, bias, eps)
+    arguments = (x, residual, weight, bias, eps, x_bias)
     plan = chosen or OPERATOR.choose(launch.architecture(x.device), Problem(rows, width, x.dtype), arguments)
     launch.run(
         "layer_norm.forward",
         (-(-rows // plan.rows),),
         (
             x,
-            residual,
+            x if residual is None else residual,
             x if weight is None else weight.contiguous(),
             x if bias is None else bias.contiguous(),
+            x if x_bias is None else x_bias.contiguous(),
             total,
             normed,
             rows,
             float(eps),
         ),
         {
+            "HAS_RESIDUAL": residual is not None,
+            "HAS_X_BIAS": x_bias is not None,
             "HAS_WEIGHT": weight is not None,
             "HAS_BIAS": bias is not None,
             "WIDTH": width,
@@ -136,17 +152,20 @@ def add_layer_norm_triton(
     return total, normed
 
 
-def _check(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+def _check(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, x_bias: Tensor | None
+) -> None:
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"add_layer_norm: x has shape {tuple(x.shape)}, expected (..., C) with C not 0")
     if x.dtype not in DTYPES:
         raise TypeError(f"add_layer_norm: x is {x.dtype}, expected float32, bfloat16 or float16")
-    if residual.dtype != x.dtype:
+    if residual is not None and residual.dtype != x.dtype:
         raise TypeError(f"add_layer_norm: residual is {residual.dtype}, expected {x.dtype} as x")
     expected = (
         ("residual", residual, tuple(x.shape)),
         ("weight", weight, (x.shape[-1],)),
         ("bias", bias, (x.shape[-1],)),
+        ("x_bias", x_bias, (x.shape[-1],)),
     )
     for name, tensor, shape in expected:
         if tensor is None:

@@ -12,15 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmrt.kernels.add_group_norm import add_group_norm_silu
 from ldmrt.kernels.attention import attention
 from ldmrt.kernels.geglu import geglu
 from ldmrt.kernels.group_norm import group_norm_silu
 from ldmrt.kernels.layer_norm import add_layer_norm
 from ldmrt.kernels.sampler import advance, sampler_step
+from ldmrt.kernels.upsample import add_upsample
 
 # By their names in a graph.
 OPERATORS: dict[str, Callable[..., Any]] = {
+    "ldmrt.add_group_norm_silu.default": add_group_norm_silu,
     "ldmrt.add_layer_norm.default": add_layer_norm,
+    "ldmrt.add_upsample.default": add_upsample,
     "ldmrt.attention.default": attention,
     "ldmrt.geglu.default": geglu,
     "ldmrt.group_norm_silu.default": group_norm_silu,
@@ -28,18 +32,32 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 
 # A letter and an exclamation mark stand for what is written to.
 _SCHEMAS: dict[str, tuple[Callable[..., Any], str]] = {
+    "add_group_norm_silu": (
+        add_group_norm_silu,
+        (
+            "(Tensor x, Tensor? residual, Tensor? joined, Tensor? weight, Tensor? bias, int groups, float eps, bool silu, "
+            "Tensor? x_bias=None) -> (Tensor, Tensor)"
+        ),
+    ),
     "add_layer_norm": (
         add_layer_norm,
-        "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+        (
+            "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, Tensor? x_bias=None) "
+            "-> (Tensor, Tensor)"
+        ),
     ),
+    "add_upsample": (add_upsample, "(Tensor x, Tensor? residual, Tensor? x_bias, int factor) -> Tensor"),
     "attention": (
         attention,
         "(Tensor query, Tensor key, Tensor value, int heads, float scale, bool causal=False, Tensor? mask=None) -> Tensor",
     ),
-    "geglu": (geglu, "(Tensor x) -> Tensor"),
+    "geglu": (geglu, "(Tensor x, Tensor? x_bias=None) -> Tensor"),
     "group_norm_silu": (
         group_norm_silu,
-        "(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, bool silu, Tensor? shift=None) -> Tensor",
+        (
+            "(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, bool silu, Tensor? shift=None, "
+            "Tensor? x_bias=None) -> Tensor"
+        ),
     ),
     "sampler_step": (
         sampler_step,
@@ -52,21 +70,31 @@ _SCHEMAS: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
-def _fake_add_layer_norm(
+def _fake_add_group_norm_silu(
     x: Tensor,
-    residual: Tensor,  # noqa: ARG001
-    weight: Tensor | None,  # noqa: ARG001
-    bias: Tensor | None,  # noqa: ARG001
-    eps: float,  # noqa: ARG001
+    residual: Tensor | None,  # noqa: ARG001
+    joined: Tensor | None,
+    *_others: Any,
+    **_options: Any,
 ) -> tuple[Tensor, Tensor]:
+    total = torch.empty_like(x) if joined is None else torch.cat([x, joined], 1)
+    return total, torch.empty_like(total)
+
+
+def _fake_add_layer_norm(x: Tensor, *_others: Any, **_options: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _fake_add_upsample(x: Tensor, residual: Tensor | None, x_bias: Tensor | None, factor: int) -> Tensor:  # noqa: ARG001
+    rows, channels, height, width = x.shape
+    return x.new_empty((rows, factor * height, factor * width, channels)).movedim(-1, 1)
 
 
 def _fake_attention(query: Tensor, *_others: Any, **_options: Any) -> Tensor:
     return query.new_empty(query.shape)
 
 
-def _fake_geglu(x: Tensor) -> Tensor:
+def _fake_geglu(x: Tensor, x_bias: Tensor | None = None) -> Tensor:  # noqa: ARG001
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
@@ -80,7 +108,9 @@ def _fake_in_place(*_arguments: Any, **_options: Any) -> None:
 
 # What each gives, without computing it.
 _FAKES: dict[str, Callable[..., Any]] = {
+    "add_group_norm_silu": _fake_add_group_norm_silu,
     "add_layer_norm": _fake_add_layer_norm,
+    "add_upsample": _fake_add_upsample,
     "attention": _fake_attention,
     "geglu": _fake_geglu,
     "group_norm_silu": _fake_group_norm_silu,

@@ -23,13 +23,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ldmrt.config import from_env
 from ldmrt.files import replacing
-from ldmrt.kernels import cuda_driver, geglu, group_norm, launch, layer_norm, tuning
+from ldmrt.kernels import add_group_norm, cuda_driver, geglu, group_norm, launch, layer_norm, tuning, upsample
 from ldmrt.kernels.configurations import ATTENTION
 from ldmrt.kernels.variant import source_hash
 
 FORMAT = 1
 OPERATORS: dict[str, tuning.Operator[Any, Any]] = {
-    operator.name: operator for operator in (ATTENTION, geglu.OPERATOR, group_norm.OPERATOR, layer_norm.OPERATOR)
+    operator.name: operator
+    for operator in (
+        ATTENTION,
+        add_group_norm.OPERATOR,
+        geglu.OPERATOR,
+        group_norm.OPERATOR,
+        layer_norm.OPERATOR,
+        upsample.OPERATOR,
+    )
 }
 
 _LARGEST = 16 << 20  # bytes of a file that is read: hundreds of times what a bundle has

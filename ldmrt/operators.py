@@ -34,7 +34,7 @@ upsample_bilinear2d.vec view.default view_as.default where.self where.ScalarOthe
 """
 
 # Our own fused operators; ldmrt.kernels.ops has the functions.
-_FUSED = "add_layer_norm attention geglu group_norm_silu"
+_FUSED = "add_group_norm_silu add_layer_norm add_upsample attention geglu group_norm_silu"
 
 _PYTHON: dict[str, Callable[..., Any]] = {"python.getitem": operator.getitem}
 

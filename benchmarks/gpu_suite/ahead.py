@@ -96,7 +96,9 @@ def compile_ahead(session: Session, unit: str) -> None:
         for name, found in wanted(session.model, arch):
             with session.results.part(unit, name) as figures:
                 missing = [variant for variant in found if variant not in pending and variant.key() not in there]
-                figures.update({"variants": len(found), "missing": len(missing), "seconds": round(time.time() - start, 1)})
+                figures.update(
+                    {"variants": len(found), "missing": len(missing), "seconds": round(time.time() - start, 1)}
+                )
                 pending |= {variant: pool.submit(_facts, variant, arch) for variant in missing}
         with session.results.part(unit, "kernels") as figures:
             wait(pending.values(), timeout=min(180.0, max(10.0, session.left() - 240)))
@@ -137,7 +139,9 @@ def compile_into(folder: Path, arch: int) -> tuple[int, list[str]]:
     there = {cubin.key for cubin in cubins}
     problems: list[str] = []
     with _pool() as pool:
-        pending = {pool.submit(aot.compile_variant, each, arch): each for key, each in needed.items() if key not in there}
+        pending = {
+            pool.submit(aot.compile_variant, each, arch): each for key, each in needed.items() if key not in there
+        }
         for future in as_completed(pending):
             try:
                 cubins.append(future.result())

@@ -46,7 +46,9 @@ class _Kept:
         return found
 
 
-def describe(found: Measured, seconds: Mapping[tuple[str, Any], Sequence[Mapping[Any, float]]], machine: Machine) -> Figures:
+def describe(
+    found: Measured, seconds: Mapping[tuple[str, Any], Sequence[Mapping[Any, float]]], machine: Machine
+) -> Figures:
     """What was found, as JSON: microseconds of every candidate of every problem, and what the choices save in a run of a graph."""
     problems = []
     for each in found.measurements:

@@ -5,19 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ldmrt.export.passes.fuse_add_group_norm import fuse_add_group_norm
 from ldmrt.export.passes.fuse_add_norm import fuse_add_norm
 from ldmrt.export.passes.fuse_attention import fuse_attention
 from ldmrt.export.passes.fuse_geglu import fuse_geglu
 from ldmrt.export.passes.fuse_norm import fuse_norm
+from ldmrt.export.passes.fuse_upsample import fuse_upsample
 from ldmrt.export.passes.merge_linears import merge_linears
 from ldmrt.export.passes.pattern import Pass
+from ldmrt.export.passes.pointwise import pointwise
+from ldmrt.export.passes.push_bias import push_bias
 from ldmrt.graph import Graph
 
 PASSES: Mapping[str, Callable[[Graph], Pass]] = {
+    "pointwise": pointwise,
     "group_norm": fuse_norm,
+    "add_group_norm": fuse_add_group_norm,
     "geglu": fuse_geglu,
     "add_layer_norm": fuse_add_norm,
     "attention": fuse_attention,
+    "upsample": fuse_upsample,
+    "bias": push_bias,
     "linear": merge_linears,
 }
 

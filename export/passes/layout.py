@@ -16,6 +16,7 @@ _CONVOLUTION = "aten.conv2d.default"
 _CONTIGUOUS = "aten.contiguous.default"
 _COPIES = (_CONTIGUOUS, "aten.clone.default")
 _TO_PICTURE = (0, 3, 1, 2)
+_ADD_NORM = "ldmrt.add_group_norm_silu.default"
 
 # Operators whose result lies in memory as the pictures they read do.
 _KEEPS = frozenset(
@@ -27,6 +28,7 @@ _KEEPS = frozenset(
         *(f"aten.{name}.vec" for name in ("upsample_nearest2d", "upsample_bilinear2d")),
         "aten.to.dtype",
         "aten.group_norm.default",
+        "ldmrt.add_upsample.default",
         "ldmrt.group_norm_silu.default",
     }
 )
@@ -71,8 +73,12 @@ class _Layout:
         if node.op == "aten.view.default":
             # A view asks for an order in memory, and the order is what changes here. A reshape copies if it must.
             return node.replace(op="aten.reshape.default")
+        if node.op == _ADD_NORM:
+            return self.sum(node)
         if len(node.shape) != 4:
             return node
+        if node.op == "python.getitem" and node.args[0].name in self.ordered:
+            self.ordered[node.name] = node.name
         if node.op in _COPIES and self.is_picture(node.args[0]):
             self.ordered[node.name] = node.name
             return node.replace(op=_CONTIGUOUS, kwargs={"memory_format": torch.channels_last})
@@ -81,6 +87,16 @@ class _Layout:
             return node
         self.ordered[node.name] = node.name
         return node.replace(args=tuple(self.ordered_argument(argument, pictures) for argument in node.args))
+
+    def sum(self, node: Node) -> Node:
+        """A group norm of what it puts together: all of its pictures in order if one is, and both results."""
+        parts = [value for value in node.args[:3] if value is not None and len(self.index.shape(value) or ()) == 4]
+        if not any(self.is_picture(value) for value in parts):
+            return node
+        self.ordered[node.name] = node.name
+        return node.replace(
+            args=tuple(self.order(value) if value in parts else value for value in node.args[:3]) + node.args[3:]
+        )
 
     def pictures(self, node: Node) -> list[str]:
         """The pictures that a node reads: of several, those that are not broadcast."""

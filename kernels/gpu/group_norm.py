@@ -1,13 +1,16 @@
-"""Group norm, with what is added before it and SiLU after it. Two ways, by the size of a group:
+"""Group norm, with what is put together before it and SiLU after it. Two ways, by the size of a group:
 
 * `fused`: a program holds all elements of one or a few groups in registers. One read, one write.
 * `moments`, then `normalize`: the positions of an image are split over several programs. The first leaves the mean and the
   sum of squared differences from it (M2) of every group in every split; the second pools those of all splits (Chan et al. 1983,
   "Algorithms for computing the sample variance") and writes the result. Two reads, one write.
 
+What is normed is x with one number for each channel added; or it is put together from several tensors and kept (TOTAL): x, plus a
+residual, plus one number for each channel, and behind its channels those of another tensor (the skip connections of a U-Net).
+
 A tile is (positions, channels) in both memory layouts; only the offsets differ. A program's channels are whole groups, padded to
-a power of two. Statistics never come from a sum of squares: a large mean would cancel all digits. What is added to x is one
-number for a row and channel: it shifts means and leaves M2 alone, so it costs nothing per element.
+a power of two. Statistics never come from a sum of squares: a large mean would cancel all digits. What is added to x without
+being kept shifts means and leaves M2 alone, so it costs nothing per element.
 """
 
 from __future__ import annotations
@@ -60,6 +63,65 @@ def _per_channel(pointer, offset, inside, default, PRESENT: tl.constexpr):
 
 
 @triton.jit
+def _added(shift, x_bias, row, shift_stride, channel, own, HAS_SHIFT: tl.constexpr, HAS_X_BIAS: tl.constexpr):
+    """What is added to the channels of x: one number for a row and channel, one for a channel, or both."""
+    added = _per_channel(shift + row * shift_stride, channel, own, 0.0, HAS_SHIFT)
+    return added + _per_channel(x_bias, channel, own, 0.0, HAS_X_BIAS)
+
+
+@triton.jit
+def _offsets(position, channel, spatial, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Of elements in a row of a tensor: positions (P, 1) and channels (1, C)."""
+    if CHANNELS_LAST:
+        offsets = position * CHANNELS + channel
+    else:
+        offsets = channel * spatial + position
+    return offsets
+
+
+@triton.jit
+def _tile(
+    x,
+    residual,
+    joined,
+    total,
+    added,
+    row,
+    position,
+    channel,
+    present,
+    spatial,
+    CHANNELS_LAST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    TOTAL: tl.constexpr,
+):
+    """A tile of what is normed in float32; with TOTAL it is rounded and stored first, `added` included, else that is left out.
+
+    x and residual have WIDTH channels, joined the rest of CHANNELS.
+    """
+    own = present & (channel < WIDTH) if WIDTH < CHANNELS else present
+    at = _offsets(position, channel, spatial, WIDTH, CHANNELS_LAST)
+    value = tl.load(x + row * spatial * WIDTH + at, mask=own, other=0.0).to(tl.float32)
+    if TOTAL:
+        if HAS_RESIDUAL:
+            value += tl.load(residual + row * spatial * WIDTH + at, mask=own, other=0.0).to(tl.float32)
+        value += added[None, :]
+        if WIDTH < CHANNELS:
+            REST: tl.constexpr = CHANNELS - WIDTH
+            behind = _offsets(position, channel - WIDTH, spatial, REST, CHANNELS_LAST)
+            other = tl.load(joined + row * spatial * REST + behind, mask=present & (channel >= WIDTH), other=0.0)
+            value = tl.where(channel < WIDTH, value, other.to(tl.float32))
+        rounded = value.to(total.dtype.element_ty)
+        at = _offsets(position, channel, spatial, CHANNELS, CHANNELS_LAST)
+        tl.store(total + row * spatial * CHANNELS + at, rounded, mask=present)
+        # What is normed is the sum as it is stored, so that whoever reads it later sees the same numbers.
+        value = tl.where(present, rounded.to(tl.float32), 0.0)
+    return value
+
+
+@triton.jit
 def _silu(value, SILU: tl.constexpr):
     if SILU:
         value = value / (1.0 + tl.exp(-value))
@@ -69,19 +131,27 @@ def _silu(value, SILU: tl.constexpr):
 @triton.jit
 def fused(
     x,
+    residual,
+    joined,
     weight,
     bias,
     shift,
+    x_bias,
+    total,
     result,
     spatial,
     shift_stride,
     eps,
+    HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
+    TOTAL: tl.constexpr,
     SILU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     SPATIAL: tl.constexpr,
@@ -92,46 +162,64 @@ def fused(
     row = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * (GROUPS * SIZE)
     position = tl.arange(0, SPATIAL)[:, None]
-    channel = tl.arange(0, CHANNELS_PADDED)
-    inside = channel < GROUPS * SIZE
+    channel = first + tl.arange(0, CHANNELS_PADDED)
+    inside = tl.arange(0, CHANNELS_PADDED) < GROUPS * SIZE
     present = (position < spatial) & inside[None, :]
-    if CHANNELS_LAST:
-        start = row * spatial * CHANNELS + first
-        offset = position * CHANNELS + channel[None, :]
-    else:
-        start = (row * CHANNELS + first) * spatial
-        offset = channel[None, :] * spatial + position
-    value = tl.load(x + start + offset, mask=present, other=0.0).to(tl.float32)
-    added = _per_channel(shift + row * shift_stride, first + channel, inside, 0.0, HAS_SHIFT)
-
-    mean = tl.sum(value, 0) / spatial + added
-    mean = _spread(
-        _group_sums(mean, CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED) / SIZE, CHANNELS_PADDED, GROUPS, SIZE
+    own = inside & (channel < WIDTH)
+    added = _added(shift, x_bias, row, shift_stride, channel, own, HAS_SHIFT, HAS_X_BIAS)
+    value = _tile(
+        x,
+        residual,
+        joined,
+        total,
+        added,
+        row,
+        position,
+        channel[None, :],
+        present,
+        spatial,
+        CHANNELS_LAST,
+        CHANNELS,
+        WIDTH,
+        HAS_RESIDUAL,
+        TOTAL,
     )
+    if TOTAL:
+        added = tl.zeros_like(added)
+
+    count = spatial * (1.0 * SIZE)
+    mean = _group_sums(tl.sum(value, 0) + spatial * added, CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED) / count
+    mean = _spread(mean, CHANNELS_PADDED, GROUPS, SIZE)
     centred = tl.where(present, value - (mean - added)[None, :], 0.0)
-    # The mean of a large offset is rounded; what it is off by is left in the centred values, and known exactly enough there.
-    total = spatial * (1.0 * SIZE)
-    rest = _group_sums(tl.sum(centred, 0), CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED) / total
     m2 = _group_sums(tl.sum(centred * centred, 0), CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED)
-    scale = _spread(tl.rsqrt(m2 / total - rest * rest + eps), CHANNELS_PADDED, GROUPS, SIZE)
-    scale = scale * _per_channel(weight, first + channel, inside, 1.0, HAS_WEIGHT)
-    rest = _spread(rest, CHANNELS_PADDED, GROUPS, SIZE)
-    final = _per_channel(bias, first + channel, inside, 0.0, HAS_BIAS)
-    normed = _silu((centred - rest[None, :]) * scale[None, :] + final[None, :], SILU)
-    tl.store(result + start + offset, normed.to(result.dtype.element_ty), mask=present)
+    scale = _spread(tl.rsqrt(m2 / count + eps), CHANNELS_PADDED, GROUPS, SIZE)
+    scale = scale * _per_channel(weight, channel, inside, 1.0, HAS_WEIGHT)
+    final = _per_channel(bias, channel, inside, 0.0, HAS_BIAS)
+    normed = _silu(centred * scale[None, :] + final[None, :], SILU)
+    at = row * spatial * CHANNELS + _offsets(position, channel[None, :], spatial, CHANNELS, CHANNELS_LAST)
+    tl.store(result + at, normed.to(result.dtype.element_ty), mask=present)
 
 
 @triton.jit
 def moments(
     x,
+    residual,
+    joined,
     shift,
+    x_bias,
+    total,
     means,
     m2s,
     spatial,
     shift_stride,
+    HAS_RESIDUAL: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
+    TOTAL: tl.constexpr,
+    WHOLE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     SPATIAL: tl.constexpr,
@@ -140,53 +228,93 @@ def moments(
 ):
     """The means and M2 of a program's groups over a split: so many whole tiles of SPATIAL positions, the last splits fewer.
 
-    Grid (splits, blocks of GROUPS groups, rows); means, m2s (rows, blocks, splits, GROUPS) float32.
+    WHOLE: a split is one tile, and is held in registers. Grid (splits, blocks of GROUPS groups, rows); means, m2s (rows, blocks,
+    splits, GROUPS) float32.
     """
     split, block, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    tiles = tl.cdiv(spatial, SPATIAL * tl.num_programs(0))
     first = block * (GROUPS * SIZE)
-    begin = split * tiles * SPATIAL
     position = tl.arange(0, SPATIAL)[:, None]
-    channel = tl.arange(0, CHANNELS_PADDED)
-    inside = channel < GROUPS * SIZE
-    if CHANNELS_LAST:
-        pointer = x + (row * spatial + begin) * CHANNELS + first + (position * CHANNELS + channel[None, :])
-        step = SPATIAL * CHANNELS
-    else:
-        pointer = x + (row * CHANNELS + first) * spatial + begin + (channel[None, :] * spatial + position)
-        step = SPATIAL
-
-    # Welford (1962), in every element of the tile by itself: no warp waits for another within the loop.
-    mean = tl.zeros((SPATIAL, CHANNELS_PADDED), tl.float32)
-    m2 = tl.zeros((SPATIAL, CHANNELS_PADDED), tl.float32)
-    for tile in range(tiles):
-        present = (position < spatial - begin - tile * SPATIAL) & inside[None, :]
-        value = tl.load(pointer + tile * step, mask=present, other=0.0).to(tl.float32)
-        change = tl.where(present, value - mean, 0.0)
-        mean += change * (1.0 / (tile + 1))
-        m2 += change * (value - mean)
-
-    left = tl.maximum(spatial - begin, 0)
-    total = tl.minimum(left, tiles * SPATIAL)
-    count = tl.minimum(tl.maximum(left - position + SPATIAL - 1, 0) // SPATIAL, tiles).to(tl.float32)
-    at_least_one = tl.maximum(total, 1).to(tl.float32)
-    # The elements of a channel, then the channels of a group. Means of a large offset are rounded, hence `rest`.
-    average = tl.sum(mean * count, 0) / at_least_one
-    change = mean - average[None, :]
-    rest = tl.sum(change * count, 0) / at_least_one
-    m2_channel = tl.sum(m2 + count * change * change, 0) - total * rest * rest
-    average = average + rest + _per_channel(shift + row * shift_stride, first + channel, inside, 0.0, HAS_SHIFT)
-
-    mean_group = _group_sums(average, CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED) / SIZE
-    change_channel = average - _spread(mean_group, CHANNELS_PADDED, GROUPS, SIZE)
-    rest_group = _group_sums(change_channel, CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED) / SIZE
-    m2_group = _group_sums(
-        m2_channel + total * change_channel * change_channel, CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED
-    )
+    channel = first + tl.arange(0, CHANNELS_PADDED)
+    inside = tl.arange(0, CHANNELS_PADDED) < GROUPS * SIZE
+    own = inside & (channel < WIDTH)
+    added = _added(shift, x_bias, row, shift_stride, channel, own, HAS_SHIFT, HAS_X_BIAS)
     group = tl.arange(0, GROUPS_PADDED)
     at = ((row * tl.num_programs(1) + block) * tl.num_programs(0) + split) * GROUPS + group
-    tl.store(means + at, mean_group + rest_group, mask=group < GROUPS)
-    tl.store(m2s + at, m2_group - total * (1.0 * SIZE) * rest_group * rest_group, mask=group < GROUPS)
+
+    if WHOLE:
+        begin = split * SPATIAL
+        elements = tl.minimum(tl.maximum(spatial - begin, 0), SPATIAL)
+        present = (position < spatial - begin) & inside[None, :]
+        value = _tile(
+            x,
+            residual,
+            joined,
+            total,
+            added,
+            row,
+            begin + position,
+            channel[None, :],
+            present,
+            spatial,
+            CHANNELS_LAST,
+            CHANNELS,
+            WIDTH,
+            HAS_RESIDUAL,
+            TOTAL,
+        )
+        if TOTAL:
+            added = tl.zeros_like(added)
+        sums = tl.sum(value, 0) + elements * added
+        mean_group = _group_sums(sums, CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED)
+        mean_group = mean_group / (tl.maximum(elements, 1) * (1.0 * SIZE))
+        centre = _spread(mean_group, CHANNELS_PADDED, GROUPS, SIZE) - added
+        centred = tl.where(present, value - centre[None, :], 0.0)
+        m2_group = _group_sums(tl.sum(centred * centred, 0), CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED)
+    else:
+        tiles = tl.cdiv(spatial, SPATIAL * tl.num_programs(0))
+        begin = split * tiles * SPATIAL
+        # Welford (1962), in every element of the tile by itself: no warp waits for another within the loop.
+        mean = tl.zeros((SPATIAL, CHANNELS_PADDED), tl.float32)
+        m2 = tl.zeros((SPATIAL, CHANNELS_PADDED), tl.float32)
+        for tile in range(tiles):
+            present = (position < spatial - begin - tile * SPATIAL) & inside[None, :]
+            value = _tile(
+                x,
+                residual,
+                joined,
+                total,
+                added,
+                row,
+                begin + tile * SPATIAL + position,
+                channel[None, :],
+                present,
+                spatial,
+                CHANNELS_LAST,
+                CHANNELS,
+                WIDTH,
+                HAS_RESIDUAL,
+                TOTAL,
+            )
+            change = tl.where(present, value - mean, 0.0)
+            mean += change * (1.0 / (tile + 1))
+            m2 += change * (value - mean)
+        if TOTAL:
+            added = tl.zeros_like(added)
+
+        left = tl.maximum(spatial - begin, 0)
+        elements = tl.minimum(left, tiles * SPATIAL)
+        count = tl.minimum(tl.maximum(left - position + SPATIAL - 1, 0) // SPATIAL, tiles).to(tl.float32)
+        # The elements of a channel, then the channels of a group.
+        average = tl.sum(mean * count, 0) / tl.maximum(elements, 1).to(tl.float32)
+        change = mean - average[None, :]
+        m2_channel = tl.sum(m2 + count * change * change, 0)
+        average = average + added
+        mean_group = _group_sums(average, CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED) / SIZE
+        change_channel = average - _spread(mean_group, CHANNELS_PADDED, GROUPS, SIZE)
+        m2_channel += elements * change_channel * change_channel
+        m2_group = _group_sums(m2_channel, CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED)
+    tl.store(means + at, mean_group, mask=group < GROUPS)
+    tl.store(m2s + at, m2_group, mask=group < GROUPS)
 
 
 @triton.jit
@@ -195,6 +323,7 @@ def normalize(
     weight,
     bias,
     shift,
+    x_bias,
     means,
     m2s,
     result,
@@ -204,6 +333,7 @@ def normalize(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
     SILU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -226,30 +356,22 @@ def normalize(
     total = spatial * (1.0 * SIZE)
     average = tl.sum(mean * count, 0) / total
     change = mean - average[None, :]
-    rest = tl.sum(change * count, 0) / total
-    variance = tl.sum(m2 + count * change * change, 0) / total - rest * rest
+    variance = tl.sum(m2 + count * change * change, 0) / total
 
-    first = block * (GROUPS * SIZE)
-    channel = tl.arange(0, CHANNELS_PADDED)
-    inside = channel < GROUPS * SIZE
-    centre = _spread(average + rest, CHANNELS_PADDED, GROUPS, SIZE)
-    centre = centre - _per_channel(shift + row * shift_stride, first + channel, inside, 0.0, HAS_SHIFT)
+    channel = block * (GROUPS * SIZE) + tl.arange(0, CHANNELS_PADDED)
+    inside = tl.arange(0, CHANNELS_PADDED) < GROUPS * SIZE
+    centre = _spread(average, CHANNELS_PADDED, GROUPS, SIZE)
+    centre = centre - _added(shift, x_bias, row, shift_stride, channel, inside, HAS_SHIFT, HAS_X_BIAS)
     scale = _spread(tl.rsqrt(variance + eps), CHANNELS_PADDED, GROUPS, SIZE)
-    scale = scale * _per_channel(weight, first + channel, inside, 1.0, HAS_WEIGHT)
-    final = _per_channel(bias, first + channel, inside, 0.0, HAS_BIAS)
+    scale = scale * _per_channel(weight, channel, inside, 1.0, HAS_WEIGHT)
+    final = _per_channel(bias, channel, inside, 0.0, HAS_BIAS)
 
     begin = split * tiles * SPATIAL
     position = tl.arange(0, SPATIAL)[:, None]
-    if CHANNELS_LAST:
-        start = (row * spatial + begin) * CHANNELS + first
-        offset = position * CHANNELS + channel[None, :]
-        step = SPATIAL * CHANNELS
-    else:
-        start = (row * CHANNELS + first) * spatial + begin
-        offset = channel[None, :] * spatial + position
-        step = SPATIAL
+    start = row * spatial * CHANNELS
     for tile in range(tiles):
         present = (position < spatial - begin - tile * SPATIAL) & inside[None, :]
-        value = tl.load(x + start + offset + tile * step, mask=present, other=0.0).to(tl.float32)
+        offsets = _offsets(begin + tile * SPATIAL + position, channel[None, :], spatial, CHANNELS, CHANNELS_LAST)
+        value = tl.load(x + start + offsets, mask=present, other=0.0).to(tl.float32)
         normed = _silu((value - centre[None, :]) * scale[None, :] + final[None, :], SILU)
-        tl.store(result + start + offset + tile * step, normed.to(result.dtype.element_ty), mask=present)
+        tl.store(result + start + offsets, normed.to(result.dtype.element_ty), mask=present)

@@ -1,4 +1,4 @@
-"""Residual addition and layer norm: a program computes whole rows, which stay in registers. Two reads, two writes."""
+"""Residual addition and layer norm: a program computes whole rows, which stay in registers. Each tensor is read or written once."""
 
 import triton
 import triton.language as tl
@@ -10,17 +10,22 @@ def forward(
     residual,
     weight,
     bias,
+    x_bias,
     total,
     normed,
     rows,
     eps,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write total = x + residual and normed = layer_norm(total), all (rows, WIDTH); COLUMNS >= WIDTH; grid (row blocks,)."""
+    """Write total = x + residual + x_bias and normed = layer_norm(total), all (rows, WIDTH) but x_bias (WIDTH,); COLUMNS >= WIDTH;
+    grid (row blocks,).
+    """
     # 64 bits where a row's offset may need them; within the tile 32 are enough.
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)[:, None]
@@ -29,10 +34,13 @@ def forward(
     present = (row < rows - first) & inside
     offset = row * WIDTH + column
     start = first * WIDTH
-    a = tl.load(x + start + offset, mask=present, other=0.0).to(tl.float32)
-    b = tl.load(residual + start + offset, mask=present, other=0.0).to(tl.float32)
+    value = tl.load(x + start + offset, mask=present, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        value += tl.load(residual + start + offset, mask=present, other=0.0).to(tl.float32)
+    if HAS_X_BIAS:
+        value += tl.load(x_bias + column, mask=inside, other=0.0).to(tl.float32)
     # What is normed is the sum as it is stored, so that whoever reads it later sees the same numbers.
-    rounded = (a + b).to(total.dtype.element_ty)
+    rounded = value.to(total.dtype.element_ty)
     tl.store(total + start + offset, rounded, mask=present)
     value = rounded.to(tl.float32)
 

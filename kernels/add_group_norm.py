@@ -1,0 +1,187 @@
+"""What a U-Net puts together between its blocks, and the group norm of it: a residual sum, the bias of the layer before, and
+the skip connection behind it, in one operator. The kernels are those of kernels/group_norm.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldmrt.kernels import group_norm, launch
+from ldmrt.kernels.group_norm import DTYPES, MAX_ROW, Configuration, group_norm_silu_reference
+from ldmrt.kernels.tuning import Operator
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What this is tuned by: the total as (rows, channels, spatial), and what it is put together from."""
+
+    rows: int
+    channels: int
+    groups: int
+    spatial: int
+    width: int
+    residual: bool
+    dtype: torch.dtype
+    channels_last: bool
+
+
+def _candidates(arch: int, problem: Problem) -> list[Configuration]:
+    return group_norm.candidates(
+        arch,
+        problem.rows,
+        problem.channels,
+        problem.groups,
+        problem.spatial,
+        problem.dtype.itemsize,
+        channels_last=problem.channels_last,
+    )
+
+
+OPERATOR: Operator[Problem, Configuration] = Operator(
+    "add_group_norm_silu", Problem, _candidates, source="group_norm.fused"
+)
+
+
+def add_group_norm_silu(
+    x: Tensor,
+    residual: Tensor | None,
+    joined: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,  # noqa: FBT001  (positional in graphs)
+    x_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Total = cat([x + residual + x_bias, joined], 1), and group_norm(total), then SiLU if `silu`.
+
+    Args:
+        x: (N, W, *spatial), float32, bfloat16 or float16. Fast if contiguous or channels last, and the other tensors alike.
+        residual: x's shape and dtype, or None.
+        joined: (N, C - W, *spatial) of x's dtype, or None: then C is W.
+        weight: (C,), any float dtype, or None.
+        bias: (C,), any float dtype, or None.
+        groups: divides C.
+        eps: added to the variance.
+        silu: whether y becomes y * sigmoid(y).
+        x_bias: (W,), any float dtype, or None: added to every position of a channel.
+
+    Returns:
+        The total, rounded to x's dtype, and the norm of the rounded total, computed in float32 and rounded once; both (N, C,
+        *spatial), in x's memory layout.
+
+    Raises:
+        ValueError: shapes or devices do not fit together, or groups does not divide C.
+        TypeError: x has another dtype, or residual or joined is not of x's.
+    """
+    _check(x, residual, joined, weight, bias, groups, x_bias)
+    rest = 0 if joined is None else joined.shape[1]
+    if launch.ready(x.device) and (x.shape[1] + rest) * x.shape[2:].numel() < MAX_ROW:
+        return add_group_norm_silu_triton(x, residual, joined, weight, bias, groups, eps, silu, x_bias)
+    return add_group_norm_silu_reference(x, residual, joined, weight, bias, groups, eps, silu, x_bias)
+
+
+def add_group_norm_silu_reference(
+    x: Tensor,
+    residual: Tensor | None,
+    joined: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,  # noqa: FBT001
+    x_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`add_group_norm_silu` in plain torch."""
+    total = x
+    if residual is not None or x_bias is not None:
+        value = x.float()
+        if residual is not None:
+            value = value + residual.float()
+        if x_bias is not None:
+            value = value + x_bias.float().reshape(-1, *[1] * (x.dim() - 2))
+        total = value.to(x.dtype)
+    if joined is not None:
+        total = torch.cat([total, joined], 1)
+    # What is an input must not be given back as a result.
+    total = total.clone() if total is x else total
+    return total, group_norm_silu_reference(total, weight, bias, groups, eps, silu)
+
+
+def add_group_norm_silu_triton(
+    x: Tensor,
+    residual: Tensor | None,
+    joined: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,  # noqa: FBT001
+    x_bias: Tensor | None = None,
+    *,
+    chosen: Configuration | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`add_group_norm_silu` by kernels/gpu/group_norm.py, with a chosen configuration or that of the problem."""
+    channels_last = group_norm.layout_of(x) != "contiguous"
+    x = _in_order(x, channels_last=channels_last)
+    residual, joined = (
+        each if each is None else _in_order(each, channels_last=channels_last) for each in (residual, joined)
+    )
+    rows, spatial = x.shape[0], x.shape[2:].numel()
+    channels = x.shape[1] + (0 if joined is None else joined.shape[1])
+    shape = (rows, *x.shape[2:], channels) if channels_last else (rows, channels, *x.shape[2:])
+    total = x.new_empty(shape)
+    total = total.movedim(-1, 1) if channels_last else total
+    result = torch.empty_like(total)
+    if total.numel() == 0:
+        return total, result
+    problem = Problem(rows, channels, groups, spatial, x.shape[1], residual is not None, x.dtype, channels_last)
+    arguments = (x, residual, joined, weight, bias, groups, eps, silu, x_bias)
+    plan = chosen or OPERATOR.choose(launch.architecture(x.device), problem, arguments)
+    sizes = group_norm.Problem(rows, channels, groups, spatial, x.dtype, channels_last)
+    group_norm.run(x, residual, joined, weight, bias, eps, None, x_bias, total, result, sizes, plan, silu=silu)
+    return total, result
+
+
+def _in_order(tensor: Tensor, *, channels_last: bool) -> Tensor:
+    """The tensor with its channels side by side, or its positions; itself, if they are."""
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else tensor.contiguous()
+
+
+def _check(
+    x: Tensor,
+    residual: Tensor | None,
+    joined: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    x_bias: Tensor | None,
+) -> None:
+    if x.dim() < 2:
+        raise ValueError(f"add_group_norm_silu: x has shape {tuple(x.shape)}, expected (N, W, *spatial)")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"add_group_norm_silu: x is {x.dtype}, expected float32, bfloat16 or float16")
+    rows, width, *spatial = x.shape
+    rest = joined.shape[1] if joined is not None and joined.dim() == x.dim() else 0
+    channels = width + rest
+    if groups < 1 or channels < 1 or channels % groups != 0:
+        raise ValueError(f"add_group_norm_silu: {channels} channels cannot be split into {groups} groups of one size")
+    expected = (
+        ("residual", residual, (rows, width, *spatial), x.dtype),
+        ("joined", joined, (rows, rest, *spatial), x.dtype),
+        ("weight", weight, (channels,), None),
+        ("bias", bias, (channels,), None),
+        ("x_bias", x_bias, (width,), None),
+    )
+    for name, tensor, shape, dtype in expected:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"add_group_norm_silu: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if dtype is not None and tensor.dtype != dtype:
+            raise TypeError(f"add_group_norm_silu: {name} is {tensor.dtype}, expected {dtype} as x")
+        if tensor.device != x.device:
+            raise ValueError(f"add_group_norm_silu: {name} is on {tensor.device}, expected {x.device} as x")
