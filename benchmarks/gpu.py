@@ -26,7 +26,15 @@ from gpu_suite.results import DeviceLost, Results
 from ldmrt.bench.ledger import append, provenance
 
 HERE = Path(__file__).resolve().parent
-OPERATORS = ("attention", "group_norm_silu", "geglu", "add_layer_norm", "sampler_step")
+OPERATORS = (
+    "attention",
+    "group_norm_silu",
+    "add_group_norm_silu",
+    "add_upsample",
+    "geglu",
+    "add_layer_norm",
+    "sampler_step",
+)
 MODELS = ("sd15", "sdxl")
 ROWS = "rows.jsonl"
 PLAIN = " (plain torch)"
@@ -93,6 +101,8 @@ def work(args: argparse.Namespace, units: Sequence[str]) -> int:
     import torch
 
     from gpu_suite.session import Session
+    from gpu_suite.tuning_stage import CHOICES
+    from ldmrt import choices
     from ldmrt.kernels import launch
 
     results = Results(args.out)
@@ -104,7 +114,9 @@ def work(args: argparse.Namespace, units: Sequence[str]) -> int:
     dtype = getattr(torch, args.dtype or ("float16" if device.type == "cuda" else "float32"))
     if args.kernels is not None:
         launch.register(args.kernels)
-    session = Session(device, args.tiny, results, args.deadline, dtype, args.inductor_cache, args.kernels)
+    if device.type == "cuda":
+        choices.load(args.out / CHOICES, choices.machine_with(device))
+    session = Session(device, args.tiny, results, args.deadline, dtype, args.inductor_cache, args.kernels, args.brief)
     results.data["facts"] = session.facts
     for unit in units:
         stage = stage_of(unit)
@@ -264,7 +276,7 @@ def _rows(unit: str, entry: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]
 
 def _passed_on(args: argparse.Namespace) -> list[str]:
     given = ["--device", args.device, "--out", str(args.out), "--deadline", str(args.deadline)]
-    given += ["--tiny"] * args.tiny + (["--dtype", args.dtype] if args.dtype else [])
+    given += ["--brief"] * args.brief + ["--tiny"] * args.tiny + (["--dtype", args.dtype] if args.dtype else [])
     folders = {"--inductor-cache": args.inductor_cache, "--kernels": args.kernels}
     return given + [word for option, path in folders.items() if path for word in (option, str(path))]
 
@@ -292,6 +304,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget-seconds", type=float, default=520.0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny architectures: a dry run")
+    parser.add_argument("--brief", action="store_true", help="of a network only the first batch size, captured")
     parser.add_argument("--dtype", default=None, choices=("float16", "bfloat16", "float32"))
     parser.add_argument(
         "--inductor-cache", type=Path, default=None, help="folder of torch.compile's cache, kept between runs"

@@ -71,7 +71,7 @@ def add_group_norm_silu(
 
     Returns:
         The total, rounded to x's dtype, and the norm of the rounded total, computed in float32 and rounded once; both (N, C,
-        *spatial), in x's memory layout.
+        *spatial), contiguous if x is, else channels last.
 
     Raises:
         ValueError: shapes or devices do not fit together, or groups does not divide C.
@@ -108,6 +108,7 @@ def add_group_norm_silu_reference(
         total = torch.cat([total, joined], 1)
     # What is an input must not be given back as a result.
     total = total.clone() if total is x else total
+    total = _in_order(total, channels_last=_is_channels_last(x))
     return total, group_norm_silu_reference(total, weight, bias, groups, eps, silu)
 
 
@@ -125,17 +126,14 @@ def add_group_norm_silu_triton(
     chosen: Configuration | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`add_group_norm_silu` by kernels/gpu/group_norm.py, with a chosen configuration or that of the problem."""
-    channels_last = group_norm.layout_of(x) != "contiguous"
+    channels_last = _is_channels_last(x)
     x = _in_order(x, channels_last=channels_last)
     residual, joined = (
         each if each is None else _in_order(each, channels_last=channels_last) for each in (residual, joined)
     )
     rows, spatial = x.shape[0], x.shape[2:].numel()
     channels = x.shape[1] + (0 if joined is None else joined.shape[1])
-    shape = (rows, *x.shape[2:], channels) if channels_last else (rows, channels, *x.shape[2:])
-    total = x.new_empty(shape)
-    total = total.movedim(-1, 1) if channels_last else total
-    result = torch.empty_like(total)
+    total, result = empty(x, channels), empty(x, channels)
     if total.numel() == 0:
         return total, result
     problem = Problem(rows, channels, groups, spatial, x.shape[1], residual is not None, x.dtype, channels_last)
@@ -144,6 +142,19 @@ def add_group_norm_silu_triton(
     sizes = group_norm.Problem(rows, channels, groups, spatial, x.dtype, channels_last)
     group_norm.run(x, residual, joined, weight, bias, eps, None, x_bias, total, result, sizes, plan, silu=silu)
     return total, result
+
+
+def empty(x: Tensor, channels: int) -> Tensor:
+    """Room for a result of so many channels."""
+    rows, _, *spatial = x.shape
+    if _is_channels_last(x):
+        return x.new_empty((rows, *spatial, channels)).movedim(-1, 1)
+    return x.new_empty((rows, channels, *spatial))
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether the results are to be."""
+    return group_norm.layout_of(x) != "contiguous"
 
 
 def _in_order(tensor: Tensor, *, channels_last: bool) -> Tensor:

@@ -1,6 +1,6 @@
 """Which body computes an attention, and with which tiles: a table per architecture.
 
-Chosen by reading what Triton 3.7 makes of the kernel, not yet by a GPU's clock. The first candidate is the default. It spills no
+Chosen by reading what Triton 3.7 makes of the kernel, and on 9.0 by a GPU's clock. The first candidate is the default. It spills no
 register for the head sizes of Stable Diffusion to an image or to 77 tokens of text, and fits into the shared memory of a
 program: 99 KiB on 8.6, 8.9 and 12.0, 163 KiB on 8.0, 227 KiB on 9.0 and 10.0. What is fastest, only the machine can tell:
 kernels/tuning.py is how a measurement counts.
@@ -18,7 +18,8 @@ from ldmrt.kernels.tuning import Operator
 
 Body = Literal["triton", "sdpa"]
 
-FEW_KEYS = 256  # up to here the keys are a text, or an image so small that the number of programs matters more
+FEW_KEYS = 128  # up to here the keys are a text: a step of the loop should not be much longer
+SMALL_IMAGE = 256  # up to here torch's own attention takes longer to begin than to compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ def _tiles(*tiles: tuple[int, int, int, int]) -> tuple[Tiles, ...]:
 _FEW = _tiles((128, 32, 8, 2), (64, 32, 4, 2), (128, 64, 8, 2))
 # With head parts of 8 and 16, four warps copy 16 bytes per thread where eight would copy 8.
 _FEW_PARTS = _tiles((64, 32, 4, 2), (128, 32, 8, 2), (64, 64, 4, 2))
+_FEW_PARTS_90 = _tiles((128, 32, 8, 2), (64, 32, 4, 2), (64, 64, 4, 2))
 _FEW_192 = _tiles((64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 2))
 
 # Ampere and Ada multiply with mma.sync. 8.6 and 8.9 have 99 KiB of shared memory.
@@ -95,13 +97,14 @@ _TABLE: dict[int, dict[int, _Row]] = {
     },
     86: _MMA,
     89: _MMA,
-    # Hopper multiplies from shared memory (wgmma), 64 queries per four warps, and has 227 KiB of it.
+    # Hopper multiplies from shared memory (wgmma), 64 queries per four warps, and has 227 KiB of it. Measured on an H100
+    # (benchmarks/results/gpu.jsonl): to an image cuDNN's is the faster one up to heads of 128.
     90: {
-        48: _Row("triton", _tiles((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)), _FEW_PARTS),
+        48: _Row("sdpa", _tiles((128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)), _FEW_PARTS_90),
         64: _Row("sdpa", _tiles((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)), _FEW),
-        96: _Row("triton", _tiles((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)), _FEW_PARTS),
+        96: _Row("sdpa", _tiles((64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2)), _FEW_PARTS),
         128: _Row("sdpa", _tiles((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)), _FEW),
-        192: _Row("triton", _tiles((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3)), _FEW_192),
+        192: _Row("triton", _tiles((64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2)), _FEW_192),
         256: _Row("triton", _tiles((128, 64, 8, 2), (64, 32, 4, 2)), _tiles((64, 32, 4, 2), (128, 64, 8, 2))),
         512: _Row("triton", _tiles((64, 32, 8, 2), (32, 32, 8, 2)), _tiles((64, 32, 8, 2), (32, 32, 8, 2))),
     },
@@ -154,7 +157,8 @@ def candidates(kernel: str, arch: int, problem: Problem) -> tuple[Choice, ...]:
     tiles = sorted(row.few if few else row.many, key=lambda each: each.block_m > needed)
     triton: list[Choice] = [Choice("triton", each) for each in tiles]
     sdpa = Choice("sdpa", tiles[0])
-    sdpa_first = arch < min(ARCHITECTURES) or problem.dtype == torch.float32 or (row.body == "sdpa" and not few)
+    small = problem.key_tokens <= SMALL_IMAGE
+    sdpa_first = arch < min(ARCHITECTURES) or problem.dtype == torch.float32 or (row.body == "sdpa" and not small)
     return (sdpa, *triton) if sdpa_first else (*triton, sdpa)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_...
 _SHARED_WITHOUT_ASKING = 48 * 1024
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_...
 
 # Every parameter gets eight bytes of its own, from which the driver copies as many as the kernel declares.
 _SLOT = 8
@@ -28,7 +29,26 @@ _PROTOTYPES: dict[str, list[Any]] = {
     "cuModuleGetFunction": [ctypes.POINTER(_handle), _handle, ctypes.c_char_p],
     "cuFuncSetAttribute": [_handle, _int, _int],
     "cuLaunchKernel": [_handle, *[_uint] * 7, _handle, ctypes.POINTER(_handle), _handle],
+    "cuLaunchKernelEx": [_handle, _handle, ctypes.POINTER(_handle), _handle],
 }
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: its value is a union of 64 bytes, of which ours is a number at the beginning."""
+
+    _fields_ = (("id", _int), ("padding", ctypes.c_char * 4), ("value", _int), ("rest", ctypes.c_char * 60))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((f"{what}_{axis}", _uint) for what in ("grid", "block") for axis in "xyz"),
+        ("shared", _uint),
+        ("stream", _handle),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", _uint),
+    )
 
 
 class CudaError(RuntimeError):
@@ -79,12 +99,25 @@ class Driver:
     def launch_kernel(self) -> Any:
         return self._library.cuLaunchKernel
 
+    @property
+    def launch_kernel_ex(self) -> Any:
+        return self._library.cuLaunchKernelEx
+
 
 class Kernel:
     """A compiled kernel in the memory of the current context's device, ready to launch. It stays there."""
 
     def __init__(
-        self, driver: Driver, code: bytes, symbol: str, types: Sequence[str], hidden: int, threads: int, shared: int
+        self,
+        driver: Driver,
+        code: bytes,
+        symbol: str,
+        types: Sequence[str],
+        hidden: int,
+        threads: int,
+        shared: int,
+        *,
+        dependent: bool = False,
     ) -> None:
         """Load it. This cannot be done while a CUDA graph is being captured: launch once before.
 
@@ -96,6 +129,8 @@ class Kernel:
             hidden: how many more pointers it declares, which are to be null.
             threads: of a block.
             shared: bytes of dynamic shared memory of a block.
+            dependent: it waits for the kernel before it by itself (programmatic dependent launch), so that it may be put on the
+                GPU while that one still runs.
 
         Raises:
             CudaError: the driver refuses it.
@@ -107,6 +142,18 @@ class Kernel:
             driver.call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
         self._driver = driver
         self._launch = driver.launch_kernel
+        self._config: _Config | None = None
+        if dependent:
+            self._launch = driver.launch_kernel_ex
+            self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+            self._config = _Config(
+                block_x=threads,
+                block_y=1,
+                block_z=1,
+                shared=shared,
+                attributes=ctypes.pointer(self._attribute),
+                count=1,
+            )
         self._function = function
         self._threads = threads
         self._shared = shared
@@ -131,9 +178,15 @@ class Kernel:
         """
         with self._lock:
             self._pack(self._values, 0, *values)
-            status = self._launch(
-                self._function, *grid, self._threads, 1, 1, self._shared, stream, self._pointers, None
-            )
+            config = self._config
+            if config is None:
+                status = self._launch(
+                    self._function, *grid, self._threads, 1, 1, self._shared, stream, self._pointers, None
+                )
+            else:
+                config.grid_x, config.grid_y, config.grid_z = grid
+                config.stream = stream
+                status = self._launch(ctypes.addressof(config), self._function, self._pointers, None)
         if status:
             self._driver.check("cuLaunchKernel", status)
 

@@ -22,6 +22,8 @@ _MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
 # spill a few bytes, by architecture and layout; that is left to measurements.
 _HELD = 16384
 _MAX_SPLITS = 256
+# Up to so many positions one program for a group is the quicker way, though it keeps few multiprocessors busy.
+_FEW_POSITIONS = 256
 # Offsets within a row are 32-bit.
 MAX_ROW = 2**31
 
@@ -60,31 +62,32 @@ def candidates(
 ) -> list[Configuration]:
     """The configurations worth measuring for x of (rows, channels, spatial); the first is the default.
 
-    What fits into registers is read once. What does not is split so that there are about four programs for each
-    multiprocessor, but not so far that reading the other splits' moments costs more than a quarter of reading x.
+    What fits into registers of one program is read once, or split into tiles of one warp each. What does not fit into those is split
+    so that there are about four programs for each multiprocessor, but not so far that reading the other splits' moments costs more
+    than a quarter of reading x.
     """
     size = channels // groups
     programs = 4 * _MULTIPROCESSORS.get(arch, 128)
-    found = []
+    held, whole, looped = [], [], []
 
     vector = _group_blocks(groups, size * itemsize, 16) if channels_last else 1
     # One group is 20 bytes of every 640 at worst. Whole vectors are better if the programs are many enough all the same.
     for block in (vector, 1) if rows * groups // vector >= programs // 4 else (1, vector):
         elements = _power_of_two(spatial) * _power_of_two(block * size)
         if elements <= _HELD:
-            found += [
+            held += [
                 Configuration(block, 1, _power_of_two(spatial), min(32, max(1, elements // (32 * per_thread))))
                 for per_thread in (32, 16)
             ]
 
     segment = _group_blocks(groups, size * itemsize, 32, at_least=128) if channels_last else 1
-    # A split in one tile is loaded at once and held; more of them mean more moments to read.
-    for block, elements, warps in ((1, 8192, 8), (1, 4096, 4), (2, 8192, 8), (1, 8192, 4), (2, 4096, 4)):
+    # A split in one tile is loaded at once and held; more of them mean more moments to read. Sums between warps are dear.
+    for block, elements, warps in ((1, 2048, 1), (2, 4096, 1), (1, 4096, 1), (1, 8192, 2), (1, 4096, 2), (1, 4096, 4)):
         width = block * segment
         tile = max(1, elements // _power_of_two(width * size))
         splits = _power_of_two(-(-spatial // tile))
         if groups % width == 0 and 1 < splits <= _MAX_SPLITS:
-            found.append(Configuration(width, splits, tile, warps))
+            whole.append(Configuration(width, splits, tile, warps))
     merging = math.isqrt(max(1, spatial * size * itemsize // 32))
     for block, elements, warps, share in (
         (1, 4096, 8, 1),
@@ -97,10 +100,12 @@ def candidates(
         tile = min(_power_of_two(spatial), max(1, elements // _power_of_two(width * size)))
         wanted = share * programs * width // (rows * groups)
         limit = min(wanted, share * merging, -(-spatial // tile), _MAX_SPLITS)
-        found.append(Configuration(width, max(2, 1 << (max(1, limit).bit_length() - 1)), tile, warps))
+        looped.append(Configuration(width, max(2, 1 << (max(1, limit).bit_length() - 1)), tile, warps))
     if _HELD < _power_of_two(spatial) * _power_of_two(size) <= 2 * _HELD:
-        found.append(Configuration(1, 1, _power_of_two(spatial), 16))
-    return list(dict.fromkeys(found))
+        looped.append(Configuration(1, 1, _power_of_two(spatial), 16))
+    # Measured on an H100 and an H200 (benchmarks/results/gpu.jsonl): many programs of one warp are worth a second launch.
+    first = [*whole, *held] if channels_last and spatial > _FEW_POSITIONS else [*held, *whole]
+    return list(dict.fromkeys([*first, *looped]))
 
 
 OPERATOR: Operator[Problem, Configuration] = Operator(

@@ -48,6 +48,9 @@ __all__ = [
 # The architecture whose configurations are used where there is no GPU to ask, as in the interpreter.
 DEFAULT_ARCH = 90
 
+# The first architecture with programmatic dependent launch.
+_DEPENDENT = 90
+
 VARIABLE = "LDMRT_KERNELS"
 _CHOICES = ("auto", "cubin", "triton", "reference")
 
@@ -212,12 +215,14 @@ def run(
         RuntimeError: on a GPU, no cubin fits and Triton is not to be had; or the driver refuses the launch.
     """
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    interpreted = device.type not in ("meta", "cuda")
+    constants = {**constants, "DEPENDENT": not interpreted and dependent(architecture(device))}
     if device.type == "meta":
         if _recording.variants is not None:
             variant = Variant.of(kernel, arguments, constants, num_warps, num_stages, fp_fusion=fp_fusion)
             _recording.variants[variant] = None
         return
-    if device.type != "cuda":
+    if interpreted:
         function(kernel)[grid](*arguments, **constants, num_warps=num_warps)
         return
     _on_gpu(device, kernel, grid, arguments, constants, num_warps, num_stages, fp_fusion=fp_fusion)
@@ -295,8 +300,20 @@ def _load(variant: Variant, device: torch.device) -> cuda_driver.Kernel:
     driver = cuda_driver.driver()
     driver.ensure_context(device.index)
     return cuda_driver.Kernel(
-        driver, cubin.code, cubin.symbol, variant.types, cubin.hidden, cubin.threads, cubin.shared
+        driver,
+        cubin.code,
+        cubin.symbol,
+        variant.types,
+        cubin.hidden,
+        cubin.threads,
+        cubin.shared,
+        dependent=bool(dict(variant.constants)["DEPENDENT"]) and os.environ.get("LDMRT_PDL") != "0",
     )
+
+
+def dependent(arch: int) -> bool:
+    """Whether kernels for an architecture may be put on the GPU before the one before them has ended (kernels/gpu/dependent.py)."""
+    return arch >= _DEPENDENT
 
 
 @cache

@@ -37,13 +37,14 @@ class Configuration(NamedTuple):
 def candidates(arch: int, rows: int, width: int) -> list[Configuration]:
     """The configurations worth measuring for (rows, width); the first is the default.
 
-    About 16 elements of a row in a thread: enough loads in flight to hide the memory's latency, and few warps to wait for each
-    other in the sums.
+    Few warps, so that they need not wait for each other in the sums, of enough loads to hide the memory's latency. The order is that
+    of times on an H100 and an H200 (benchmarks/results/gpu.jsonl).
     """
     del arch  # the same for all: nothing but memory matters
     padded = _power_of_two(width)
+    ways = ((16, 2), (16, 1), (8, 1), (32, 1)) if padded <= 512 else ((32, 1), (16, 1), (16, 2), (8, 1))
     found = []
-    for per_thread, height in ((16, 1), (16, 2), (8, 1), (32, 1)):
+    for per_thread, height in ways if padded <= 1024 else ((16, 1), (16, 2), (8, 1), (32, 1)):
         num_warps = min(16, max(1, height * padded // (32 * per_thread)))
         found.append(Configuration(min(height, _power_of_two(rows)), num_warps))
     return list(dict.fromkeys(found))

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmrt.kernels.add_group_norm import add_group_norm_silu
+from ldmrt.kernels.add_group_norm import add_group_norm_silu, empty
 from ldmrt.kernels.attention import attention
+from ldmrt.kernels.convolution import conv2d
 from ldmrt.kernels.geglu import geglu
 from ldmrt.kernels.group_norm import group_norm_silu
 from ldmrt.kernels.layer_norm import add_layer_norm
+from ldmrt.kernels.linear_geglu import linear_geglu
 from ldmrt.kernels.sampler import advance, sampler_step
 from ldmrt.kernels.upsample import add_upsample
 
@@ -26,8 +28,10 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "ldmrt.add_layer_norm.default": add_layer_norm,
     "ldmrt.add_upsample.default": add_upsample,
     "ldmrt.attention.default": attention,
+    "ldmrt.conv2d.default": conv2d,
     "ldmrt.geglu.default": geglu,
     "ldmrt.group_norm_silu.default": group_norm_silu,
+    "ldmrt.linear_geglu.default": linear_geglu,
 }
 
 # A letter and an exclamation mark stand for what is written to.
@@ -51,6 +55,8 @@ _SCHEMAS: dict[str, tuple[Callable[..., Any], str]] = {
         attention,
         "(Tensor query, Tensor key, Tensor value, int heads, float scale, bool causal=False, Tensor? mask=None) -> Tensor",
     ),
+    "conv2d": (conv2d, "(Tensor x, Tensor weight, int stride, int padding) -> Tensor"),
+    "linear_geglu": (linear_geglu, "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor"),
     "geglu": (geglu, "(Tensor x, Tensor? x_bias=None) -> Tensor"),
     "group_norm_silu": (
         group_norm_silu,
@@ -77,8 +83,8 @@ def _fake_add_group_norm_silu(
     *_others: Any,
     **_options: Any,
 ) -> tuple[Tensor, Tensor]:
-    total = torch.empty_like(x) if joined is None else torch.cat([x, joined], 1)
-    return total, torch.empty_like(total)
+    channels = x.shape[1] + (0 if joined is None else joined.shape[1])
+    return empty(x, channels), empty(x, channels)
 
 
 def _fake_add_layer_norm(x: Tensor, *_others: Any, **_options: Any) -> tuple[Tensor, Tensor]:
@@ -92,6 +98,16 @@ def _fake_add_upsample(x: Tensor, residual: Tensor | None, x_bias: Tensor | None
 
 def _fake_attention(query: Tensor, *_others: Any, **_options: Any) -> Tensor:
     return query.new_empty(query.shape)
+
+
+def _fake_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    side = weight.shape[2]
+    height, width = ((size + 2 * padding - side) // stride + 1 for size in x.shape[2:])
+    return x.new_empty((x.shape[0], height, width, weight.shape[0])).movedim(-1, 1)
+
+
+def _fake_linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: ARG001
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
 
 
 def _fake_geglu(x: Tensor, x_bias: Tensor | None = None) -> Tensor:  # noqa: ARG001
@@ -112,7 +128,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "add_layer_norm": _fake_add_layer_norm,
     "add_upsample": _fake_add_upsample,
     "attention": _fake_attention,
+    "conv2d": _fake_conv2d,
     "geglu": _fake_geglu,
+    "linear_geglu": _fake_linear_geglu,
     "group_norm_silu": _fake_group_norm_silu,
     "sampler_step": _fake_in_place,
     "advance": _fake_in_place,

@@ -23,7 +23,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ldmrt.config import from_env
 from ldmrt.files import replacing
-from ldmrt.kernels import add_group_norm, cuda_driver, geglu, group_norm, launch, layer_norm, tuning, upsample
+from ldmrt.kernels import (
+    add_group_norm,
+    convolution,
+    cuda_driver,
+    geglu,
+    group_norm,
+    launch,
+    layer_norm,
+    linear_geglu,
+    tuning,
+    upsample,
+)
 from ldmrt.kernels.configurations import ATTENTION
 from ldmrt.kernels.variant import source_hash
 
@@ -33,9 +44,11 @@ OPERATORS: dict[str, tuning.Operator[Any, Any]] = {
     for operator in (
         ATTENTION,
         add_group_norm.OPERATOR,
+        convolution.OPERATOR,
         geglu.OPERATOR,
         group_norm.OPERATOR,
         layer_norm.OPERATOR,
+        linear_geglu.OPERATOR,
         upsample.OPERATOR,
     )
 }

@@ -33,8 +33,14 @@ type_as.default unbind.int unflatten.int unsqueeze.default upsample_nearest2d.de
 upsample_bilinear2d.vec view.default view_as.default where.self where.ScalarOther zeros.default zeros_like.default
 """
 
+# Operators that make tensors of nothing: they must be told where.
+CREATING: frozenset[str] = frozenset(
+    f"aten.{name}"
+    for name in "arange.default arange.start arange.start_step full.default ones.default scalar_tensor.default zeros.default".split()
+)
+
 # Our own fused operators; ldmrt.kernels.ops has the functions.
-_FUSED = "add_group_norm_silu add_layer_norm add_upsample attention geglu group_norm_silu"
+_FUSED = "add_group_norm_silu add_layer_norm add_upsample attention conv2d geglu group_norm_silu linear_geglu"
 
 _PYTHON: dict[str, Callable[..., Any]] = {"python.getitem": operator.getitem}
 

@@ -39,7 +39,7 @@ _TOKENS = 77
 # A single kernel may take a few microseconds, less than its launch: several in a row are timed as one CUDA graph, of about this long.
 _IN_A_ROW = 20
 _SECONDS = 2e-3
-_ROUNDS = 15
+_ROUNDS = 9
 
 Timer = Callable[[Call, Sequence[Any]], Mapping[Any, float]]
 """Gives the seconds of a call with each of some choices; a choice that cannot be launched is left out."""

@@ -19,10 +19,13 @@ from ldmrt.kernels import launch
 
 _OURS = {
     "attention": "attention",
+    "convolution": "convolution",
     "group_norm": "group norm",
     "layer_norm": "layer norm",
+    "linear_geglu": "gemm with geglu",
     "geglu": "geglu",
     "sampler": "sampler",
+    "upsample": "sums and upsampling",
 }
 # Of libraries' kernels, by name: the first that fits. A convolution's name may hold `gemm`, an attention's `cudnn`.
 _PATTERNS = (

@@ -38,9 +38,11 @@ def denoise(session: Session, unit: str, name: str) -> None:
         figures["with_weights_seconds"] = round(time.time() - start, 1)
     with part(unit, "right") as figures:
         check_unet(session, model, figures)
-    for batch in BATCHES[name][: 1 if session.tiny else None]:
+    for batch in BATCHES[name][: 1 if session.brief else None]:
         with part(unit, f"batch {batch}") as figures:
             _loop(session, model, batch, figures)
+        if session.brief:
+            continue
         with part(unit, f"batch {batch}, cudnn.benchmark") as figures, cudnn_benchmark():
             _loop(session, model, batch, figures)
         if batch == 1:
@@ -65,6 +67,8 @@ def decode(session: Session, unit: str, name: str) -> None:
         _compare(figures, found, expected, model.dtype)
     with session.results.part(unit, "captured") as figures:
         _decoding(session, model, figures)
+    if session.brief:
+        return
     with session.results.part(unit, "captured, cudnn.benchmark") as figures, cudnn_benchmark():
         _decoding(session, model, figures)
     with session.results.part(unit, "not captured") as figures:

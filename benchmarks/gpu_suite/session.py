@@ -42,6 +42,7 @@ class Session:
         dtype: the precision of the models.
         inductor_cache: folder of torch.compile's cache, or None.
         kernels: folder of kernels compiled elsewhere, or None.
+        brief: of a network only the first batch size, captured step by step.
     """
 
     device: torch.device
@@ -51,6 +52,7 @@ class Session:
     dtype: torch.dtype
     inductor_cache: Path | None = None
     kernels: Path | None = None
+    brief: bool = False
     _models: dict[str, Model] = field(default_factory=dict)
 
     @property

@@ -1,4 +1,4 @@
-"""Which candidates are the fastest for a model's operators. What is found counts for the stages that follow in the same process."""
+"""Which candidates are the fastest for a model's operators. What is found counts for the stages that follow."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import torch
 from gpu_suite.ahead import graphs_of
 from gpu_suite.results import Figures
 from gpu_suite.session import Session
+from ldmrt import choices
 from ldmrt.choices import Machine, encoded, machine_with
 from ldmrt.kernels import launch, tuning
 from ldmrt.kernels.tuning import Call
 from ldmrt.tune import Measured, Stopwatch, measure
+
+CHOICES = "choices"  # a folder beside the results
 
 
 def tune_model(session: Session, unit: str, name: str) -> None:
@@ -29,6 +32,12 @@ def tune_model(session: Session, unit: str, name: str) -> None:
         found = measure(graphs, machine, timer)
         for each in found.measurements:
             tuning.override(each.operator, machine.capability, each.problem, each.choice)
+        # For the workers that come after this one.
+        entries = [
+            choices.entry(each.operator, each.problem, each.choice, each.default_seconds, each.seconds)
+            for each in found.measurements
+        ]
+        choices.keep(session.results.folder / CHOICES, machine, entries)
         figures.update(describe(found, timer.seconds, machine))
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ldmrt.export.passes.convolution import convolution
 from ldmrt.export.passes.fuse_add_group_norm import fuse_add_group_norm
 from ldmrt.export.passes.fuse_add_norm import fuse_add_norm
 from ldmrt.export.passes.fuse_attention import fuse_attention
 from ldmrt.export.passes.fuse_geglu import fuse_geglu
+from ldmrt.export.passes.fuse_linear_geglu import fuse_linear_geglu
 from ldmrt.export.passes.fuse_norm import fuse_norm
 from ldmrt.export.passes.fuse_upsample import fuse_upsample
 from ldmrt.export.passes.merge_linears import merge_linears
@@ -26,6 +28,8 @@ PASSES: Mapping[str, Callable[[Graph], Pass]] = {
     "attention": fuse_attention,
     "upsample": fuse_upsample,
     "bias": push_bias,
+    "linear_geglu": fuse_linear_geglu,
+    "convolution": convolution,
     "linear": merge_linears,
 }
 

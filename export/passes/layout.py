@@ -12,11 +12,11 @@ from ldmrt.export.passes.clean import rewrite
 from ldmrt.export.passes.pattern import Index
 from ldmrt.graph import Argument, Graph, Node, Ref
 
-_CONVOLUTION = "aten.conv2d.default"
+_CONVOLUTIONS = ("aten.conv2d.default", "ldmrt.conv2d.default")
 _CONTIGUOUS = "aten.contiguous.default"
 _COPIES = (_CONTIGUOUS, "aten.clone.default")
 _TO_PICTURE = (0, 3, 1, 2)
-_ADD_NORM = "ldmrt.add_group_norm_silu.default"
+_ADD_NORM, _ADD_UPSAMPLE = "ldmrt.add_group_norm_silu.default", "ldmrt.add_upsample.default"
 
 # Operators whose result lies in memory as the pictures they read do.
 _KEEPS = frozenset(
@@ -28,20 +28,19 @@ _KEEPS = frozenset(
         *(f"aten.{name}.vec" for name in ("upsample_nearest2d", "upsample_bilinear2d")),
         "aten.to.dtype",
         "aten.group_norm.default",
-        "ldmrt.add_upsample.default",
         "ldmrt.group_norm_silu.default",
     }
 )
 
 
 def layout(graph: Graph) -> Graph:
-    """The same function with every convolution channels last; a graph without convolutions as it is.
+    """The same function with every convolution channels last; a graph without pictures as it is.
 
     A picture is put in order where it comes in, before the first convolution, and everything after keeps that order; weights
     are put in order by nodes that read weights alone, which an engine runs once, when it is loaded. Elsewhere the nodes added
     here find what they read in order and do nothing: they stand where that is not certain from the graph alone.
     """
-    if not any(node.op == _CONVOLUTION for node in graph.nodes):
+    if not any(node.op in (*_CONVOLUTIONS, _ADD_UPSAMPLE) or _is_turned(node) for node in graph.nodes):
         return graph
     return _Layout(_without_turns(graph)).graph()
 
@@ -56,7 +55,7 @@ class _Layout:
     def graph(self) -> Graph:
         """Walk the nodes in order."""
         for node in self.source.nodes:
-            self.nodes.append(self.convolution(node) if node.op == _CONVOLUTION else self.other(node))
+            self.nodes.append(self.convolution(node) if node.op in _CONVOLUTIONS else self.other(node))
         return self.source.replace(nodes=tuple(self.nodes))
 
     def convolution(self, node: Node) -> Node:
@@ -73,7 +72,7 @@ class _Layout:
         if node.op == "aten.view.default":
             # A view asks for an order in memory, and the order is what changes here. A reshape copies if it must.
             return node.replace(op="aten.reshape.default")
-        if node.op == _ADD_NORM:
+        if node.op in (_ADD_NORM, _ADD_UPSAMPLE):
             return self.sum(node)
         if len(node.shape) != 4:
             return node
@@ -89,14 +88,14 @@ class _Layout:
         return node.replace(args=tuple(self.ordered_argument(argument, pictures) for argument in node.args))
 
     def sum(self, node: Node) -> Node:
-        """A group norm of what it puts together: all of its pictures in order if one is, and both results."""
-        parts = [value for value in node.args[:3] if value is not None and len(self.index.shape(value) or ()) == 4]
-        if not any(self.is_picture(value) for value in parts):
+        """What puts pictures together: all of them in order if one is, and all results. Upsampling knows no other order."""
+        count = 3 if node.op == _ADD_NORM else 2
+        parts = [value for value in node.args[:count] if len(self.index.shape(value) or ()) == 4]
+        if node.op == _ADD_NORM and not any(self.is_picture(value) for value in parts):
             return node
         self.ordered[node.name] = node.name
-        return node.replace(
-            args=tuple(self.order(value) if value in parts else value for value in node.args[:3]) + node.args[3:]
-        )
+        args = tuple(self.order(value) if value in parts else value for value in node.args[:count])
+        return node.replace(args=(*args, *node.args[count:]))
 
     def pictures(self, node: Node) -> list[str]:
         """The pictures that a node reads: of several, those that are not broadcast."""
@@ -112,8 +111,8 @@ class _Layout:
 
     def is_picture(self, value: Argument) -> bool:
         """Whether a value is in order, or was made of pixels with their channels side by side."""
-        turned = self.index.maker(value, "aten.permute.default")
-        by_permute = turned is not None and tuple(turned.args[1]) == _TO_PICTURE
+        turned = self.index.maker(value)
+        by_permute = turned is not None and _is_turned(turned)
         return by_permute or (isinstance(value, Ref) and value.name in self.ordered)
 
     def order(self, value: Ref) -> Ref:
@@ -124,6 +123,11 @@ class _Layout:
             self.nodes.append(Node(name, _CONTIGUOUS, (value,), {"memory_format": torch.channels_last}, shape, dtype))
             self.ordered[value.name] = self.ordered[name] = name
         return Ref(self.ordered[value.name])
+
+
+def _is_turned(node: Node) -> bool:
+    """Whether a node makes a picture of pixels."""
+    return node.op == "aten.permute.default" and tuple(node.args[1]) == _TO_PICTURE
 
 
 def _without_turns(graph: Graph) -> Graph:

@@ -10,6 +10,8 @@ Whole blocks of keys pay for no mask; the last one, or those on the diagonal of 
 import triton
 import triton.language as tl
 
+from ldmrt.kernels.gpu.dependent import wait
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -126,12 +128,14 @@ def forward(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One block of queries of one head of up to 256. Grid: (blocks of queries, heads, rows).
 
     PART_1 and PART_2 cover HEAD_SIZE; PART_2 is 0 if there is one part. VALUE_PART_2 may be smaller than PART_2: a dot
     product sums over 16 at least, but can have 8 columns. TAIL: some blocks of keys are not whole.
     """
+    wait(DEPENDENT)
     first = tl.program_id(0) * BLOCK_M
     head = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)

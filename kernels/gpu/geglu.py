@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ldmrt.kernels.gpu.dependent import wait
+
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 
@@ -16,10 +18,12 @@ def forward(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Write result (rows, WIDTH) = x[:, :WIDTH] * gelu(x[:, WIDTH:]) of x (rows, 2 WIDTH), to which x_bias (2 WIDTH,) is added
     first; grid (row blocks, column blocks).
     """
+    wait(DEPENDENT)
     # 64 bits where a row's offset may need them; within the tile 32 are enough.
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)[:, None]

@@ -9,14 +9,18 @@ What is normed is x with one number for each channel added; or it is put togethe
 residual, plus one number for each channel, and behind its channels those of another tensor (the skip connections of a U-Net).
 
 A tile is (positions, channels) in both memory layouts; only the offsets differ. A program's channels are whole groups, padded to
-a power of two. Statistics never come from a sum of squares: a large mean would cancel all digits. What is added to x without
-being kept shifts means and leaves M2 alone, so it costs nothing per element.
+a power of two. Statistics never come from a sum of squares: a large mean would cancel all digits.
+
+Sums over the positions of every channel are dear where they pass between warps (Triton 3.7 stores eight channels of a thread 128
+bytes apart, so that sixteen threads meet in one bank of shared memory): programs of one warp, or of one group, have none of that.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from ldmrt.kernels.gpu.dependent import wait
 
 
 @triton.jit
@@ -38,6 +42,25 @@ def _group_sums(
         # Gathering keeps groups apart; a product with zeros and ones would let NaN pass from one to another.
         apart = tl.reshape(tl.gather(values, index, 0), (GROUPS_PADDED, SIZE_PADDED))
         sums = tl.sum(tl.where(inside, apart, 0.0), 1)
+    return sums
+
+
+@triton.jit
+def _tile_sums(
+    tile,
+    SPATIAL: tl.constexpr,
+    CHANNELS_PADDED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr,
+):
+    """Sums over all positions and the channels of each group of a tile that is zero where nothing is: (GROUPS_PADDED,)."""
+    if GROUPS == 1:
+        # In whatever order: one number per warp passes between warps, not one per channel.
+        flat = tl.reshape(tile, (SPATIAL * CHANNELS_PADDED,), can_reorder=True)
+        sums = tl.sum(flat, 0, keep_dims=True)
+    else:
+        sums = _group_sums(tl.sum(tile, 0), CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED)
     return sums
 
 
@@ -95,29 +118,31 @@ def _tile(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    ADDS: tl.constexpr,
     TOTAL: tl.constexpr,
 ):
-    """A tile of what is normed in float32; with TOTAL it is rounded and stored first, `added` included, else that is left out.
+    """A tile of what is normed in float32, zero where nothing is; with TOTAL it is rounded and stored first.
 
     x and residual have WIDTH channels, joined the rest of CHANNELS.
     """
     own = present & (channel < WIDTH) if WIDTH < CHANNELS else present
     at = _offsets(position, channel, spatial, WIDTH, CHANNELS_LAST)
     value = tl.load(x + row * spatial * WIDTH + at, mask=own, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        value += tl.load(residual + row * spatial * WIDTH + at, mask=own, other=0.0).to(tl.float32)
+    if ADDS:
+        value = tl.where(own, value + added[None, :], 0.0)
+    if WIDTH < CHANNELS:
+        REST: tl.constexpr = CHANNELS - WIDTH
+        behind = _offsets(position, channel - WIDTH, spatial, REST, CHANNELS_LAST)
+        other = tl.load(joined + row * spatial * REST + behind, mask=present & (channel >= WIDTH), other=0.0)
+        value = tl.where(channel < WIDTH, value, other.to(tl.float32))
     if TOTAL:
-        if HAS_RESIDUAL:
-            value += tl.load(residual + row * spatial * WIDTH + at, mask=own, other=0.0).to(tl.float32)
-        value += added[None, :]
-        if WIDTH < CHANNELS:
-            REST: tl.constexpr = CHANNELS - WIDTH
-            behind = _offsets(position, channel - WIDTH, spatial, REST, CHANNELS_LAST)
-            other = tl.load(joined + row * spatial * REST + behind, mask=present & (channel >= WIDTH), other=0.0)
-            value = tl.where(channel < WIDTH, value, other.to(tl.float32))
         rounded = value.to(total.dtype.element_ty)
         at = _offsets(position, channel, spatial, CHANNELS, CHANNELS_LAST)
         tl.store(total + row * spatial * CHANNELS + at, rounded, mask=present)
         # What is normed is the sum as it is stored, so that whoever reads it later sees the same numbers.
-        value = tl.where(present, rounded.to(tl.float32), 0.0)
+        value = rounded.to(tl.float32)
     return value
 
 
@@ -157,8 +182,10 @@ def fused(
     SPATIAL: tl.constexpr,
     CHANNELS_PADDED: tl.constexpr,
     GROUPS_PADDED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """The groups of a program in one tile, SPATIAL >= spatial. Grid (blocks of GROUPS groups, rows)."""
+    wait(DEPENDENT)
     row = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * (GROUPS * SIZE)
     position = tl.arange(0, SPATIAL)[:, None]
@@ -182,16 +209,15 @@ def fused(
         CHANNELS,
         WIDTH,
         HAS_RESIDUAL,
+        HAS_SHIFT or HAS_X_BIAS,
         TOTAL,
     )
-    if TOTAL:
-        added = tl.zeros_like(added)
 
     count = spatial * (1.0 * SIZE)
-    mean = _group_sums(tl.sum(value, 0) + spatial * added, CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED) / count
+    mean = _tile_sums(value, SPATIAL, CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED) / count
     mean = _spread(mean, CHANNELS_PADDED, GROUPS, SIZE)
-    centred = tl.where(present, value - (mean - added)[None, :], 0.0)
-    m2 = _group_sums(tl.sum(centred * centred, 0), CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED)
+    centred = tl.where(present, value - mean[None, :], 0.0)
+    m2 = _tile_sums(centred * centred, SPATIAL, CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED)
     scale = _spread(tl.rsqrt(m2 / count + eps), CHANNELS_PADDED, GROUPS, SIZE)
     scale = scale * _per_channel(weight, channel, inside, 1.0, HAS_WEIGHT)
     final = _per_channel(bias, channel, inside, 0.0, HAS_BIAS)
@@ -225,12 +251,14 @@ def moments(
     SPATIAL: tl.constexpr,
     CHANNELS_PADDED: tl.constexpr,
     GROUPS_PADDED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """The means and M2 of a program's groups over a split: so many whole tiles of SPATIAL positions, the last splits fewer.
 
     WHOLE: a split is one tile, and is held in registers. Grid (splits, blocks of GROUPS groups, rows); means, m2s (rows, blocks,
     splits, GROUPS) float32.
     """
+    wait(DEPENDENT)
     split, block, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first = block * (GROUPS * SIZE)
     position = tl.arange(0, SPATIAL)[:, None]
@@ -260,16 +288,14 @@ def moments(
             CHANNELS,
             WIDTH,
             HAS_RESIDUAL,
+            HAS_SHIFT or HAS_X_BIAS,
             TOTAL,
         )
-        if TOTAL:
-            added = tl.zeros_like(added)
-        sums = tl.sum(value, 0) + elements * added
-        mean_group = _group_sums(sums, CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED)
-        mean_group = mean_group / (tl.maximum(elements, 1) * (1.0 * SIZE))
-        centre = _spread(mean_group, CHANNELS_PADDED, GROUPS, SIZE) - added
+        sums = _tile_sums(value, SPATIAL, CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED)
+        mean_group = sums / (tl.maximum(elements, 1) * (1.0 * SIZE))
+        centre = _spread(mean_group, CHANNELS_PADDED, GROUPS, SIZE)
         centred = tl.where(present, value - centre[None, :], 0.0)
-        m2_group = _group_sums(tl.sum(centred * centred, 0), CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED)
+        m2_group = _tile_sums(centred * centred, SPATIAL, CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED)
     else:
         tiles = tl.cdiv(spatial, SPATIAL * tl.num_programs(0))
         begin = split * tiles * SPATIAL
@@ -293,13 +319,12 @@ def moments(
                 CHANNELS,
                 WIDTH,
                 HAS_RESIDUAL,
+                HAS_SHIFT or HAS_X_BIAS,
                 TOTAL,
             )
             change = tl.where(present, value - mean, 0.0)
             mean += change * (1.0 / (tile + 1))
             m2 += change * (value - mean)
-        if TOTAL:
-            added = tl.zeros_like(added)
 
         left = tl.maximum(spatial - begin, 0)
         elements = tl.minimum(left, tiles * SPATIAL)
@@ -308,7 +333,6 @@ def moments(
         average = tl.sum(mean * count, 0) / tl.maximum(elements, 1).to(tl.float32)
         change = mean - average[None, :]
         m2_channel = tl.sum(m2 + count * change * change, 0)
-        average = average + added
         mean_group = _group_sums(average, CHANNELS_PADDED, GROUPS, SIZE, GROUPS_PADDED) / SIZE
         change_channel = average - _spread(mean_group, CHANNELS_PADDED, GROUPS, SIZE)
         m2_channel += elements * change_channel * change_channel
@@ -343,8 +367,10 @@ def normalize(
     SPATIAL: tl.constexpr,
     CHANNELS_PADDED: tl.constexpr,
     GROUPS_PADDED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """The result of a split from the `moments` of all SPLITS of them; the same grid."""
+    wait(DEPENDENT)
     split, block, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     tiles = tl.cdiv(spatial, SPATIAL * SPLITS)
     group = tl.arange(0, GROUPS_PADDED)[None, :]

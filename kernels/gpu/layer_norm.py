@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ldmrt.kernels.gpu.dependent import wait
+
 
 @triton.jit
 def forward(
@@ -22,10 +24,12 @@ def forward(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Write total = x + residual + x_bias and normed = layer_norm(total), all (rows, WIDTH) but x_bias (WIDTH,); COLUMNS >= WIDTH;
     grid (row blocks,).
     """
+    wait(DEPENDENT)
     # 64 bits where a row's offset may need them; within the tile 32 are enough.
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)[:, None]

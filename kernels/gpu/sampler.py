@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ldmrt.kernels.gpu.dependent import wait
+
 # The columns of a table row, as in kernels/sampler.py.
 _WIDTH = tl.constexpr(32)
 _DENOISED_X = tl.constexpr(0)
@@ -58,8 +60,10 @@ def step(
     elements,
     HAS_NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program takes BLOCK elements of one slot: axis 0 counts blocks, axis 1 slots."""
+    wait(DEPENDENT)
     slot = tl.program_id(1).to(tl.int64)
     cond = tl.load(cond_pointer + slot)
     if cond < 0:  # an idle slot
@@ -114,8 +118,9 @@ def step(
 
 
 @triton.jit
-def advance(row_pointer, last_pointer, slots, BLOCK: tl.constexpr):
+def advance(row_pointer, last_pointer, slots, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """Both are (slots,) int64."""
+    wait(DEPENDENT)
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < slots
     following = tl.load(row_pointer + offsets, mask=inside) + 1

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ldmrt.kernels.gpu.dependent import wait
+
 
 @triton.jit
 def forward(
@@ -18,10 +20,12 @@ def forward(
     CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Result (rows, FACTOR height, FACTOR width, CHANNELS) of x + residual + x_bias, (rows, height, width, CHANNELS); pixels counts
     those of x in all rows. Grid (blocks of pixels, blocks of channels).
     """
+    wait(DEPENDENT)
     pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = channel < CHANNELS
