@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ldmrt.capture import Recorder
+from ldmrt.capture import Recorder, Work
 from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.errors import EngineMismatch
 from ldmrt.schedule import SamplerTable
@@ -99,7 +99,7 @@ class Denoiser:
         self._generation = generation
         self._made_at = generation()
         self._recorder = recorder
-        self._replays: dict[int, Callable[[], None]] = {}
+        self._replays: dict[tuple[int, Work | None], Work] = {}
         self.capture(1)
 
     @torch.inference_mode()
@@ -157,27 +157,38 @@ class Denoiser:
         self.steps(1)
 
     @torch.inference_mode()
-    def steps(self, count: int) -> None:
-        """Several steps: one call of the GPU where so many were captured, else one each."""
+    def steps(self, count: int, then: Work | None = None) -> None:
+        """Several steps: one call of the GPU where so many were captured, else one each.
+
+        Args:
+            count: how many.
+            then: what is to follow them on the device; in the same graph, if it was captured so.
+        """
         self._refresh()
-        whole = self._replays.get(count)
+        whole = self._replays.get((count, then))
         if whole is not None:
             whole()
         else:
-            one = self._replays.get(1, self._work)
+            one = self._replays.get((1, None), self._work)
             for _ in range(count):
                 one()
+            if then is not None:
+                then()
         for _ in range(count):
             self.slots.stepped()
 
     @torch.inference_mode()
-    def capture(self, count: int) -> None:
-        """Capture `count` steps as one CUDA graph, if there is a recorder; `steps(count)` replays it from then on.
+    def capture(self, count: int, then: Work | None = None) -> None:
+        """Capture `count` steps as one CUDA graph, if there is a recorder; `steps(count, then)` replays it from then on.
+
+        Args:
+            count: how many.
+            then: launches what is to follow them, under the conditions of `ldmrt.capture.Recorder.record`.
 
         Raises:
             EngineMismatch: images are under way, which the trial runs would move on.
         """
-        if self._recorder is None or count in self._replays:
+        if self._recorder is None or (count, then) in self._replays:
             return
         if self.slots.active:
             raise EngineMismatch("the step cannot be captured while images are under way: release them first")
@@ -185,8 +196,10 @@ class Denoiser:
         def work() -> None:
             for _ in range(count):
                 self._work()
+            if then is not None:
+                then()
 
-        self._replays[count] = self._recorder.record(work)
+        self._replays[count, then] = self._recorder.record(work)
 
     def _work(self) -> None:
         """What the device does for a step. It leaves free slots untouched, however often it runs."""

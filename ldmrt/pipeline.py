@@ -17,6 +17,7 @@ from ldmrt import choices, image as pixels
 from ldmrt.bundle import Bundle
 from ldmrt.capture import Recorder
 from ldmrt.config import parse_device
+from ldmrt.decoding import Decoding
 from ldmrt.denoise import Denoiser
 from ldmrt.errors import BadRequest, EngineMismatch, NumericalError
 from ldmrt.loader import EngineLoader
@@ -28,7 +29,7 @@ from ldmrt.text import Embedding, Given, PromptEncoder, TextModel
 from ldmrt.tokenizer import Tokenizer
 
 OutputType = Literal["pil", "np", "latent"]
-Capture = Literal["step", "loop", "off"]
+Capture = Literal["step", "loop", "image", "off"]
 OnStep = Callable[[int, torch.Tensor], None]
 Text = tuple[Embedding, Embedding | None]
 
@@ -61,7 +62,7 @@ class Pipeline:
         defaults: what a request gets where it says nothing, and its bounds.
     """
 
-    def __init__(self, loader: EngineLoader, *, whole_loop: bool = False) -> None:
+    def __init__(self, loader: EngineLoader, *, capture: Capture = "step") -> None:
         self._loader = loader
         self.bundle, self.device = loader.bundle, loader.device
         model = self.bundle.manifest.model
@@ -87,7 +88,8 @@ class Pipeline:
             max_clip_skip=self._prompts.layers - 1,
         )
         self._denoisers: dict[tuple[int, ...], Denoiser] = {}
-        self._whole_loop = whole_loop
+        self._decodings: dict[Denoiser, Decoding] = {}
+        self._capture = capture
         self._lock = threading.Lock()
 
     @classmethod
@@ -107,22 +109,23 @@ class Pipeline:
             device: `cpu`, `cuda` or `cuda:N`; None for a GPU if there is one.
             engine: the engine kind to use where the bundle has several; None for `torch` if it is there.
             dtype: the precision to use where the bundle has several; None for the best one on the device.
-            capture: what becomes one CUDA graph on a GPU: a `step`, the whole `loop` (recorded anew for each number of steps; calls
-                with `on_step` still go step by step), or nothing (`off`). Without meaning on a CPU.
+            capture: what becomes one CUDA graph on a GPU: a `step`, the whole `loop`, the whole `image` (loop and decoder), or nothing
+                (`off`). A loop or an image is recorded anew for each number of steps, and calls with `on_step` still go step by step.
+                Without meaning on a CPU.
 
         Raises:
             BadRequest: `capture` is none of these, or the device is not there.
             BundleError: there is no bundle, or it is damaged.
             EngineMismatch: it has no engine for this device, kind or precision.
         """
-        if capture not in ("step", "loop", "off"):
-            raise BadRequest(f"capture is {capture!r}, expected step, loop or off", param="capture")
+        if capture not in ("step", "loop", "image", "off"):
+            raise BadRequest(f"capture is {capture!r}, expected step, loop, image or off", param="capture")
         bundle = Bundle.open(builtin_bundle() if path is None else path)
         place = _device(device)
         if place.type == "cuda":
             choices.apply(place)
         recorder = Recorder(place) if place.type == "cuda" and capture != "off" else None
-        return cls(EngineLoader(bundle, place, engine, dtype, recorder), whole_loop=capture == "loop")
+        return cls(EngineLoader(bundle, place, engine, dtype, recorder), capture=capture)
 
     def __call__(
         self,
@@ -211,6 +214,7 @@ class Pipeline:
                 table = sampler_table(job.sampler, self.schedule, job.num_inference_steps, job.eta)
                 starts, noises = draw(job.seeds, self._latent_shape(job), table, generator=generator, latents=latents)
             finals = torch.empty_like(starts)
+            decoded: dict[int, torch.Tensor] = {}
             for group in self._groups(job, texts):
                 with clock("prepare"):
                     denoiser = self._denoiser(job, table, len(group), len(texts[group[0]][0].states))
@@ -228,8 +232,13 @@ class Pipeline:
                                 noise=None if noises is None else noises[number],
                             )
                     with clock("denoise"):
-                        self._denoise(denoiser, table, len(group), on_step)
+                        decoding = (
+                            self._decodings.get(denoiser) if on_step is None and output_type != "latent" else None
+                        )
+                        self._denoise(denoiser, table, len(group), on_step, decoding)
                         finals[group] = denoiser.slots.x[: len(group)].cpu()
+                        if decoding is not None:
+                            decoded |= dict(zip(group, decoding.images.clone(), strict=False))
                 finally:
                     for slot in range(len(group)):
                         denoiser.release(slot)
@@ -239,7 +248,12 @@ class Pipeline:
                     " use a wider dtype (float32), or a smaller guidance scale"
                 )
             with clock("decode"):
-                images = None if output_type == "latent" else self._decode(job, finals, output_type)
+                if output_type == "latent":
+                    images = None
+                elif decoded:
+                    images = _delivered(torch.stack([decoded[number] for number in range(len(finals))]), output_type)
+                else:
+                    images = _delivered(self._decode(job, finals), output_type)
         # A tensor made in inference mode could not be used in a caller's own computation.
         finals = finals.clone()
         images = finals if output_type == "latent" else images
@@ -353,13 +367,29 @@ class Pipeline:
                 recorder=self._loader.recorder,
                 generation=lambda: self._loader.generation("step"),
             )
-        if self._whole_loop:
-            self._denoisers[key].capture(table.evaluations)
-        return self._denoisers[key]
+            self._decodings = {d: decoding for d, decoding in self._decodings.items() if d in self._denoisers.values()}
+        denoiser = self._denoisers[key]
+        if self._loader.recorder is not None and self._capture == "loop":
+            denoiser.capture(table.evaluations)
+        elif self._loader.recorder is not None and self._capture == "image":
+            if denoiser not in self._decodings:
+                records = self._loader.records("decoder", (job.width, job.height))
+                fitting = [r for r in records if (r.rows or 1) <= capacity]
+                decoder = self._loader.load(max(fitting or records[:1], key=lambda r: r.rows or 1))
+                self._decodings[denoiser] = Decoding(decoder, denoiser.slots.x)
+            denoiser.capture(table.evaluations, self._decodings[denoiser].work)
+        return denoiser
 
-    def _denoise(self, denoiser: Denoiser, table: SamplerTable, images: int, on_step: OnStep | None) -> None:
+    def _denoise(
+        self,
+        denoiser: Denoiser,
+        table: SamplerTable,
+        images: int,
+        on_step: OnStep | None,
+        decoding: Decoding | None,
+    ) -> None:
         if on_step is None:
-            denoiser.steps(table.evaluations)
+            denoiser.steps(table.evaluations, None if decoding is None else decoding.work)
         else:
             for step in table.steps.tolist():
                 denoiser.step()
@@ -368,8 +398,8 @@ class Pipeline:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _decode(self, job: Job, latents: torch.Tensor, output_type: OutputType) -> Any:
-        """Latents (n, C, h, w) to pictures."""
+    def _decode(self, job: Job, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (n, C, h, w) to pictures (n, 3, H, W)."""
         records = self._loader.records("decoder", (job.width, job.height))
         decoded = []
         done = 0
@@ -384,8 +414,12 @@ class Pipeline:
             images = engine.run({"latents": batch})["image"][: min(rows, left)]
             decoded.append(images)
             done += rows
-        images = torch.cat(decoded)
-        return pixels.to_float(images) if output_type == "np" else pixels.to_pil(pixels.to_uint8(images))
+        return torch.cat(decoded)
+
+
+def _delivered(images: torch.Tensor, output_type: OutputType) -> Any:
+    """Pictures as they were asked for."""
+    return pixels.to_float(images) if output_type == "np" else pixels.to_pil(pixels.to_uint8(images))
 
 
 def conditioning(embedding: Embedding, job: Job) -> dict[str, torch.Tensor]:

@@ -14,10 +14,13 @@ import torch
 
 import ldmrt.slots
 from ldmrt.bundle import Bundle
+from ldmrt.decoding import Decoding
 from ldmrt.denoise import Denoiser
 from ldmrt.errors import EngineMismatch
 from ldmrt.kernels.sampler import sampler_step_reference
+from ldmrt.loader import EngineLoader
 from ldmrt.parameters import Parameters
+from ldmrt.pipeline import Pipeline
 from ldmrt.schedule import NoiseSchedule, SamplerTable, ddim
 from tests.replay import HostSyncError, Recorder
 
@@ -144,6 +147,49 @@ def test_several_steps_in_one_graph(bundle: Bundle, schedule: NoiseSchedule) -> 
             loop.steps(4)
             assert loop.slots.done(0)
         agree(0)
+
+
+def test_loop_and_decoder_in_one_graph(bundle: Bundle, schedule: NoiseSchedule) -> None:
+    """Also where the decoder takes fewer rows than there are slots, and for a second image after the first."""
+    record = min(bundle.find("decoder"), key=lambda record: record.rows or 1)
+    assert record.rows == 1
+    with both(bundle) as (captured, plain, agree):
+        decoding = Decoding(bundle.load(record, CPU), captured.slots.x)
+        captured.capture(3, decoding.work)
+        decoder = Bundle.open(bundle.path).load(record, CPU)
+        for seed in (1, 4):
+            for loop in (captured, plain):
+                for slot in (0, 1):
+                    admit(loop, slot, ddim(schedule, 3), seed=seed + slot)
+            captured.steps(3, decoding.work)
+            plain.steps(3)
+            for slot in (0, 1):
+                agree(slot)
+                expected = decoder.run({"latents": plain.latents(slot)[None]})["image"]
+                assert torch.equal(decoding.images[slot : slot + 1], expected)
+                for loop in (captured, plain):
+                    loop.release(slot)
+
+
+def test_a_pipeline_gives_the_same_pictures_however_much_is_one_graph(tiny_bundle: Path) -> None:
+    found = []
+    for way in ("step", "loop", "image"):
+        loader = EngineLoader(Bundle.open(tiny_bundle), CPU, None, "float32", Recorder())  # type: ignore[arg-type]
+        pipe = Pipeline(loader, capture=way)
+        found.append(
+            [pipe("a", num_inference_steps=3, num_images_per_prompt=n, seed=n, output_type="np") for n in (3, 1)]
+        )
+        stepped = pipe("a", num_inference_steps=3, seed=1, output_type="np", on_step=lambda step, latents: None)
+        assert (stepped.images == found[-1][1].images).all()
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            assert torch.equal(one.latents, other.latents)
+            assert (one.images == other.images).all()
+
+
+def test_a_decoder_of_another_size_is_refused(bundle: Bundle) -> None:
+    with pytest.raises(EngineMismatch, match="the decoder takes latents of"):
+        Decoding(bundle.load(bundle.find("decoder")[0], CPU), torch.zeros(2, 4, 9, 8))
 
 
 def test_a_loop_is_not_captured_over_images_under_way(bundle: Bundle, schedule: NoiseSchedule) -> None:
