@@ -17,7 +17,7 @@ import torch
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.graph import Argument, Dim, Graph, Node, Ref, substitute
-from ldmrt.operators import resolve
+from ldmrt.operators import CREATING, resolve
 from ldmrt.parameters import Parameters, fitting
 
 _Getter = Callable[[list[Any]], tuple[Any, ...]]
@@ -105,7 +105,7 @@ class TorchEngine:
         only_packed = {name for node in packed.values() for name in node.refs()} - read
         self.parameters.declare(graph.weights)
 
-        assembly = _Assembly()
+        assembly = _Assembly(self.device)
         for name in self._inputs:
             assembly.define(name)
         for name, spec in graph.weights.items():
@@ -233,9 +233,13 @@ class _Assembly:
         index: the register of each value.
         dims: the registers of free dimensions, to be filled in when the engine runs.
         instructions: the calls.
+
+    Args:
+        device: where new tensors are made.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.registers: list[Any] = []
         self.index: dict[str, int] = {}
         self.dims: dict[Dim, int] = {}
@@ -247,10 +251,11 @@ class _Assembly:
 
     def add(self, node: Node) -> None:
         """Append the instructions of a node."""
+        kwargs = {**node.kwargs, "device": self.device} if node.op in CREATING else node.kwargs
         arguments = _getter([self._place(argument) for argument in node.args])
-        keywords = _getter([self._place(argument) for argument in node.kwargs.values()]) if node.kwargs else None
+        keywords = _getter([self._place(argument) for argument in kwargs.values()]) if kwargs else None
         self.define(node.name)
-        names = tuple(node.kwargs)
+        names = tuple(kwargs)
         self.instructions.append(_Instruction(resolve(node.op), arguments, names, keywords, self.index[node.name]))
 
     def _new(self, value: Any = None) -> int:
