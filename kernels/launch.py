@@ -11,7 +11,7 @@ things, by where the tensors are:
 * on the CPU it runs in Triton's interpreter, if TRITON_INTERPRET=1: for tests.
 
 The variable LDMRT_KERNELS, read once, chooses among the ways on a GPU: `auto` (a cubin, else Triton), `cubin`, `triton`, or
-`reference`, the operators in plain torch.
+`reference`, the operators in plain torch. LDMRT_PDL=0 launches no kernel before the one before it has ended.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ DEFAULT_ARCH = 90
 _DEPENDENT = 90
 
 VARIABLE = "LDMRT_KERNELS"
+OVERLAP = "LDMRT_PDL"  # 0: kernels are launched one after the other all the same, to see what it is worth
 _CHOICES = ("auto", "cubin", "triton", "reference")
 
 
@@ -307,7 +308,7 @@ def _load(variant: Variant, device: torch.device) -> cuda_driver.Kernel:
         cubin.hidden,
         cubin.threads,
         cubin.shared,
-        dependent=bool(dict(variant.constants)["DEPENDENT"]) and os.environ.get("LDMRT_PDL") != "0",
+        dependent=bool(dict(variant.constants).get("DEPENDENT")) and os.environ.get(OVERLAP) != "0",
     )
 
 

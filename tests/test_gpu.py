@@ -87,13 +87,22 @@ ARGUMENTS: dict[str, Any] = {
 
 
 def test_captured_or_not_the_same_bits(tiny_bundle: Path) -> None:
-    """A step as one graph, all steps as one graph, kernel by kernel: the same kernels in the same order."""
+    """A step as one graph, all steps as one graph, decoder and all, kernel by kernel: the same kernels in the same order."""
     found = [
         Pipeline.from_bundle(tiny_bundle, device="cuda", capture=capture)("a test", **ARGUMENTS).latents
         for capture in ("step", "loop", "off")
     ]
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[2])
+
+
+def test_a_whole_image_captured_is_the_same_picture(tiny_bundle: Path) -> None:
+    arguments = {**ARGUMENTS, "output_type": "np"}
+    one, other = (Pipeline.from_bundle(tiny_bundle, device="cuda", capture=way) for way in ("image", "step"))
+    for change in ({}, {"num_images_per_prompt": 1, "seed": 8}, {"num_inference_steps": 4}):
+        found, expected = (pipe("a test", **{**arguments, **change}) for pipe in (one, other))
+        assert torch.equal(found.latents, expected.latents)
+        assert (found.images == expected.images).all()
 
 
 def test_captured_calls_do_not_touch_each_other(tiny_bundle: Path) -> None:
@@ -113,6 +122,8 @@ def test_captured_calls_do_not_touch_each_other(tiny_bundle: Path) -> None:
             assert torch.equal(pipe(**{"prompt": "a", **ARGUMENTS, **case}).latents, expected)
 
 
+# torch warns whenever the mode is set.
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_steps_neither_allocate_nor_wait(tiny_bundle: Path) -> None:
     """Between the first and the last step: no allocation from the GPU's memory, and no call that waits for the GPU."""
     pipe = Pipeline.from_bundle(tiny_bundle, device="cuda")
@@ -120,8 +131,8 @@ def test_steps_neither_allocate_nor_wait(tiny_bundle: Path) -> None:
     denoiser = next(iter(pipe._denoisers.values()))
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         denoiser.steps(5)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from gpu_suite.ahead import DTYPES
-from gpu_suite.operators import OPERATORS, Operator
+from gpu_suite.operator import Operator
+from gpu_suite.operators import OPERATORS
 from gpu_suite.results import Figures
 from gpu_suite.session import Session
 from gpu_suite.timing import kernel_times

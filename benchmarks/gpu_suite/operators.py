@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,56 +11,13 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu_suite import oracles
-from gpu_suite.oracles import Body, Verdict
+from gpu_suite.operator import EPS, Operator, Size, nbytes, random
+from gpu_suite.oracles import Body
+from gpu_suite.pictures import ADD_GROUP_NORM, GROUP_NORM, UPSAMPLE
 from ldmrt.kernels.attention import attention, attention_reference, attention_triton
 from ldmrt.kernels.geglu import geglu
-from ldmrt.kernels.group_norm import group_norm_silu
 from ldmrt.kernels.layer_norm import add_layer_norm
 from ldmrt.kernels.sampler import WIDTH, Column, sampler_step
-
-Size = tuple[int, ...]
-EPS = 1e-5
-_GROUPS = 32
-
-
-@dataclass(frozen=True)
-class Operator:
-    """One operator.
-
-    Attributes:
-        name: as in a graph.
-        body: the operator; it picks what computes it.
-        also: other bodies that must be right wherever kernels can be launched.
-        sizes: by a name that says where they come from; what they mean is up to `arguments`.
-        timed: the names of those that are timed.
-        tiny: sizes for the dry run.
-        arguments: makes the arguments of a size.
-        check: compares a body with the oracle.
-        rivals: what torch has for the same arguments, by name.
-        work: (floating-point operations, bytes) that a call needs at least, of its arguments.
-    """
-
-    name: str
-    body: Body
-    also: Mapping[str, Body]
-    sizes: Mapping[str, Size]
-    timed: tuple[str, ...]
-    tiny: Mapping[str, Size]
-    arguments: Callable[[Size, torch.dtype, torch.device], list[Any]]
-    check: Callable[[Body, list[Any]], Verdict]
-    rivals: Mapping[str, Body]
-    work: Callable[[list[Any]], tuple[int, int]]
-
-
-def _random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
-    if device.type == "meta":
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
-
-
-def _nbytes(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-
 
 # ---------------------------------------------------------------------------------------------------- attention
 
@@ -95,11 +50,11 @@ def _attention_arguments(size: Size, dtype: torch.dtype, device: torch.device) -
     rows, query_tokens, key_tokens, heads, head = size
     width = heads * head
     if query_tokens == key_tokens:
-        merged = _random(rows, query_tokens, 3 * width, dtype=dtype, device=device)
+        merged = random(rows, query_tokens, 3 * width, dtype=dtype, device=device)
         query, key, value = merged.chunk(3, -1)
     else:
-        query = _random(rows, query_tokens, width, dtype=dtype, device=device)
-        key, value = _random(rows, key_tokens, 2 * width, dtype=dtype, device=device, seed=1).chunk(2, -1)
+        query = random(rows, query_tokens, width, dtype=dtype, device=device)
+        key, value = random(rows, key_tokens, 2 * width, dtype=dtype, device=device, seed=1).chunk(2, -1)
     return [query, key, value, heads, head**-0.5]
 
 
@@ -114,7 +69,7 @@ def _with_backend(backend: SDPBackend) -> Body:
 def _attention_work(arguments: list[Any]) -> tuple[int, int]:
     query, key, value = arguments[:3]
     rows, query_tokens, width = query.shape
-    return 4 * rows * query_tokens * key.shape[1] * width, _nbytes(query, key, value, query)
+    return 4 * rows * query_tokens * key.shape[1] * width, nbytes(query, key, value, query)
 
 
 _ATTENTION = Operator(
@@ -141,99 +96,21 @@ _ATTENTION = Operator(
 )
 
 
-# ---------------------------------------------------------------------------------------------------- norms
-
-
-def _group_norm_sizes() -> dict[str, Size]:
-    """(rows, channels, side, silu, shift): channels last, in 32 groups."""
-    found: dict[str, Size] = {}
-    levels = {
-        "sd15 512": (
-            2,
-            {64: (320, 640, 960), 32: (320, 640, 960, 1280, 1920), 16: (640, 1280, 1920, 2560), 8: (1280, 2560)},
-        ),
-        "sd21 768": (
-            2,
-            {96: (320, 640, 960), 48: (320, 640, 960, 1280, 1920), 24: (640, 1280, 1920, 2560), 12: (1280, 2560)},
-        ),
-        "sdxl 1024": (2, {128: (320, 640, 960), 64: (320, 640, 960, 1280, 1920), 32: (640, 1280, 1920, 2560)}),
-        "vae 512": (1, {64: (512,), 128: (512,), 256: (256, 512), 512: (128, 256)}),
-        "vae 1024": (1, {128: (512,), 256: (512,), 512: (256, 512), 1024: (128, 256)}),
-    }
-    for where, (rows, sides) in levels.items():
-        for side, widths in sides.items():
-            for channels in widths:
-                found[f"{where} {channels} x {side}"] = (rows, channels, side, 1, int("vae" not in where))
-                if "vae" not in where:
-                    # The first norm of a block has no time embedding.
-                    found[f"{where} {channels} x {side}, no shift"] = (rows, channels, side, 1, 0)
-    # Before a transformer there is no activation, and no time embedding.
-    for where, channels, side in (
-        ("sd15 512", 320, 64),
-        ("sd15 512", 1280, 16),
-        ("sdxl 1024", 1280, 32),
-        ("vae 512", 512, 64),
-    ):
-        found[f"{where} {channels} x {side}, no silu"] = (1 if "vae" in where else 2, channels, side, 0, 0)
-    return found
-
-
-def _group_norm_arguments(size: Size, dtype: torch.dtype, device: torch.device) -> list[Any]:
-    rows, channels, side, silu, shifted = size
-    scale = (1 + torch.arange(channels, device=device) % 3).view(-1, 1, 1)
-    x = (_random(rows, channels, side, side, dtype=torch.float32, device=device) * scale + 0.2 * scale).to(dtype)
-    weight = 1 + 0.2 * _random(channels, dtype=dtype, device=device, seed=1)
-    bias = 0.5 * _random(channels, dtype=dtype, device=device, seed=2)
-    # One row of a table of all the layers' shifts.
-    shift = _random(rows, 3 * channels, dtype=dtype, device=device, seed=3)[:, channels : 2 * channels]
-    groups = _GROUPS if channels % _GROUPS == 0 else 4
-    x = x.contiguous(memory_format=torch.channels_last)
-    return [x, weight, bias, groups, EPS, bool(silu), shift if shifted else None]
-
-
-def _torch_group_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,  # noqa: FBT001  (as the operator has it)
-    shift: Tensor | None,
-) -> Tensor:
-    value = x if shift is None else x + shift[:, :, None, None]
-    value = F.group_norm(value, groups, weight, bias, eps)
-    return F.silu(value) if silu else value
-
-
-_GROUP_NORM = Operator(
-    name="group_norm_silu",
-    body=group_norm_silu,
-    also={},
-    sizes=_group_norm_sizes(),
-    timed=(
-        *(f"sd15 512 {size}" for size in ("320 x 64", "960 x 64", "640 x 32", "1280 x 16", "2560 x 8")),
-        *(f"sdxl 1024 {size}" for size in ("320 x 128", "640 x 64", "1280 x 32")),
-        *(f"vae 512 {size}" for size in ("512 x 64", "256 x 512", "128 x 512")),
-        *(f"vae 1024 {size}" for size in ("256 x 1024", "128 x 1024")),
-    ),
-    tiny={"unet": (2, 40, 8, 1, 1), "no silu": (1, 64, 8, 0, 0)},
-    arguments=_group_norm_arguments,
-    check=oracles.check_group_norm_silu,
-    rivals={"torch": _torch_group_norm},
-    work=lambda arguments: (0, 2 * _nbytes(arguments[0])),
-)
+# ---------------------------------------------------------------------------------------------------- layer norm
 
 
 def _add_layer_norm_arguments(size: Size, dtype: torch.dtype, device: torch.device) -> list[Any]:
-    x, residual = (_random(*size, dtype=dtype, device=device, seed=seed) for seed in (0, 1))
-    weight, bias = (_random(size[-1], dtype=dtype, device=device, seed=seed) for seed in (2, 3))
-    return [x, residual, 1 + 0.2 * weight, bias, EPS]
+    """With the bias of the linear layer before."""
+    *shape, summed = size
+    x, residual = (random(*shape, dtype=dtype, device=device, seed=seed) for seed in (0, 1))
+    weight, bias, x_bias = (random(shape[-1], dtype=dtype, device=device, seed=seed) for seed in (2, 3, 4))
+    return [x, residual if summed else None, 1 + 0.2 * weight, bias, EPS, x_bias]
 
 
 def _torch_add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, x_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    total = x + residual
+    total = x + x_bias if residual is None else x + x_bias + residual
     return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
 
 
@@ -241,13 +118,15 @@ _LAYER_NORM = Operator(
     name="add_layer_norm",
     body=add_layer_norm,
     also={},
-    sizes={
-        **{f"sd15 512 {t} x {c}": (2, t, c) for t, c in ((4096, 320), (1024, 640), (256, 1280), (64, 1280))},
-        **{f"sd21 768 {t} x {c}": (2, t, c) for t, c in ((9216, 320), (2304, 640), (576, 1280))},
-        **{f"sdxl 1024 {t} x {c}": (2, t, c) for t, c in ((4096, 640), (1024, 1280))},
-        "sdxl 1024 1024 x 1280, 16 rows": (16, 1024, 1280),
-        "text 77 x 768": (2, 77, 768),
-        "text 154 x 1280": (4, 154, 1280),
+    sizes={  # and whether there is a residual: the first norm of a transformer has none
+        **{f"sd15 512 {t} x {c}": (2, t, c, 1) for t, c in ((4096, 320), (1024, 640), (256, 1280), (64, 1280))},
+        **{f"sd21 768 {t} x {c}": (2, t, c, 1) for t, c in ((9216, 320), (2304, 640), (576, 1280))},
+        **{f"sdxl 1024 {t} x {c}": (2, t, c, 1) for t, c in ((4096, 640), (1024, 1280))},
+        "sd15 512 4096 x 320, no residual": (2, 4096, 320, 0),
+        "sdxl 1024 1024 x 1280, no residual": (2, 1024, 1280, 0),
+        "sdxl 1024 1024 x 1280, 16 rows": (16, 1024, 1280, 1),
+        "text 77 x 768": (2, 77, 768, 1),
+        "text 154 x 1280": (4, 154, 1280, 1),
     },
     timed=(
         "sd15 512 4096 x 320",
@@ -256,19 +135,24 @@ _LAYER_NORM = Operator(
         "sdxl 1024 4096 x 640",
         "sdxl 1024 1024 x 1280",
     ),
-    tiny={"tiny": (2, 16, 40)},
+    tiny={"tiny": (2, 16, 40, 1), "no residual": (2, 16, 40, 0)},
     arguments=_add_layer_norm_arguments,
     check=oracles.check_add_layer_norm,
     rivals={"torch": _torch_add_layer_norm},
-    work=lambda arguments: (0, 4 * _nbytes(arguments[0])),
+    work=lambda arguments: (0, 3 * nbytes(arguments[0]) + nbytes(arguments[1])),
 )
 
 
 # ---------------------------------------------------------------------------------------------------- activation, sampler
 
 
-def _torch_geglu(x: Tensor) -> Tensor:
-    value, gate = x.chunk(2, dim=-1)
+def _geglu_arguments(size: Size, dtype: torch.dtype, device: torch.device) -> list[Any]:
+    """With the bias of the linear layer before."""
+    return [2 * random(*size, dtype=dtype, device=device), random(size[-1], dtype=dtype, device=device, seed=1)]
+
+
+def _torch_geglu(x: Tensor, x_bias: Tensor) -> Tensor:
+    value, gate = (x + x_bias).chunk(2, dim=-1)
     return value * F.gelu(gate)
 
 
@@ -290,10 +174,10 @@ _GEGLU = Operator(
         "sdxl 1024 1024 x 5120",
     ),
     tiny={"tiny": (2, 16, 2 * 64)},
-    arguments=lambda size, dtype, device: [2 * _random(*size, dtype=dtype, device=device)],
+    arguments=_geglu_arguments,
     check=oracles.check_geglu,
     rivals={"torch": _torch_geglu},
-    work=lambda arguments: (0, _nbytes(arguments[0]) * 3 // 2),
+    work=lambda arguments: (0, nbytes(arguments[0]) * 3 // 2),
 )
 
 
@@ -303,7 +187,7 @@ def _sampler_arguments(size: Size, dtype: torch.dtype, device: torch.device) -> 
     entries, rows = 5, 2 * slots + 1
 
     def normal(*shape: int, seed: int) -> Tensor:
-        return _random(*shape, dtype=torch.float32, device=device, seed=seed)
+        return random(*shape, dtype=torch.float32, device=device, seed=seed)
 
     # Small, so that the state stays finite however often a timing runs it.
     table = 0.2 * normal(entries, WIDTH, seed=1)
@@ -332,7 +216,7 @@ def _sampler_arguments(size: Size, dtype: torch.dtype, device: torch.device) -> 
 def _sampler_work(arguments: list[Any]) -> tuple[int, int]:
     """Latents, saved and history read and written, the model's outputs and noise read, its inputs written."""
     x, saved, history, output, *_ = arguments
-    return 0, 2 * _nbytes(x, saved, history, output) + _nbytes(x)
+    return 0, 2 * nbytes(x, saved, history, output) + nbytes(x)
 
 
 _SAMPLER = Operator(
@@ -352,4 +236,6 @@ _SAMPLER = Operator(
     work=_sampler_work,
 )
 
-OPERATORS: dict[str, Operator] = {one.name: one for one in (_ATTENTION, _GROUP_NORM, _GEGLU, _LAYER_NORM, _SAMPLER)}
+OPERATORS: dict[str, Operator] = {
+    one.name: one for one in (_ATTENTION, GROUP_NORM, ADD_GROUP_NORM, UPSAMPLE, _GEGLU, _LAYER_NORM, _SAMPLER)
+}

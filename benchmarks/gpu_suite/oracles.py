@@ -89,32 +89,77 @@ def check_attention(body: Body, arguments: Sequence[Any]) -> Verdict:
 def check_group_norm_silu(body: Body, arguments: Sequence[Any]) -> Verdict:
     """`group_norm_silu` of pictures, with weight and bias."""
     found = body(*arguments)
-    groups, eps, silu = arguments[3:6]
-    x, weight, bias = (tensor.double() for tensor in arguments[:3])
-    shift = None if arguments[6] is None else arguments[6].double()
-    value = x if shift is None else x + shift[:, :, None, None]
-    value = value.reshape(x.shape[0], groups, -1)
-    value = value - value.mean(-1, keepdim=True)
-    norm = (value / (value.square().mean(-1, keepdim=True) + eps).sqrt()).reshape(x.shape)
-    weight, bias = weight.view(-1, 1, 1), bias.view(-1, 1, 1)
+    x, weight, bias, groups, eps, silu, shift, x_bias = arguments
+    value = x.double()
+    for added in (shift, x_bias):
+        value = value if added is None else value + added.double()[..., None, None]
+    return _compare_norm(found, value, weight, bias, groups, eps, silu=silu)
+
+
+def check_add_group_norm_silu(body: Body, arguments: Sequence[Any]) -> Verdict:
+    """`add_group_norm_silu` of pictures, with weight and bias: the total, and the norm of the total as it was stored."""
+    total, normed = body(*arguments)
+    x, residual, joined, weight, bias, groups, eps, silu, x_bias = arguments
+    added = None if x_bias is None else x_bias[:, None, None]
+    verdicts = [_compare_sum(total[:, : x.shape[1]], x, residual, added)]
+    if joined is not None:
+        verdicts.append(compare(total[:, x.shape[1] :], joined.double(), 0.0))
+    verdicts.append(_compare_norm(normed, total.double(), weight, bias, groups, eps, silu=silu))
+    return Verdict.worst(verdicts)
+
+
+def check_add_upsample(body: Body, arguments: Sequence[Any]) -> Verdict:
+    """`add_upsample`: each of a pixel's copies."""
+    found = body(*arguments)
+    x, residual, x_bias, factor = arguments
+    rows, channels, height, width = x.shape
+    if found.shape != (rows, channels, factor * height, factor * width):
+        raise ValueError(f"found has shape {tuple(found.shape)}, expected {factor} times the sides of {tuple(x.shape)}")
+    added = None if x_bias is None else x_bias[:, None, None]
+    places = [(down, right) for down in range(factor) for right in range(factor)]
+    return Verdict.worst(
+        [_compare_sum(found[:, :, down::factor, right::factor], x, residual, added) for down, right in places]
+    )
+
+
+def _compare_sum(found: Tensor, x: Tensor, residual: Tensor | None, x_bias: Tensor | None) -> Verdict:
+    """With sums in float32, each rounded relative to terms that may cancel, and then one rounding; x_bias as it is broadcast."""
+    terms = [x, residual, x_bias]
+    exact = [term.double() for term in terms if term is not None]
+    sizes = sum((term.abs() for term in exact[1:]), exact[0].abs())
+    return compare(found, sum(exact[1:], exact[0]), (len(exact) - 1) * HALF_UNIT[torch.float32] * sizes)
+
+
+def _compare_norm(
+    found: Tensor, value: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool
+) -> Verdict:
+    """With the group norm of a picture in float64."""
+    grouped = value.reshape(value.shape[0], groups, -1)
+    grouped = grouped - grouped.mean(-1, keepdim=True)
+    norm = (grouped / (grouped.square().mean(-1, keepdim=True) + eps).sqrt()).reshape(value.shape)
+    weight, bias = weight.double().view(-1, 1, 1), bias.double().view(-1, 1, 1)
     result = norm * weight + bias
     error = 4e-6 * ((norm.abs() + 1) * weight.abs() + bias.abs())
     return compare(found, result * result.sigmoid() if silu else result, error)
 
 
 def check_geglu(body: Body, arguments: Sequence[Any]) -> Verdict:
-    """`geglu`."""
+    """`geglu` with the bias of the layer before."""
     found = body(*arguments)
-    value, gate = arguments[0].double().chunk(2, dim=-1)
+    x, x_bias = (value.double() for value in arguments)
+    value, gate = (x + x_bias).chunk(2, dim=-1)
+    value_size, gate_size = (x.abs() + x_bias.abs()).chunk(2, dim=-1)
     expected = value * 0.5 * gate * (1 + torch.special.erf(gate / math.sqrt(2)))
-    return compare(found, expected, 1e-6 * value.abs() * (gate.abs() + 1))
+    summed = 1.2 * HALF_UNIT[torch.float32] * (value_size * gate.abs() + value.abs() * gate_size)
+    return compare(found, expected, 1e-6 * value.abs() * (gate.abs() + 1) + summed)
 
 
 def check_add_layer_norm(body: Body, arguments: Sequence[Any]) -> Verdict:
     """`add_layer_norm` with weight and bias: the sum, and the norm of the sum as it was stored."""
     total, normed = body(*arguments)
-    x, residual, weight, bias, eps = [v.double() if isinstance(v, Tensor) else v for v in arguments]
-    sums = compare(total, x + residual, HALF_UNIT[torch.float32] * (x + residual).abs())
+    x, residual, weight, bias, eps, x_bias = arguments
+    sums = _compare_sum(total, x, residual, x_bias)
+    weight, bias = weight.double(), bias.double()
     stored = total.double()
     centred = stored - stored.mean(-1, keepdim=True)
     norm = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()

@@ -20,9 +20,12 @@ if str(BENCHMARKS) not in sys.path:
 import gpu  # noqa: E402
 from gpu_suite import breakdown, kernel_stages, table  # noqa: E402
 from gpu_suite.models import Model  # noqa: E402
-from gpu_suite.operators import OPERATORS, Operator  # noqa: E402
+from gpu_suite.operator import Operator  # noqa: E402
+from gpu_suite.operators import OPERATORS  # noqa: E402
 from gpu_suite.results import Results  # noqa: E402
 from gpu_suite.session import Rates, Session  # noqa: E402
+from ldmrt import choices  # noqa: E402
+from ldmrt.kernels import launch  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -59,6 +62,9 @@ def test_dry_run_of_what_needs_no_model(tmp_path: Path) -> None:
     assert all(row["dry_run"] and row["source"] == "a test" and row["commit"] for row in rows)
     checked = next(row for row in rows if row["name"] == "gpu: correctness.attention: all sizes")
     assert (checked["cases"], checked["wrong"]) == (6, [])
+    for name in ("add_group_norm_silu", "add_upsample"):
+        timed = [row["name"] for row in rows if row["name"].startswith(f"gpu: kernels.{name}: ")]
+        assert len(timed) == len(OPERATORS[name].tiny)
 
 
 @pytest.mark.slow
@@ -81,16 +87,18 @@ def test_dry_run_of_the_models(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_wrong_operator_is_noticed(session: Session, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Off by 5 % everywhere, which is more than any half precision rounds; or NaN, which no comparison may let pass."""
+    """Off by 5 % everywhere, which is more than any half precision rounds; or one NaN, which no comparison may let pass."""
     operator = OPERATORS[name]
+    results = 2 if name in ("add_group_norm_silu", "add_layer_norm") else 1
 
-    def check(change: Any) -> bool:
+    def check(change: Any, which: int = 0) -> bool:
         def body(*arguments: Any) -> Any:
             result = operator.body(*arguments)
             if result is None:
                 change(arguments[0])
                 return None
-            change(result[1] if isinstance(result, tuple) else result)
+            assert isinstance(result, tuple) == (results > 1)
+            change(result[which] if results > 1 else result)
             return result
 
         changed = Operator(**{**vars(operator), "body": body})
@@ -99,12 +107,49 @@ def test_a_wrong_operator_is_noticed(session: Session, monkeypatch: pytest.Monke
         session.results.begin(unit)
         kernel_stages.check_operator(session, unit, name)
         failed = session.results.failed_parts(unit)
-        assert len(failed) in (0, len(session.results.data["units"][unit]["parts"]))
+        parts = session.results.data["units"][unit]["parts"]
+        # Found wrong, not broken.
+        assert not any("error" in part for part in parts.values())
+        assert len(failed) in (0, len(parts))
         return not failed
 
+    def spoil(result: torch.Tensor) -> None:
+        result[(0,) * result.dim()] = torch.nan
+
     assert check(lambda _result: None)
-    assert not check(lambda result: result.mul_(1.05))
-    assert not check(lambda result: result.view(-1)[:1].fill_(torch.nan))
+    for which in range(results):
+        assert not check(lambda result: result.mul_(1.05), which)
+        assert not check(spoil, which)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_torch_computes_the_same(name: str) -> None:
+    """The rivals are given the same arguments. In float32 they are as right as ours, but where they sum in another order."""
+    operator = OPERATORS[name]
+    for size in operator.tiny.values():
+        arguments = operator.arguments(size, torch.float32, CPU)
+        for rival, body in operator.rivals.items():
+            if rival not in ("torch flash", "torch cudnn", "torch efficient"):
+                ours, theirs = (
+                    found if isinstance(found, tuple) else (found,)
+                    for found in (operator.body(*arguments), body(*arguments))
+                )
+                torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_sizes_of_all_names_are_calls_of_the_operator(name: str) -> None:
+    """Without values: each is accepted, has work, and asks for kernels."""
+    operator = OPERATORS[name]
+    with launch.recording(90) as variants:
+        for size in operator.sizes.values():
+            arguments = operator.arguments(size, torch.float16, torch.device("meta"))
+            operator.body(*arguments)
+            flops, nbytes = operator.work(arguments)
+            # No more is read and written than there are elements, copies of upsampled pixels included.
+            tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+            assert flops >= 0 < nbytes <= 8 * sum(tensor.nbytes for tensor in tensors)
+    assert variants
 
 
 def test_a_part_that_raises_leaves_its_traceback_and_the_others_run(session: Session) -> None:
@@ -186,7 +231,14 @@ def test_a_worker_that_cannot_begin_is_not_started_for_ever(tmp_path: Path, monk
 
 def test_a_unit_that_no_longer_fits_is_skipped_and_says_so(tmp_path: Path) -> None:
     args = argparse.Namespace(
-        out=tmp_path, device="cpu", dtype=None, tiny=False, deadline=time.time() + 3, inductor_cache=None
+        out=tmp_path,
+        device="cpu",
+        dtype=None,
+        tiny=False,
+        brief=False,
+        deadline=time.time() + 3,
+        inductor_cache=None,
+        kernels=None,
     )
     assert gpu.work(args, ["floors"]) == 0
     entry = Results(tmp_path).data["units"]["floors"]
@@ -247,7 +299,16 @@ def test_kernels_of_ours_are_named_by_their_launches() -> None:
     assert found["largest"][0]["name"] == "attention.forward"
 
 
+def test_every_kernel_of_ours_has_a_class() -> None:
+    files = {operator.source.split(".")[0] for operator in choices.OPERATORS.values()} | {"sampler"}
+    launched = [f"{name}.kernel" for name in sorted(files)]
+    found = breakdown.summarize([("kernel", 1.0)] * len(launched), launched)
+    assert sum(total["kernels"] for total in found["classes"].values()) == len(files) > 4
+    assert found["classes"]["sums and upsampling"]["kernels"] == 1
+
+
 def test_times_and_sizes_name_each_other() -> None:
+    assert set(gpu.OPERATORS) == OPERATORS.keys()
     for operator in OPERATORS.values():
         assert set(operator.timed) <= operator.sizes.keys()
 

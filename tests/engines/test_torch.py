@@ -14,7 +14,7 @@ from ldmrt.engines.protocol import TensorSpec
 from ldmrt.engines.torch import TorchEngine
 from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.graph import Dim, Graph, Node, Ref
-from ldmrt.operators import resolve
+from ldmrt.operators import ALLOWED, CREATING, resolve
 
 CPU = torch.device("cpu")
 F32 = torch.float32
@@ -252,3 +252,40 @@ def test_a_free_dimension_that_no_input_has() -> None:
     part = graph([node("n", "aten.zeros.default", (Dim("tokens"),), shape=(Dim("tokens"),))], {"n": "n"})
     with pytest.raises(EngineMismatch, match="no input has the dimension 'tokens'"):
         TorchEngine(part, {}, CPU)
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        ("arange.default", (ROWS,)),
+        ("arange.start", (1, 3)),
+        ("arange.start_step", (0, ROWS, 2)),
+        ("full.default", ((ROWS, 2), 1.0)),
+        ("ones.default", ((2, ROWS),)),
+        ("scalar_tensor.default", (1.0,)),
+        ("zeros.default", ((2, 3),)),
+    ],
+)
+def test_new_tensors_are_made_where_the_engine_runs(op: str, args: tuple[Any, ...]) -> None:
+    """Elsewhere they would be copied at every use, which a capture refuses. The meta device stands for a GPU here."""
+    assert f"aten.{op}" in CREATING
+    meta = torch.device("meta")
+    engine = TorchEngine(graph([node("made", f"aten.{op}", *args)], {"out": "made"}), {}, meta)
+    given = {name: torch.empty(3, 4, device=meta) for name in ("x", "y")}
+    with torch.inference_mode():
+        (result,) = engine._execute(list(given.values()))
+    assert result.device == meta
+
+
+def test_every_operator_that_makes_tensors_of_nothing_is_known() -> None:
+    """By their schemas: those of the list that take a device and no tensor."""
+    found = set()
+    for op in ALLOWED:
+        if op.startswith("aten."):
+            _, name, overload = op.split(".")
+            arguments = getattr(getattr(torch.ops.aten, name), overload)._schema.arguments
+            kinds = [str(argument.type) for argument in arguments]
+            if "Optional[Device]" in kinds and not any("Tensor" in kind for kind in kinds):
+                found.add(op)
+    assert found
+    assert found == CREATING

@@ -15,8 +15,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 VARIABLE = "TRITON_INTERPRET"
@@ -77,3 +80,26 @@ def _interpret(first: pytest.Function) -> dict[str, tuple[str, str]]:
             raise RuntimeError(f"pytest in the interpreter ended with {done.returncode}: {done.stdout}{done.stderr}")
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {name: (outcome, report) for name, outcome, report in lines}
+
+
+@pytest.fixture
+def bfloat16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton's interpreter keeps bfloat16 as uint16, and its dot product multiplies those integers: here it is given floats."""
+    if os.environ.get(VARIABLE) != "1":
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_dot = InterpreterBuilder.create_dot
+
+    def widened(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+    yield

@@ -39,11 +39,24 @@ def assert_rounded(found: Tensor, expected: Tensor, error: float | Tensor) -> No
     """
     assert found.shape == expected.shape
     dtype, found = found.dtype, found.detach().cpu().double()
-    # Triton's interpreter, unlike a GPU, cuts off the lower bits of a float32 number instead of rounding it to bfloat16.
-    cut = dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
-    unit = HALF_UNIT[dtype] * (2 if cut else 1)
+    unit = HALF_UNIT[dtype] * (2 if _cut(dtype) else 1)
     bound = (unit * (expected.abs() + error)).clamp(min=_SUBNORMAL[dtype]) + error
     regular = expected.isfinite()
     torch.testing.assert_close(found[~regular], expected[~regular], rtol=0, atol=0, equal_nan=True)
     excess = ((found - expected).abs() - bound)[regular]
     assert (excess <= 0).all(), f"{excess.max():.3g} more than the tolerance, {int((~(excess <= 0)).sum())} elements"
+
+
+def assert_rounded_once(found: Tensor, exact: Tensor) -> None:
+    """Every element is the float32 number of `exact` rounded to the dtype of `found`, bit for bit; NaN must stand where it is."""
+    allowed = [exact.to(found.dtype)]
+    if _cut(found.dtype):
+        allowed.append((exact.contiguous().view(torch.int32) & -(2**16)).view(torch.float32).to(found.dtype))
+    right = torch.stack([(found == each) | (found.isnan() & each.isnan()) for each in allowed]).any(0)
+    assert found.shape == exact.shape
+    assert right.all(), f"{int((~right).sum())} elements of {right.numel()}"
+
+
+def _cut(dtype: torch.dtype) -> bool:
+    """Triton's interpreter, unlike a GPU, cuts off the lower bits of a float32 number instead of rounding it to bfloat16."""
+    return dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"

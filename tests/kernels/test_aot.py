@@ -100,7 +100,9 @@ def test_progress_counts_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("change", [{"constants": ()}, {"constants": (("BLOCKS", 128),)}, {"types": ("*i64", "*i64")}])
 def test_arguments_that_the_kernel_does_not_take_are_refused(change: dict[str, Any]) -> None:
     variant = replace(sampler_variants(90)[-1], **change)
-    with pytest.raises(ValueError, match=r"sampler\.advance takes \['row_pointer', 'last_pointer', 'slots', 'BLOCK'\]"):
+    with pytest.raises(
+        ValueError, match=r"sampler\.advance takes \['row_pointer', 'last_pointer', 'slots', 'BLOCK', 'DEPENDENT'\]"
+    ):
         compile_afresh([variant], 90)
 
 

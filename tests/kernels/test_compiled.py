@@ -26,6 +26,7 @@ STREAMING = {
     "group_norm.normalize",
     "layer_norm.forward",
     "sampler.step",
+    "upsample.forward",
 }
 
 

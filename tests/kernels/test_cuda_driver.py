@@ -79,9 +79,29 @@ class FakeCuda:
         self.launches.append((tuple(numbers), read))
         return self._note("cuLaunchKernel")
 
+    def cuLaunchKernelEx(self, address: int, function: Any, pointers: Any, extra: None) -> int:  # noqa: N802
+        """Reads CUlaunchConfig by its layout in cuda.h: seven numbers, a stream, a pointer to attributes, their number."""
+        assert function.value == FUNCTION
+        assert extra is None
+        *numbers, stream, attributes, count = struct.unpack("<7I4xQQI", ctypes.string_at(address, 52))
+        assert count == 1
+        # An attribute is 72 bytes: a number that says which, and from byte 8 on its value.
+        attribute = ctypes.string_at(attributes, 72)
+        assert struct.unpack_from("<i4xi", attribute) == (6, 1)
+        read = [ctypes.string_at(pointer, size) for pointer, size in zip(pointers, self.parameters, strict=True)]
+        self.launches.append(((*numbers, stream), read))
+        return self._note("cuLaunchKernelEx")
 
-def load(library: FakeCuda, types: tuple[str, ...] = (), hidden: int = 0, threads: int = 64, shared: int = 0) -> Kernel:
-    return Kernel(Driver(library), b"code", "step", types, hidden, threads, shared)
+
+def load(
+    library: FakeCuda,
+    types: tuple[str, ...] = (),
+    hidden: int = 0,
+    threads: int = 64,
+    shared: int = 0,
+    dependent: bool = False,
+) -> Kernel:
+    return Kernel(Driver(library), b"code", "step", types, hidden, threads, shared, dependent=dependent)
 
 
 def test_parameters_lie_where_the_kernel_reads_them_and_hidden_ones_are_null() -> None:
@@ -103,6 +123,18 @@ def test_a_second_launch_has_its_own_values() -> None:
     assert [found for _, found in library.launches] == [
         [struct.pack("<Q", 16 * value), struct.pack("<i", value), bytes(8)] for value in (1, 2)
     ]
+
+
+def test_a_kernel_that_waits_by_itself_says_so_to_the_driver() -> None:
+    library = FakeCuda((8, 4, 8))
+    kernel = load(library, ("*fp32", "i32"), hidden=1, threads=96, shared=1024, dependent=True)
+    for value in (1, 2):
+        kernel.launch((5, 4, value), (16 * value, value), 70 + value)
+    assert library.launches == [
+        ((5, 4, value, 96, 1, 1, 1024, 70 + value), [struct.pack("<Q", 16 * value), struct.pack("<i", value), bytes(8)])
+        for value in (1, 2)
+    ]
+    assert "cuLaunchKernel" not in library.calls
 
 
 @pytest.mark.parametrize(("shared", "expected"), [(0, {}), (48 * 1024, {}), (48 * 1024 + 16, {8: 48 * 1024 + 16})])

@@ -62,26 +62,33 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu",
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
 
 
+def _power_of_two(number: float) -> int:
+    return 1 << max(0, math.ceil(math.log2(number)))
+
+
 def fused(*given: Any) -> Tensor:
     """The Triton body that reads once; a program has all groups if channels are last, else one."""
-    spatial = given[0].shape[2:].numel()
-    chosen = Configuration(_block(*given), splits=1, spatial=2 ** math.ceil(math.log2(spatial)), num_warps=4)
-    return group_norm_silu_triton(*given, chosen=chosen)
+    block, tile = 1 if given[0].is_contiguous() else given[3], _power_of_two(given[0].shape[2:].numel())
+    return group_norm_silu_triton(*given, chosen=Configuration(block, 1, tile, num_warps=4))
 
 
-def split(*given: Any) -> Tensor:
-    """The two Triton bodies for large groups: up to four splits of tiles of 16 positions."""
-    return group_norm_silu_triton(*given, chosen=Configuration(_block(*given), splits=4, spatial=16, num_warps=4))
+def whole(*given: Any) -> Tensor:
+    """The two Triton bodies for large groups, with two splits of one tile."""
+    tile = _power_of_two(given[0].shape[2:].numel() / 2)
+    return group_norm_silu_triton(*given, chosen=Configuration(given[3], 2, tile, num_warps=4))
 
 
-def _block(x: Tensor, _weight: object, _bias: object, groups: int, *_others: object) -> int:
-    return 1 if x.is_contiguous() else groups
+def looped(*given: Any) -> Tensor:
+    """The same with two splits of several tiles, if there are several positions."""
+    tile = _power_of_two(given[0].shape[2:].numel() / 8)
+    return group_norm_silu_triton(*given, chosen=Configuration(given[3], 2, tile, num_warps=4))
 
 
 BODIES = [
     pytest.param(group_norm_silu_reference, id="reference"),
     pytest.param(fused, id="fused", marks=pytest.mark.interpreted),
-    pytest.param(split, id="split", marks=pytest.mark.interpreted),
+    pytest.param(whole, id="whole", marks=pytest.mark.interpreted),
+    pytest.param(looped, id="looped", marks=pytest.mark.interpreted),
 ]
 
 
@@ -94,7 +101,7 @@ def arguments(
     channels_last: bool = False,
     offset: float = 0.0,
 ) -> list[Any]:
-    """All there is: x, weight, bias, groups, eps, silu, and a shift cut out of a wider tensor."""
+    """All there is: x, weight, bias, groups, eps, silu, a shift cut out of a wider tensor, and x_bias."""
     rows, channels = shape[:2]
     # Channels of different means and deviations, so that a mistake in who belongs to which group shows.
     scale = (1 + torch.arange(channels, device=device) % 3).view(-1, *[1] * (len(shape) - 2))
@@ -104,7 +111,8 @@ def arguments(
     weight = 1 + 0.2 * random(channels, dtype=dtype, device=device, seed=1)
     bias = 0.5 * random(channels, dtype=dtype, device=device, seed=2)
     shift = random(rows, 2 * channels + 3, dtype=dtype, device=device, seed=3)[:, 3 : 3 + channels]
-    return [x, weight, bias, groups, EPS, True, shift]
+    x_bias = 0.5 * random(channels, dtype=dtype, device=device, seed=4)
+    return [x, weight, bias, groups, EPS, True, shift, x_bias]
 
 
 def expected(given: list[Any]) -> tuple[Tensor, Tensor]:
@@ -114,9 +122,11 @@ def expected(given: list[Any]) -> tuple[Tensor, Tensor]:
     passes errors on by a factor of at most 1.1.
     """
     exact: list[Any] = [value.double() if isinstance(value, Tensor) else value for value in given]
-    x, weight, bias, groups, eps, silu, shift = exact
+    x, weight, bias, groups, eps, silu, shift, x_bias = exact
     across = [1] * (x.dim() - 2)
-    value = x if shift is None else x + shift[(..., *[None] * (x.dim() - 2))]
+    value = x
+    for added in (shift, x_bias):
+        value = value if added is None else value + added.reshape(*added.shape, *across)
     value = value.reshape(x.shape[0], groups, -1)
     value = value - value.mean(-1, keepdim=True)
     norm = (value / (value.square().mean(-1, keepdim=True) + eps).sqrt()).reshape(x.shape)
@@ -170,7 +180,7 @@ def test_against_float64(
 
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize("left_out", [(1,), (2,), (6,), (1, 2, 6)])
+@pytest.mark.parametrize("left_out", [(1,), (2,), (6,), (7,), (6, 7), (1, 2, 6), (1, 2, 6, 7)], ids=str)
 def test_what_may_be_left_out(body: Body, left_out: tuple[int, ...], silu: bool) -> None:
     given = arguments((2, 20, 6, 10), 4, channels_last=True)
     given[5] = silu
@@ -182,7 +192,7 @@ def test_what_may_be_left_out(body: Body, left_out: tuple[int, ...], silu: bool)
 @pytest.mark.interpreted
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("block", [1, 6])
-@pytest.mark.parametrize(("splits", "tile"), [(1, 128), (2, 64), (2, 16), (8, 32)])
+@pytest.mark.parametrize(("splits", "tile"), [(1, 128), (2, 64), (2, 16), (8, 16), (8, 32)])
 def test_triton_however_it_is_split(splits: int, tile: int, block: int, channels_last: bool) -> None:
     """117 positions: the last tile is not whole, some elements of a tile have one number less, some splits have none."""
     given = arguments((1, 60, 9, 13), 6, channels_last=channels_last)
@@ -223,7 +233,7 @@ def test_large_offset(body: Body, offset: float, channels_last: bool) -> None:
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
 def test_eps_bounds_a_group_that_hardly_varies(body: Body, eps: float) -> None:
     given = arguments((2, 12, 8, 8), 3)
-    given[0], given[4], given[6] = 1e-3 * given[0], eps, None
+    given[0], given[4], given[6], given[7] = 1e-3 * given[0], eps, None, None
     given[0][:, :4] = 0.5
     found = body(*given)
     assert_right(found, given)
@@ -255,6 +265,7 @@ def test_vectors_with_strides_and_of_other_dtypes(body: Body) -> None:
     given[1] = given[1].float().repeat_interleave(2)[::2]
     given[2] = given[2].bfloat16()
     given[6] = given[6].float().T.contiguous().T
+    given[7] = given[7].float().repeat_interleave(2)[::2]
     assert_right(body(*given), given)
 
 
@@ -310,6 +321,8 @@ def test_few_kernels_serve_all_sizes() -> None:
         ({2: torch.zeros(1, 4)}, ValueError, r"bias has shape \(1, 4\), expected \(4,\)"),
         ({6: torch.zeros(4)}, ValueError, r"shift has shape \(4,\), expected \(2, 4\)"),
         ({6: torch.zeros(2, 4, device="meta")}, ValueError, "shift is on meta, expected cpu as x"),
+        ({7: torch.zeros(2, 4)}, ValueError, r"x_bias has shape \(2, 4\), expected \(4,\)"),
+        ({7: torch.zeros(4, device="meta")}, ValueError, "x_bias is on meta, expected cpu as x"),
     ],
 )
 def test_misuse_is_refused(changed: dict[int, Any], error: type[Exception], message: str) -> None:
@@ -322,45 +335,40 @@ def test_misuse_is_refused(changed: dict[int, Any], error: type[Exception], mess
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "channels", "side", "dtype"),
+    [
+        (2, 320, 64, torch.float16),
+        (16, 960, 32, torch.float16),
+        (2, 640, 96, torch.bfloat16),
+        (2, 1920, 16, torch.float16),
+        (1, 2560, 8, torch.bfloat16),
+        (1, 1280, 12, torch.float32),
+        (1, 512, 64, torch.float32),
+        (1, 512, 128, torch.float16),
+        (1, 128, 512, torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 16])
-@pytest.mark.parametrize(("channels", "side"), UNET)
-def test_unet_on_a_gpu(channels: int, side: int, rows: int, channels_last: bool, dtype: torch.dtype) -> None:
+def test_real_sizes_on_a_gpu(channels_last: bool, rows: int, channels: int, side: int, dtype: torch.dtype) -> None:
+    """Some of each kind; benchmarks/gpu.py checks them all."""
     given = arguments((rows, channels, side, side), 32, dtype=dtype, device="cuda", channels_last=channels_last)
-    _check_on_a_gpu(given, channels_last)
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(("channels", "side"), VAE)
-def test_vae_on_a_gpu(channels: int, side: int, channels_last: bool, dtype: torch.dtype) -> None:
-    given = arguments((1, channels, side, side), 32, dtype=dtype, device="cuda", channels_last=channels_last)
-    given[6] = None
-    _check_on_a_gpu(given, channels_last)
-
-
-def _check_on_a_gpu(given: list[Any], channels_last: bool) -> None:
-    x = given[0]
     oracle = expected(given)
     assert_right(group_norm_silu(*given), given, oracle=oracle)
     assert_right(group_norm_silu_reference(*given), given, oracle=oracle)
-    rows, channels, *sides = x.shape
-    arch = launch.architecture(x.device)
-    for chosen in candidates(arch, rows, channels, 32, math.prod(sides), x.itemsize, channels_last=channels_last)[1:]:
+    arch = launch.architecture(given[0].device)
+    for chosen in candidates(arch, rows, channels, 32, side * side, dtype.itemsize, channels_last=channels_last)[1:]:
         assert_right(group_norm_silu_triton(*given, chosen=chosen), given, oracle=oracle)
 
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("shape", "groups"), SMALL)
-def test_small_on_a_gpu(shape: tuple[int, ...], groups: int, channels_last: bool, dtype: torch.dtype) -> None:
-    given = arguments(shape, groups, dtype=dtype, device="cuda", channels_last=channels_last)
-    assert_right(group_norm_silu(*given), given)
+def test_small_on_a_gpu(shape: tuple[int, ...], groups: int, channels_last: bool) -> None:
+    for dtype in DTYPES:
+        given = arguments(shape, groups, dtype=dtype, device="cuda", channels_last=channels_last)
+        assert_right(group_norm_silu(*given), given)
 
 
 @pytest.mark.gpu

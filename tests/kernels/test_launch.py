@@ -43,15 +43,26 @@ class Gpu:
 
     def __init__(self) -> None:
         self.loaded: list[tuple[bytes, str, int]] = []
+        self.dependent: list[bool] = []
         self.launches: list[tuple[tuple[int, int, int], list[int | float], int]] = []
 
     def ensure_context(self, device: int) -> None:
         assert device == 0
 
     def kernel(
-        self, driver: Any, code: bytes, symbol: str, types: Any, hidden: int, threads: int, shared: int
+        self,
+        driver: Any,
+        code: bytes,
+        symbol: str,
+        types: Any,
+        hidden: int,
+        threads: int,
+        shared: int,
+        *,
+        dependent: bool,
     ) -> SimpleNamespace:
         self.loaded.append((code, symbol, hidden))
+        self.dependent.append(dependent)
         return SimpleNamespace(launch=lambda *arguments: self.launches.append(arguments))
 
 
@@ -93,6 +104,30 @@ def test_a_cubin_is_loaded_once_and_launched_on_the_current_stream(gpu: Make) ->
         launch_advance()
     assert device.loaded == [(b"code for 89", "advance", 2)]
     assert device.launches == [((1, 1, 1), [ROWS[0].data_ptr(), ROWS[1].data_ptr(), 8], 77)] * 3
+
+
+@pytest.mark.parametrize(("arch", "dependent"), [(89, False), (90, True), (120, True)])
+def test_from_hopper_on_a_kernel_may_come_before_the_last_has_ended(
+    gpu: Make, arch: int, dependent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = gpu(arch, LDMRT_KERNELS="triton")
+    asked = []
+
+    def compile_variant(variant: Variant, arch: int) -> aot.Cubin:
+        asked.append(dict(variant.constants)["DEPENDENT"])
+        return make_cubin(arch)
+
+    monkeypatch.setattr(aot, "compile_variant", compile_variant)
+    rows = [torch.empty(8, dtype=torch.int64, device="meta") for _ in range(2)]
+    with launch.recording(arch) as variants:
+        launch.run("sampler.advance", (1,), [*rows, 8], {"BLOCK": 128}, num_warps=1)
+    assert [dict(variant.constants)["DEPENDENT"] for variant in variants] == [dependent]
+    constants = {"BLOCK": 128, "DEPENDENT": launch.dependent(arch)}
+    launch._launch(CUDA, "sampler.advance", (1,), [*ROWS, 8], constants, 1, 1, fp_fusion=True)
+    assert (asked, device.dependent) == ([dependent], [dependent])
+    monkeypatch.setenv("LDMRT_PDL", "0")
+    launch._launch(CUDA, "sampler.advance", (1,), [*ROWS, 8], constants, 1, 2, fp_fusion=True)
+    assert device.dependent[1:] == [False]
 
 
 @pytest.mark.parametrize(

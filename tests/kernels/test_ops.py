@@ -39,6 +39,11 @@ def sampler_arguments(dtype: torch.dtype, *, noise: bool) -> tuple[Any, ...]:
     )
 
 
+def last(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A picture with the channels of a pixel side by side."""
+    return normal(*shape, dtype=dtype).to(memory_format=torch.channels_last)
+
+
 CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("group_norm_silu", (normal(2, 8, 3, 5), normal(8), normal(8), 4, 1e-5, True)),
     ("group_norm_silu", (normal(2, 8, 3, 5, dtype=torch.bfloat16), None, None, 2, 1e-6, False)),
@@ -52,14 +57,29 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
             1e-5,
             True,
             normal(2, 16)[:, 8:],
+            normal(8),
         ),
     ),
+    ("add_group_norm_silu", (last(2, 8, 3, 5), last(2, 8, 3, 5), None, normal(8), normal(8), 4, 1e-5, True)),
+    # The results lie as x does, whatever the others are.
+    ("add_group_norm_silu", (last(2, 8, 3, 5), normal(2, 8, 3, 5), normal(2, 4, 3, 5), None, None, 4, 1e-5, True)),
+    ("add_group_norm_silu", (normal(2, 8, 3, 5), None, last(2, 4, 3, 5), None, None, 3, 1e-6, False, normal(8))),
+    ("add_group_norm_silu", (normal(2, 7, 8).mT, None, normal(2, 4, 7), None, None, 3, 1e-6, False)),
+    ("add_group_norm_silu", (normal(2, 8, 3, 5, dtype=torch.float16).mT, None, None, None, None, 4, 1e-5, True)),
+    ("add_upsample", (last(2, 8, 3, 5), last(2, 8, 3, 5), normal(8), 2)),
+    ("add_upsample", (normal(2, 8, 3, 5, dtype=torch.bfloat16), None, None, 1)),
     ("attention", (normal(2, 5, 16), normal(2, 7, 16), normal(2, 7, 16), 2, 0.3)),
     ("attention", (*normal(2, 5, 48, dtype=torch.float16).chunk(3, dim=-1), 4, 0.5, True)),
     ("attention", (normal(1, 5, 8), normal(1, 3, 8), normal(1, 3, 8), 1, 0.3, False, normal(5, 3))),
+    ("conv2d", (last(2, 8, 5, 7), last(6, 8, 3, 3), 2, 1)),
     ("geglu", (normal(2, 3, 10),)),
+    ("geglu", (normal(2, 3, 10, dtype=torch.float16), normal(10))),
     ("add_layer_norm", (normal(2, 3, 8), normal(2, 3, 8), normal(8), normal(8), 1e-5)),
     ("add_layer_norm", (normal(3, 2, 8).transpose(0, 1), normal(2, 3, 8), None, None, 1e-5)),
+    ("add_layer_norm", (normal(3, 2, 8).transpose(0, 1), None, normal(8), None, 1e-5, normal(8))),
+    ("add_layer_norm", (normal(2, 3, 8), None, None, None, 1e-5)),
+    ("linear_geglu", (normal(2, 3, 8), normal(10, 8), normal(10))),
+    ("linear_geglu", (normal(2, 3, 8, dtype=torch.bfloat16), normal(10, 8, dtype=torch.bfloat16))),
     ("sampler_step", sampler_arguments(torch.float32, noise=True)),
     ("sampler_step", sampler_arguments(torch.float16, noise=False)),
     ("advance", (torch.tensor([0, 3, 4]), torch.tensor([4, 4, 4]))),
@@ -101,13 +121,14 @@ def test_what_a_graph_may_call_is_what_gives_a_result() -> None:
     assert {f"ldmrt.{name}.default" for name in NAMES if operator(name)._schema.returns} == set(ops.OPERATORS)
 
 
-def block(x: Tensor, time: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def block(x: Tensor, time: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A little of everything, as a U-Net strings it together."""
-    normed = torch.ops.ldmrt.group_norm_silu(x, weight, bias, 4, 1e-5, True, time)
+    normed = torch.ops.ldmrt.group_norm_silu(x, weight, bias, 4, 1e-5, True, time, bias)
     tokens = normed.permute(0, 2, 3, 1).flatten(1, 2)
     mixed = torch.ops.ldmrt.attention(tokens, tokens, tokens, 2, 0.5)
-    total, after = torch.ops.ldmrt.add_layer_norm(mixed, tokens, weight, bias, 1e-5)
-    return total, torch.ops.ldmrt.geglu(after)
+    total, after = torch.ops.ldmrt.add_layer_norm(mixed, tokens, weight, bias, 1e-5, bias)
+    joined, _ = torch.ops.ldmrt.add_group_norm_silu(normed, x, x, None, None, 4, 1e-5, True, bias)
+    return total, torch.ops.ldmrt.geglu(after, weight), torch.ops.ldmrt.add_upsample(joined, joined, None, 2)
 
 
 def test_torch_compile_takes_it_whole() -> None:
@@ -122,7 +143,8 @@ def test_torch_compile_takes_it_whole() -> None:
         str(node.target) for graph in recorder.graphs for node in graph.graph.nodes if "ldmrt" in str(node.target)
     }
     assert {name.removesuffix(".default") for name in called} == {
-        f"ldmrt.{name}" for name in ("group_norm_silu", "attention", "add_layer_norm", "geglu")
+        f"ldmrt.{name}"
+        for name in ("group_norm_silu", "attention", "add_layer_norm", "add_group_norm_silu", "geglu", "add_upsample")
     }
 
 

@@ -242,7 +242,7 @@ def test_triton_equals_the_reference_bit_for_bit(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [*SIZES, (4, 64, 64), (4, 128, 128)])
+@pytest.mark.parametrize("size", [(1, 1, 1), (4, 17, 31), (4, 64, 64)])
 def test_gpu_equals_the_reference_bit_for_bit(dtype: torch.dtype, size: tuple[int, int, int]) -> None:
     state = make_state(size, dtype)
     on_gpu = state.to("cuda")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmrt.kernels import geglu, group_norm, launch, layer_norm, tuning
+from ldmrt.kernels import add_group_norm, geglu, group_norm, launch, layer_norm, tuning, upsample
 from ldmrt.kernels.attention import attention
 from ldmrt.kernels.configurations import ATTENTION, Problem
 from ldmrt.kernels.ops import OPERATORS
@@ -38,6 +38,15 @@ def _group_norm() -> object:
     return group_norm.group_norm_silu(empty(2, 320, 64, 64), empty(320), None, 32, 1e-5, True)
 
 
+def _add_group_norm() -> object:
+    pictures = empty(2, 640, 64, 64), empty(2, 640, 64, 64), empty(2, 320, 64, 64)
+    return add_group_norm.add_group_norm_silu(*pictures, empty(960), None, 32, 1e-5, True, empty(640))
+
+
+def _upsample() -> object:
+    return upsample.add_upsample(empty(2, 640, 32, 32), empty(2, 640, 32, 32), empty(640), 2)
+
+
 def _layer_norm() -> object:
     return layer_norm.add_layer_norm(empty(2, 4096, 320), empty(2, 4096, 320), None, None, 1e-5)
 
@@ -48,6 +57,13 @@ CASES = [
     pytest.param(
         group_norm.OPERATOR, _group_norm, group_norm.Problem(2, 320, 32, 4096, F16, False), id="group_norm_silu"
     ),
+    pytest.param(
+        add_group_norm.OPERATOR,
+        _add_group_norm,
+        add_group_norm.Problem(2, 960, 32, 4096, 640, True, F16, False),
+        id="add_group_norm_silu",
+    ),
+    pytest.param(upsample.OPERATOR, _upsample, upsample.Problem(2048, 640, 2, F16), id="add_upsample"),
     pytest.param(layer_norm.OPERATOR, _layer_norm, layer_norm.Problem(8192, 320, F16), id="add_layer_norm"),
 ]
 Operator = tuning.Operator[Any, Any]
