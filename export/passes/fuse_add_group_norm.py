@@ -6,7 +6,7 @@ In a U-Net's way down: `sum = block + residual; norm(sum)`; on its way up: `join
 from __future__ import annotations
 
 from ldmrt.export.passes.fuse_norm import OPERATOR as NORM
-from ldmrt.export.passes.pattern import Index, Pass, addends, argument, replaced
+from ldmrt.export.passes.pattern import Index, Pass, replaced, residual_sum
 from ldmrt.graph import Argument, Graph, Node, Ref
 
 OPERATOR = "ldmrt.add_group_norm_silu.default"
@@ -18,8 +18,8 @@ def fuse_add_group_norm(graph: Graph) -> Pass:
     """With every group norm of a sum, or of two pictures joined by their channels, as `ldmrt.add_group_norm_silu`.
 
     The addends must have one shape and dtype. A sum that nothing but the joint picture reads is taken in, too. A norm to which
-    something has been added already (`ldmrt.export.passes.fuse_norm`) stays as it is. Where several norms read one total, the
-    first of them is taken in.
+    something has been added already (`ldmrt.export.passes.fuse_norm`) stays as it is, and so does one whose weight or bias a
+    node makes, since they are read where the total stands. Where several norms read one total, the first of them is taken in.
     Found: group norms that read a sum or a joint picture.
     """
     index = Index(graph)
@@ -33,7 +33,7 @@ def fuse_add_group_norm(graph: Graph) -> Pass:
             continue
         found += 1
         parts = _parts(index, total)
-        if parts is None or total.name in changes:
+        if parts is None or total.name in changes or not all(map(index.is_given, norm.args[1:])):
             continue
         both = Ref(index.fresh(f"{norm.name}.both"))
         changes[total.name] = (
@@ -48,27 +48,19 @@ def fuse_add_group_norm(graph: Graph) -> Pass:
 def _parts(index: Index, total: Node) -> tuple[Ref, Ref | None, Ref | None] | None:
     """x, residual and joined, of which a total is made; None if it is made of anything else."""
     if total.op == _CAT:
-        values, dim = total.args[0], argument(total, 1, "dim", 0)
-        if len(values) != 2 or dim not in (1, 1 - len(total.shape)) or not all(_like(index, v, total) for v in values):
+        values = total.args[0]
+        # What differs in its channels alone has been joined by them.
+        if len(values) != 2 or not all(_like(index, value, total) for value in values):
             return None
         first, joined = values
         inner = index.maker(first, "aten.add.Tensor")
         if inner is not None and index.sole_reader(inner) is total:
-            pair = _sum(index, inner)
+            pair = residual_sum(index, inner)
             if pair is not None:
                 return (*pair, joined)
         return first, None, joined
-    pair = _sum(index, total)
+    pair = residual_sum(index, total)
     return None if pair is None else (*pair, None)
-
-
-def _sum(index: Index, total: Node) -> tuple[Ref, Ref] | None:
-    """The addends of a sum of two pictures of one size."""
-    pair = addends(total)
-    if pair is None or len(total.shape) < 3:
-        return None
-    alike = all(index.shape(value) == total.shape and index.dtype(value) == total.dtype for value in pair)
-    return pair if alike else None
 
 
 def _like(index: Index, value: Argument, total: Node) -> bool:

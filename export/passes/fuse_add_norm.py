@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldmrt.export.passes.pattern import Index, Pass, addends, argument, replaced
+from ldmrt.export.passes.pattern import Index, Pass, addends, argument, replaced, residual_sum
 from ldmrt.graph import Graph, Node, Ref
 
 OPERATOR = "ldmrt.add_layer_norm.default"
@@ -11,27 +11,26 @@ OPERATOR = "ldmrt.add_layer_norm.default"
 def fuse_add_norm(graph: Graph) -> Pass:
     """With every `layer_norm(x + residual)` as `ldmrt.add_layer_norm`, whose first result is the sum.
 
-    The addends must have one shape and dtype, and the norm a weight and a bias over the last dimension. Where several norms
-    read one sum, the first of them is taken in; the others read the first result.
+    The addends must have one shape and dtype, and the norm a weight and a bias over the last dimension, which no node makes
+    (they are read where the sum stands). Where several norms read one sum, the first of them is taken in; the others read the
+    first result.
     Found: sums that a layer norm reads, those of tensors of different shapes included.
     """
     index = Index(graph)
     changes: dict[str, tuple[Node, ...]] = {}
     found = 0
     for total in graph.nodes:
-        pair = addends(total)
         norms = [node for node in index.readers(total) if node.op == "aten.layer_norm.default"]
-        if pair is None or not norms:
+        if addends(total) is None or not norms:
             continue
         found += 1
-        norm = norms[0]
-        x, residual = pair
+        norm, pair = norms[0], residual_sum(index, total)
         weight, bias = argument(norm, 2, "weight"), argument(norm, 3, "bias")
-        alike = index.shape(x) == index.shape(residual) and index.dtype(x) == index.dtype(residual) == total.dtype
-        if not alike or tuple(norm.args[1]) != total.shape[-1:] or weight is None or bias is None:
+        given = all(value is not None and index.is_given(value) for value in (weight, bias))
+        if pair is None or not given or tuple(norm.args[1]) != total.shape[-1:]:
             continue
         both = index.fresh(f"{norm.name}.both")
-        args = (x, residual, weight, bias, argument(norm, 4, "eps", 1e-5))
+        args = (*pair, weight, bias, argument(norm, 4, "eps", 1e-5))
         changes[total.name] = (
             Node(both, OPERATOR, args, {}, (), total.dtype),
             total.replace(op="python.getitem", args=(Ref(both), 0), kwargs={}),

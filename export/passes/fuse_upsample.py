@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from ldmrt.export.passes.pattern import Index, Pass, addends, replaced
-from ldmrt.graph import Graph, Node, Ref, Size
+from ldmrt.export.passes.pattern import Index, Pass, argument, replaced, residual_sum
+from ldmrt.graph import Graph, Node, Ref
 from ldmrt.kernels.upsample import MAX_FACTOR
 
 OPERATOR = "ldmrt.add_upsample.default"
 
-_UPSAMPLE = ("aten.upsample_nearest2d.vec", "aten.upsample_nearest2d.default")
+_VEC = "aten.upsample_nearest2d.vec"
+_UPSAMPLE = (_VEC, "aten.upsample_nearest2d.default")
 
 
 def fuse_upsample(graph: Graph) -> Pass:
     """With every upsampling by a whole number, the same in both directions, as `ldmrt.add_upsample`.
 
-    The sum before it is taken in if nothing else reads it.
+    The sum before it is taken in if nothing else reads it and its addends have one shape and dtype.
     Found: nearest-neighbour upsamplings.
     """
     index = Index(graph)
@@ -22,22 +23,27 @@ def fuse_upsample(graph: Graph) -> Pass:
     found = [node for node in graph.nodes if node.op in _UPSAMPLE]
     for node in found:
         source: Ref = node.args[0]
-        factor = _factor(index.shape(source), node.shape)
+        factor = _factor(index, node)
         if factor is None:
             continue
         total = index.maker(source, "aten.add.Tensor")
-        pair = addends(total) if total is not None and index.sole_reader(total) is node else None
-        if pair is not None and any(index.shape(value) != index.shape(source) for value in pair):
-            pair = None
+        pair = residual_sum(index, total) if total is not None and index.sole_reader(total) is node else None
         x, residual = pair or (source, None)
         changes[node.name] = (node.replace(op=OPERATOR, args=(x, residual, None, factor), kwargs={}),)
     return Pass(replaced(graph, changes), found=len(found), fused=len(changes))
 
 
-def _factor(before: tuple[Size, ...] | None, after: tuple[Size, ...]) -> int | None:
-    """By how much both sides have grown."""
-    if before is None or len(before) != 4 or not all(isinstance(size, int) for size in (*before[2:], *after[2:])):
-        return None
-    factor: int = after[2] // before[2]  # type: ignore[operator]
-    fits = tuple(factor * size for size in before[2:]) == after[2:]  # type: ignore[operator]
-    return factor if fits and 1 <= factor <= MAX_FACTOR else None
+def _factor(index: Index, node: Node) -> int | None:
+    """By how much both sides grow, if they do by the same whole number."""
+    # A free size drops out here, and then nothing fits.
+    sizes = [size for size in (index.shape(node.args[0]) or ())[2:] if isinstance(size, int)]
+    # A scale that was given is what pixels are found by, whatever the sizes are: 3.1 makes 9 of 3 as well.
+    if node.op == _VEC:
+        scales = argument(node, 2, "scale_factors") or ()
+    else:
+        scales = argument(node, 2, "scales_h"), argument(node, 3, "scales_w")
+    for factor in range(1, MAX_FACTOR + 1):
+        grown = tuple(factor * size for size in sizes)
+        if grown == node.shape[2:] and all(scale in (None, factor) for scale in scales):
+            return factor
+    return None

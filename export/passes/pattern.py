@@ -64,6 +64,10 @@ class Index:
             return None
         return readers[0]
 
+    def is_given(self, argument: Argument) -> bool:
+        """Whether an argument is there before any node has run: an input, a weight, a constant, or no value of the graph."""
+        return self.maker(argument) is None
+
     def shape(self, argument: Argument) -> tuple[Size, ...] | None:
         """The shape of an argument; None if it is no tensor."""
         if not isinstance(argument, Ref):
@@ -110,3 +114,11 @@ def addends(node: Node) -> tuple[Ref, Ref] | None:
         return None
     first, second = node.args[:2]
     return (first, second) if isinstance(first, Ref) and isinstance(second, Ref) else None
+
+
+def residual_sum(index: Index, node: Node) -> tuple[Ref, Ref] | None:
+    """The addends of a node that adds two tensors of one shape and dtype."""
+    pair = addends(node)
+    if pair is None or any((index.shape(x), index.dtype(x)) != (node.shape, node.dtype) for x in pair):
+        return None
+    return pair

@@ -48,7 +48,7 @@ def _linear(index: Index, node: Node) -> tuple[Node, ...] | None:
         return None
     rows, channels, height, width = shape
     out = matrix[0]
-    if not all(isinstance(size, int) for size in (channels, height, width, out)):
+    if not (isinstance(channels, int) and isinstance(out, int) and isinstance(height, int) and isinstance(width, int)):
         return None
     if channels % _MULTIPLE or out % _MULTIPLE:
         return None
@@ -91,7 +91,7 @@ def _without_turns(graph: Graph) -> Graph:
                 return source
         if node.op in RESHAPES[:3]:
             before = maker(node.args[0], *RESHAPES[:3])
-            if before is not None and _shape(graph, made, before.args[0]) == node.shape:
+            if before is not None and _shape(made, before.args[0]) == node.shape:
                 first: Argument = before.args[0]
                 return first
         return None
@@ -99,7 +99,7 @@ def _without_turns(graph: Graph) -> Graph:
     return rewrite(graph, undone)
 
 
-def _shape(graph: Graph, made: dict[str, Node], value: Argument) -> tuple[Size, ...] | None:
+def _shape(made: dict[str, Node], value: Argument) -> tuple[Size, ...] | None:
     """The shape of what is read; None for an input or a weight."""
     node = made.get(value.name) if isinstance(value, Ref) else None
     return None if node is None else node.shape

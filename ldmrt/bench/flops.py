@@ -16,6 +16,9 @@ Shape = tuple[int, ...]
 _CUTS = frozenset(
     f"aten.{name}" for name in ("chunk.default", "split.Tensor", "split_with_sizes.default", "unbind.int")
 )
+# Operators that move nothing; the last two of them where elements lie in order already: in a graph that has been laid out,
+# everywhere but where its inputs come in.
+_FREE = VIEWS | {"aten.reshape.default", "aten.contiguous.default"}
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Cost:
 def costs(graph: Graph) -> list[Cost]:
     """The cost of every node of a graph whose dimensions are all fixed (`ldmrt.graph.specialize`).
 
-    What depends on weights alone costs nothing: an engine computes it once, when it is loaded. A result of several tensors is
-    counted with the nodes that take them.
+    What depends on weights alone costs nothing: an engine computes it once, when it is loaded. Nor does what may find its
+    elements in order. A result of several tensors is counted with the nodes that take them.
 
     Raises:
         BadRequest: a dimension is free.
@@ -57,7 +60,7 @@ def costs(graph: Graph) -> list[Cost]:
             static.add(node.name)
         if node.op in _CUTS:
             cuts.add(node.name)
-        if node.name in static or node.name in cuts or node.op in VIEWS:
+        if node.name in static or node.name in cuts or node.op in _FREE:
             found.append(Cost(node.op, 0, 0))
             continue
         taken = node.op == "python.getitem"
@@ -85,7 +88,7 @@ def operator_class(op: str) -> str:
         return "attention"
     if "conv" in name:
         return "convolution"
-    if name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm"):
+    if name in ("linear", "linear_geglu", "matmul", "mm", "bmm", "addmm", "baddbmm"):
         return "gemm"
     return "normalization" if "norm" in name else "other"
 
@@ -99,6 +102,8 @@ def _flops(node: Node, shape: Shape, sizes: Mapping[str, tuple[Shape, int]]) -> 
     match node.op.split(".")[1]:
         case "linear":
             return 2 * outputs * operand(1)[-1]
+        case "linear_geglu":  # of twice as many, which are halved
+            return 4 * outputs * operand(1)[-1]
         case "matmul" | "mm" | "bmm":
             return 2 * outputs * operand(0)[-1]
         case "addmm" | "baddbmm":

@@ -25,11 +25,47 @@ def group_norm_silu(
     eps: float,
     silu: bool,
     shift: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     total = x if shift is None else x + shift.reshape(*shift.shape, *[1] * (x.dim() - 2))
+    total = total if x_bias is None else total + channels(x_bias, x)
     normed = F.group_norm(total, groups, weight, bias, eps)
     # In the order that x has in memory, whatever group_norm makes of three dimensions.
     return torch.empty_like(x).copy_(F.silu(normed) if silu else normed)
+
+
+def add_group_norm_silu(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    joined: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    x_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = x if residual is None else x + residual
+    total = total if x_bias is None else total + channels(x_bias, x)
+    total = total.clone() if joined is None else torch.cat([total, joined], 1)
+    if not x.is_contiguous():
+        # Both results in x's order.
+        total = total.movedim(1, -1).contiguous().movedim(-1, 1)
+    return total, group_norm_silu(total, weight, bias, groups, eps, silu)
+
+
+def add_upsample(
+    x: torch.Tensor, residual: torch.Tensor | None, x_bias: torch.Tensor | None, factor: int
+) -> torch.Tensor:
+    total = x if residual is None else x + residual
+    total = total if x_bias is None else total + channels(x_bias, x)
+    large = total.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    return large.contiguous(memory_format=torch.channels_last)
+
+
+def channels(vector: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One number a channel, as x has its channels."""
+    return vector.reshape(-1, *[1] * (x.dim() - 2))
 
 
 def attention(
@@ -51,23 +87,41 @@ def attention(
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-def geglu(x: torch.Tensor) -> torch.Tensor:
-    value, gate = x.tensor_split(2, dim=-1)
+def geglu(x: torch.Tensor, x_bias: torch.Tensor | None = None) -> torch.Tensor:
+    value, gate = (x if x_bias is None else x + x_bias).tensor_split(2, dim=-1)
     return value * gate * 0.5 * (1 + torch.erf(gate / 2**0.5))
 
 
+def linear_geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return geglu(x @ weight.T, bias)
+
+
 def add_layer_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    x_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    total = x + residual
+    total = x.clone() if residual is None else x + residual
+    total = total if x_bias is None else total + x_bias
     return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
 
 
+def conv2d(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> torch.Tensor:
+    return F.conv2d(x, weight, None, (stride, stride), (padding, padding))
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
-    "ldmrt.group_norm_silu.default": group_norm_silu,
-    "ldmrt.attention.default": attention,
-    "ldmrt.geglu.default": geglu,
+    "ldmrt.add_group_norm_silu.default": add_group_norm_silu,
     "ldmrt.add_layer_norm.default": add_layer_norm,
+    "ldmrt.add_upsample.default": add_upsample,
+    "ldmrt.attention.default": attention,
+    "ldmrt.conv2d.default": conv2d,
+    "ldmrt.geglu.default": geglu,
+    "ldmrt.group_norm_silu.default": group_norm_silu,
+    "ldmrt.linear_geglu.default": linear_geglu,
     "python.getitem": operator.getitem,
 }
 

@@ -105,6 +105,22 @@ def test_what_is_no_residual_sum_stays(assert_same: Same, total: Node, norm: tup
     assert_same(part, result.graph)
 
 
+@pytest.mark.parametrize("position", [1, 2])
+def test_a_norm_whose_weights_come_later_than_the_sum_stays(assert_same: Same, position: int) -> None:
+    """The sum is read before they are there."""
+    part = graph(
+        SUM,
+        node("early", "neg.default", Ref("sum")),
+        node("late", "neg.default", Ref("g"), shape=(6,)),
+        node("norm", "layer_norm.default", Ref("sum"), *NORM[:position], Ref("late"), *NORM[position + 1 :]),
+        outputs=("early", "norm"),
+    )
+    result = fuse_add_norm(part)
+    assert result.graph.nodes == part.nodes
+    assert (result.found, result.fused) == (1, 0)
+    assert_same(part, result.graph)
+
+
 def test_a_norm_over_two_dimensions_stays() -> None:
     inputs = tuple(TensorSpec(name, ("rows", 5, 6), F64) for name in "xy")
     weights = {name: TensorSpec(name, (5, 6), F64) for name in "gb"}

@@ -162,6 +162,35 @@ def test_lists_of_values_do_not_cross() -> None:
     assert all("both" not in part.outputs.values() for part in (parts.context, parts.schedule))
 
 
+def test_one_of_two_results_crosses() -> None:
+    """Of an operator of the text that gives two: what the step reads of it, and not the pair."""
+    part = graph(
+        node("k", "linear.default", Ref("text"), Ref("k.weight")),
+        Node("both", "ldmrt.add_layer_norm.default", (Ref("k"), Ref("text"), None, None, 1e-5), {}, (), F32),
+        Node("total", "python.getitem", (Ref("both"), 0), {}, (ROWS, 4), F32),
+        Node("norm", "python.getitem", (Ref("both"), 1), {}, (ROWS, 4), F32),
+        node("negative", "neg.default", Ref("total")),
+        node("q", "add.Tensor", Ref("latents"), Ref("norm")),
+        node("out", "mul.Tensor", Ref("q"), Ref("negative")),
+    )
+    parts = assert_whole(part)
+    assert list(parts.context.outputs.values()) == ["norm", "negative"]
+    assert names(parts.step) == ["q", "out"]
+
+
+def test_what_weights_alone_make_stands_where_it_is_read() -> None:
+    """Such as the sum of two layers' biases, which the operator behind them adds."""
+    part = graph(
+        node("h", "add.Tensor", Ref("latents"), Ref("text")),
+        node("biases", "add.Tensor", Ref("k.weight"), Ref("t.weight"), shape=(4, 4)),
+        node("out", "linear.default", Ref("h"), Ref("biases")),
+    )
+    parts = assert_whole(part)
+    assert parts.counts == {"const": 1, "request": 0, "schedule": 0, "step": 2}
+    assert names(parts.step) == names(part)
+    assert not parts.context.outputs
+
+
 def test_schedule_may_depend_on_the_request() -> None:
     parts = assert_whole(
         graph(

@@ -29,6 +29,13 @@ TOLERANCE = 1e-10
 KINDS: dict[str, Kind] = {"latents": "step", "timesteps": "schedule", "text": "request"}
 # An example takes seconds, nearly all of them in torch.export, and shrinking takes hundreds of examples.
 SETTINGS = settings(max_examples=15, deadline=None, derandomize=True, phases=(Phase.generate,))
+# Operators that read and make pictures.
+PICTURES = (
+    "aten.conv2d.default",
+    "ldmrt.conv2d.default",
+    "ldmrt.add_group_norm_silu.default",
+    "ldmrt.add_upsample.default",
+)
 Interpret = Callable[..., dict[str, torch.Tensor]]
 Make = Callable[[], torch.nn.Module]
 
@@ -49,21 +56,32 @@ def fused(make: Make, inputs: Sequence[TensorSpec], outputs: Sequence[str]) -> F
     return fuse(clean(capture("part", built(make, "meta"), inputs, outputs)))
 
 
+def check_counts(result: Fused) -> None:
+    """All that was found is fused, but for convolutions of single pixels that have no multiple of 8 channels on both sides."""
+    shapes = [spec.shape for spec in result.graph.weights.values()]
+    pixels = [shape[:2] for shape in shapes if len(shape) == 4 and shape[2:] == (1, 1)]
+    eights = [pair for pair in pixels if all(size % 8 == 0 for size in pair if isinstance(size, int))]
+    assert result.found == {**result.fused, "pointwise": len(pixels)}
+    assert result.fused["pointwise"] == len(eights)
+
+
 def drawn(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 class Order:
-    """Sees every call of a laid out graph: convolutions channels last, and nothing copied but what comes in."""
+    """Sees every call of a laid out graph: all pictures channels last, and nothing copied but what comes in."""
 
     def __init__(self, graph: Graph) -> None:
         self.weights = graph.weights
         self.inputs: list[str] = []
 
     def __call__(self, node: Node, arguments: list[Any], value: Any) -> None:
-        if node.op == "aten.conv2d.default":
-            for tensor in (*arguments[:2], value):
-                assert tensor.is_contiguous(memory_format=torch.channels_last), node
+        if node.op in PICTURES:
+            values = value if isinstance(value, tuple) else (value,)
+            for tensor in (*arguments, *values):
+                if isinstance(tensor, torch.Tensor) and tensor.dim() == 4:
+                    assert tensor.is_contiguous(memory_format=torch.channels_last), node
         moves = node.op in ("aten.reshape.default", "aten.contiguous.default")
         if moves and node.args[0].name not in self.weights and value.data_ptr() != arguments[0].data_ptr():
             self.inputs.append(node.name)
@@ -92,7 +110,7 @@ def unets(draw: st.DrawFn) -> dict[str, Any]:
     levels = draw(st.integers(1, 2))
     groups, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     # A single channel is in both orders at once, and torch takes the other one.
-    width = math.lcm(groups, heads)
+    width = math.lcm(groups, heads) * draw(st.sampled_from([1, 8]))
     kinds = draw(st.lists(st.sampled_from(sorted(DOWN)), min_size=levels, max_size=levels))
     return {
         "sample_size": 8,
@@ -112,6 +130,14 @@ def unets(draw: st.DrawFn) -> dict[str, Any]:
 
 
 CHOSEN: dict[str, dict[str, Any]] = {
+    "SD 1, its channels multiples of 8": {
+        "block_out_channels": [8, 16],
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "down_block_types": [DOWN["cross"], DOWN["none"]],
+        "up_block_types": [UP["none"], UP["cross"]],
+        "cross_attention_dim": 5,
+    },
     "SD 2": {
         "block_out_channels": [6, 12],
         "norm_num_groups": 3,
@@ -170,7 +196,10 @@ def check_unet(interpret: Interpret, config: dict[str, Any], rows: int, tokens: 
         TensorSpec("text", ("rows", "tokens", text), F64),
     )
     result = fused(make, specs, ("model_output",))
-    assert result.found == result.fused
+    check_counts(result)
+    assert all(result.fused[name] for name in ("group_norm", "add_group_norm", "bias", "convolution"))
+    assert result.fused["linear_geglu"] == result.fused["geglu"]
+    assert result.fused["upsample"] == len(config["block_out_channels"]) - 1
     parts, module = hoist(result.graph, KINDS), built(make, "cpu")
     given: dict[str, torch.Tensor] = {
         "latents": drawn(1, rows, 4, *size),
@@ -193,9 +222,9 @@ def check_unet(interpret: Interpret, config: dict[str, Any], rows: int, tokens: 
 @st.composite
 def vaes(draw: st.DrawFn) -> dict[str, Any]:
     """Configurations of VAEs."""
-    levels, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    levels, groups, width = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 8]))
     return {
-        "block_out_channels": [groups * draw(st.integers(2, 3)) for _ in range(levels)],
+        "block_out_channels": [groups * width * draw(st.integers(2, 3)) for _ in range(levels)],
         "norm_num_groups": groups,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
@@ -207,11 +236,11 @@ def vaes(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("attention", [False, True])
-def test_chosen_vaes(interpret: Interpret, attention: bool) -> None:
+@pytest.mark.parametrize(("attention", "groups"), [(False, 3), (True, 3), (True, 8)])
+def test_chosen_vaes(interpret: Interpret, attention: bool, groups: int) -> None:
     config = {
-        "block_out_channels": [6, 9],
-        "norm_num_groups": 3,
+        "block_out_channels": [2 * groups, 3 * groups],
+        "norm_num_groups": groups,
         "down_block_types": ["DownEncoderBlock2D"] * 2,
         "up_block_types": ["UpDecoderBlock2D"] * 2,
         "latent_channels": 4,
@@ -241,7 +270,7 @@ def check_vae(interpret: Interpret, config: dict[str, Any], rows: int, size: tup
     image = TensorSpec("image", ("rows", 3, *size), F64)
     for make, spec, outputs in ((decoder, latents, ("image",)), (encoder, image, ("mean", "logvar"))):
         result = fused(make, (spec,), outputs)
-        assert result.found == result.fused
+        check_counts(result)
         assert result.fused["attention"] == config["mid_block_add_attention"]
         module, value = built(make, "cpu"), drawn(3, rows, *map(int, spec.shape[1:]))
         found = run(interpret, result.graph, {spec.name: value}, module)
@@ -277,9 +306,11 @@ def test_text_encoders(interpret: Interpret, act: str, penultimate: bool) -> Non
 
     outputs = ("hidden_states", "text_embeds") if penultimate else ("hidden_states",)
     result = fused(make, (TensorSpec("input_ids", ("rows", 9), torch.int64),), outputs)
-    # The sum of token and position embeddings is one of different shapes, and stays.
-    assert result.found == {"group_norm": 0, "geglu": 0, "attention": 3, "linear": 9, "add_layer_norm": 7}
-    assert result.fused == {"group_norm": 0, "geglu": 0, "attention": 3, "linear": 9, "add_layer_norm": 6}
+    # Three layers of two sums, each with the bias of the layer before it. That of token and position embeddings is one of different
+    # shapes, and stays.
+    expected = {"attention": 3, "linear": 9, "add_layer_norm": 6, "bias": 6}
+    assert {name: count for name, count in result.fused.items() if count} == expected
+    assert {name: count for name, count in result.found.items() if count} == {**expected, "add_layer_norm": 7}
     module = built(make, "cpu")
     ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
     positions = {name: tensor for name, tensor in module.named_buffers() if name.endswith("position_ids")}
