@@ -2,6 +2,7 @@
 # make test    a fresh machine -> the test suite (without slow, gpu, rtx and browser)
 # make check   format, lint, types
 # make builtin compiles the built-in model again
+# make sanitize  the C++ operators' tests under the address and undefined behaviour sanitizers
 # make clean   removes what the others made
 #
 # Each works in .venv, which it makes on the first call; later calls are instant unless a file named below has changed.
@@ -16,7 +17,7 @@ MARKS  ?= not slow and not gpu and not rtx and not browser
 # Python files are not listed: the install is editable, so they are used as they are.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: demo test check format-check lint types check-native format builtin clean
+.PHONY: demo test check format-check lint types check-native sanitize format builtin clean
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/ldmrt generate "a red circle on a white background" --seed 2 --out demo.png
@@ -45,6 +46,15 @@ types: $(VENV)/.stamp-lint
 # A wheel without the native library is legal (no compiler) but never what we want to test.
 check-native: $(VENV)/.stamp-test
 	@$(BIN)/python -c "from ldmrt.kernels import native; reason = native.why_not(); assert reason is None, reason"
+
+# The C++ bodies under the address and undefined behaviour sanitizers, which must be in the process before Python loads them.
+SANITIZED := $(CURDIR)/build/sanitize/libldmrt_cpu.so
+sanitize: $(VENV)/.stamp-test
+	@cmake -S . -B build/sanitize -DLDMRT_SANITIZE=ON >/dev/null && cmake --build build/sanitize --parallel >/dev/null
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 LDMRT_NATIVE=$(SANITIZED) \
+	$(BIN)/python -m pytest -q tests/kernels/test_sampler.py tests/kernels/test_group_norm.py tests/kernels/test_add_group_norm.py \
+	  tests/kernels/test_layer_norm.py tests/kernels/test_geglu.py tests/kernels/test_upsample.py -k "native or cpp or cpu"
 
 format: $(VENV)/.stamp-lint
 	$(BIN)/ruff format .

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldmrt.kernels import group_norm, launch
+from ldmrt.kernels import group_norm, launch, native
 from ldmrt.kernels.group_norm import DTYPES, MAX_ROW, Configuration, group_norm_silu_reference
 from ldmrt.kernels.tuning import Operator
 
@@ -28,8 +28,12 @@ class Problem:
     channels_last: bool
 
 
+# Numbers of a tile in a thread: so many, what is added to them or lies behind them, and their sums do not fit into its registers.
+_CROWDED = 64
+
+
 def _candidates(arch: int, problem: Problem) -> list[Configuration]:
-    return group_norm.candidates(
+    found = group_norm.candidates(
         arch,
         problem.rows,
         problem.channels,
@@ -38,6 +42,17 @@ def _candidates(arch: int, problem: Problem) -> list[Configuration]:
         problem.dtype.itemsize,
         channels_last=problem.channels_last,
     )
+    return list(dict.fromkeys(_with_room(problem, each) for each in found))
+
+
+def _with_room(problem: Problem, plan: Configuration) -> Configuration:
+    """The configuration with more warps, if its tiles, kept in registers, would not leave room. Channels that are padding need none."""
+    kept = plan.splits > 1 and plan.splits * plan.spatial >= problem.spatial
+    numbers = plan.spatial * plan.groups * (problem.channels // problem.groups)
+    read_twice = problem.residual or problem.width < problem.channels
+    if read_twice and kept and numbers >= _CROWDED * 32 * plan.num_warps:
+        return plan._replace(num_warps=min(32, 2 * plan.num_warps))
+    return plan
 
 
 OPERATOR: Operator[Problem, Configuration] = Operator(
@@ -81,6 +96,8 @@ def add_group_norm_silu(
     rest = 0 if joined is None else joined.shape[1]
     if launch.ready(x.device) and (x.shape[1] + rest) * x.shape[2:].numel() < MAX_ROW:
         return add_group_norm_silu_triton(x, residual, joined, weight, bias, groups, eps, silu, x_bias)
+    if native.serves(x):
+        return add_group_norm_silu_native(x, residual, joined, weight, bias, groups, eps, silu, x_bias)
     return add_group_norm_silu_reference(x, residual, joined, weight, bias, groups, eps, silu, x_bias)
 
 
@@ -110,6 +127,34 @@ def add_group_norm_silu_reference(
     total = total.clone() if total is x else total
     total = _in_order(total, channels_last=_is_channels_last(x))
     return total, group_norm_silu_reference(total, weight, bias, groups, eps, silu)
+
+
+def add_group_norm_silu_native(
+    x: Tensor,
+    residual: Tensor | None,
+    joined: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,  # noqa: FBT001
+    x_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`add_group_norm_silu` by kernels/cpu/group_norm.cpp."""
+    channels_last = _is_channels_last(x)
+    x = _in_order(x, channels_last=channels_last)
+    residual, joined = (
+        each if each is None else _in_order(each, channels_last=channels_last) for each in (residual, joined)
+    )
+    channels = x.shape[1] + (0 if joined is None else joined.shape[1])
+    total, result = empty(x, channels), empty(x, channels)
+    if total.numel() > 0:
+        added, spatial = native.vector(x_bias), x.shape[2:].numel()
+        order = "channels last" if channels_last else "contiguous"
+        group_norm.run_native(
+            x, residual, joined, weight, bias, added, total, result, groups, spatial, 0, eps, silu=silu, order=order
+        )
+    return total, result
 
 
 def add_group_norm_silu_triton(

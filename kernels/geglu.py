@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmrt.kernels import launch
+from ldmrt.kernels import launch, native
 from ldmrt.kernels.tuning import Operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -80,6 +80,8 @@ def geglu(x: Tensor, x_bias: Tensor | None = None) -> Tensor:
         )
     if launch.ready(x.device):
         return geglu_triton(x, x_bias)
+    if native.serves(x):
+        return geglu_native(x, x_bias)
     return geglu_reference(x, x_bias)
 
 
@@ -88,6 +90,16 @@ def geglu_reference(x: Tensor, x_bias: Tensor | None = None) -> Tensor:
     total = x.float() if x_bias is None else x.float() + x_bias.float()
     value, gate = total.chunk(2, dim=-1)
     return (value * F.gelu(gate)).to(x.dtype)
+
+
+def geglu_native(x: Tensor, x_bias: Tensor | None = None) -> Tensor:
+    """`geglu` by kernels/cpu/geglu.cpp."""
+    x, added = x.contiguous(), native.vector(x_bias)
+    width = x.shape[-1] // 2
+    result = x.new_empty((*x.shape[:-1], width))
+    if result.numel() > 0:
+        native.run("ldmrt_geglu", x, added, result, native.ELEMENTS[x.dtype], result.numel() // width, width)
+    return result
 
 
 def geglu_triton(x: Tensor, x_bias: Tensor | None = None, *, chosen: Configuration | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmrt.kernels import launch
+from ldmrt.kernels import launch, native
 from ldmrt.kernels.tuning import Operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -156,6 +156,8 @@ def group_norm_silu(
     _check(x, weight, bias, groups, shift, x_bias)
     if launch.ready(x.device) and x.shape[1:].numel() < MAX_ROW:
         return group_norm_silu_triton(x, weight, bias, groups, eps, silu, shift, x_bias)
+    if native.serves(x):
+        return group_norm_silu_native(x, weight, bias, groups, eps, silu, shift, x_bias)
     return group_norm_silu_reference(x, weight, bias, groups, eps, silu, shift, x_bias)
 
 
@@ -185,6 +187,75 @@ def group_norm_silu_reference(
     grouped = value.contiguous().view(x.shape[0], groups, -1)
     value = torch.group_norm((grouped - grouped.mean(-1, keepdim=True)).view(x.shape), groups, scale, final, eps)
     return result.copy_(F.silu(value, inplace=True) if silu else value)
+
+
+def group_norm_silu_native(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,  # noqa: FBT001
+    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
+) -> Tensor:
+    """`group_norm_silu` by kernels/cpu/group_norm.cpp."""
+    result = torch.empty_like(x)
+    if x.numel() == 0:
+        return result
+    order = layout_of(x)
+    if order is None:
+        return result.copy_(group_norm_silu_native(x.contiguous(), weight, bias, groups, eps, silu, shift, x_bias))
+    channels, spatial = x.shape[1], x.shape[2:].numel()
+    added = native.vector(x_bias)
+    if shift is not None:
+        added = native.vector(shift if added is None else shift + added)
+    stride = 0 if shift is None else channels
+    run_native(x, None, None, weight, bias, added, None, result, groups, spatial, stride, eps, silu=silu, order=order)
+    return result
+
+
+def run_native(
+    x: Tensor,
+    residual: Tensor | None,
+    joined: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    added: Tensor | None,
+    total: Tensor | None,
+    result: Tensor,
+    groups: int,
+    spatial: int,
+    stride: int,
+    eps: float,
+    *,
+    silu: bool,
+    order: str,
+) -> None:
+    """Call the C++ body. All pictures lie in the order; `added` is float32, its rows `stride` apart."""
+    scale, final = native.vector(weight), native.vector(bias)
+    rows, channels = result.shape[:2]
+    native.run(
+        "ldmrt_group_norm",
+        x,
+        residual,
+        joined,
+        scale,
+        final,
+        added,
+        total,
+        result,
+        native.ELEMENTS[x.dtype],
+        rows,
+        channels,
+        x.shape[1],
+        groups,
+        spatial,
+        stride,
+        eps,
+        silu,
+        order == "channels last",
+    )
 
 
 def group_norm_silu_triton(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmrt.kernels import launch
+from ldmrt.kernels import launch, native
 from ldmrt.kernels.tuning import Operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,6 +87,8 @@ def add_layer_norm(
     _check(x, residual, weight, bias, x_bias)
     if launch.ready(x.device) and x.shape[-1] <= MAX_WIDTH:
         return add_layer_norm_triton(x, residual, weight, bias, eps, x_bias)
+    if native.serves(x):
+        return add_layer_norm_native(x, residual, weight, bias, eps, x_bias)
     return add_layer_norm_reference(x, residual, weight, bias, eps, x_bias)
 
 
@@ -104,6 +106,25 @@ def add_layer_norm_reference(
     scale = None if weight is None else weight.float()
     shift = None if bias is None else bias.float()
     return total, F.layer_norm(total.float(), total.shape[-1:], scale, shift, eps).to(x.dtype)
+
+
+def add_layer_norm_native(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    x_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm` by kernels/cpu/layer_norm.cpp."""
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    scale, final, added = (native.vector(each) for each in (weight, bias, x_bias))
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    width = x.shape[-1]
+    if x.numel() > 0:
+        element, rows = native.ELEMENTS[x.dtype], x.numel() // width
+        native.run("ldmrt_layer_norm", x, residual, scale, final, added, total, normed, element, rows, width, eps)
+    return total, normed
 
 
 def add_layer_norm_triton(

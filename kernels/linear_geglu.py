@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmrt.kernels import launch
+from ldmrt.kernels import launch, native
 from ldmrt.kernels.geglu import geglu, geglu_reference
 from ldmrt.kernels.tuning import Operator
 
@@ -101,6 +101,8 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         choice = OPERATOR.choose(launch.architecture(x.device), problem, (x, weight, bias))
         if choice.body == "triton":
             return linear_geglu_triton(x, weight, bias, choice.tiles)
+        return geglu(F.linear(x, weight), bias)
+    if native.serves(x):
         return geglu(F.linear(x, weight), bias)
     return linear_geglu_reference(x, weight, bias)
 

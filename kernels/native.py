@@ -1,6 +1,8 @@
 """Finds and loads the native library, `libldmrt_cpu.so`, which holds the operators' C++ bodies for the CPU.
 
-The library is optional: without it each operator runs its plain-torch reference. `why_not()` says what keeps it away.
+The library is optional: without it each operator runs its plain-torch reference. `why_not()` says what keeps it away. It has most
+bodies several times, for different instruction sets, and uses the best one that the processor has; LDMRT_CPU_LEVEL names another. LDMRT_NATIVE=0 leaves the library
+alone, and a full path there loads another build of it.
 """
 
 from __future__ import annotations
@@ -11,15 +13,30 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch  # also brings the OpenMP runtime that the library then shares, with torch.set_num_threads
+from torch import Tensor
 
 FILE_NAME = "libldmrt_cpu.so"
-ABI_VERSION = 1  # ldmrt_abi_version() in kernels/cpu/dispatch.cpp
+ABI_VERSION = 2  # ldmrt_abi_version() in kernels/cpu/dispatch.cpp
 
 # The numbers of `enum class Element` in kernels/cpu/dispatch.h.
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# The instruction sets, in the order of `enum Level` in kernels/cpu/dispatch.cpp.
+LEVELS = ("baseline", "avx2", "avx512")
+LEVEL_VARIABLE = "LDMRT_CPU_LEVEL"
+
+_pointer, _int32, _int64, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+# What the bodies take, as in kernels/cpu/dispatch.cpp.
+_ARGUMENTS: dict[str, list[Any]] = {
+    "ldmrt_group_norm": [*[_pointer] * 8, _int32, *[_int64] * 6, _float, _int32, _int32],
+    "ldmrt_layer_norm": [*[_pointer] * 7, _int32, _int64, _int64, _float],
+    "ldmrt_geglu": [*[_pointer] * 3, _int32, _int64, _int64],
+    "ldmrt_upsample": [*[_pointer] * 4, _int32, *[_int64] * 5],
+}
 
 VARIABLE = "LDMRT_NATIVE"
 _ON = {"", "1", "true", "yes", "on"}
@@ -35,16 +52,30 @@ class Native(NamedTuple):
 
 def find(environ: Mapping[str, str], folder: Traversable) -> Native:
     """Load the library from `folder`, unless `environ` forbids it."""
-    value = environ.get(VARIABLE, "").strip().lower()
-    if value in _OFF:
+    value = environ.get(VARIABLE, "").strip()
+    if value.lower() in _OFF:
         return Native(None, f"{VARIABLE}={environ[VARIABLE]} switches it off")
-    if value not in _ON:
-        return Native(None, f"{VARIABLE}={environ[VARIABLE]!r} is neither 1 nor 0; unset it to use the native library")
-    resource = folder.joinpath(FILE_NAME)
-    if not resource.is_file():
-        return Native(None, f"{FILE_NAME} was not built; install ldmrt again on a machine with a C++ compiler")
-    with as_file(resource) as path:
-        return _open(str(path))
+    if Path(value).is_absolute():
+        found = _open(value)
+    elif value.lower() not in _ON:
+        return Native(
+            None,
+            f"{VARIABLE}={environ[VARIABLE]!r} is neither 1, 0 nor a full path; unset it to use the native library",
+        )
+    else:
+        resource = folder.joinpath(FILE_NAME)
+        if not resource.is_file():
+            return Native(None, f"{FILE_NAME} was not built; install ldmrt again on a machine with a C++ compiler")
+        with as_file(resource) as path:
+            found = _open(str(path))
+    level = environ.get(LEVEL_VARIABLE, "").strip().lower()
+    if found.library is None or not level:
+        return found
+    if level not in LEVELS:
+        return Native(None, f"{LEVEL_VARIABLE}={environ[LEVEL_VARIABLE]!r} is none of {', '.join(LEVELS)}")
+    if not found.library.ldmrt_use_level(LEVELS.index(level)):
+        return Native(None, f"{LEVEL_VARIABLE}={level} asks for instructions that this processor has not; unset it")
+    return found
 
 
 def _open(path: str) -> Native:
@@ -66,6 +97,33 @@ def _native() -> Native:
 def library() -> ctypes.CDLL | None:
     """The loaded library, or None. Looked for once in a process."""
     return _native().library
+
+
+def serves(x: Tensor) -> bool:
+    """Whether a body of the library can compute on a tensor: it is on the CPU, of a dtype that the library knows."""
+    return x.device.type == "cpu" and x.dtype in ELEMENTS and library() is not None
+
+
+def run(name: str, *arguments: Tensor | float | None) -> None:
+    """Call a body. Nothing is checked here: tensors must lie as the body takes them, and on the CPU.
+
+    Args:
+        name: the symbol.
+        arguments: tensors, as pointers; None for a null pointer; numbers.
+    """
+    _function(name)(*(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments))
+
+
+@cache
+def _function(name: str) -> Any:
+    function = getattr(library(), name)
+    function.restype, function.argtypes = None, _ARGUMENTS[name]
+    return function
+
+
+def vector(values: Tensor | None) -> Tensor | None:
+    """A vector in float32, side by side in memory, as the bodies take weights and biases."""
+    return None if values is None else values.float().contiguous()
 
 
 def available() -> bool:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldmrt.kernels import launch
+from ldmrt.kernels import launch, native
 from ldmrt.kernels.tuning import Operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,6 +71,8 @@ def add_upsample(x: Tensor, residual: Tensor | None, x_bias: Tensor | None, fact
     _check(x, residual, x_bias, factor)
     if launch.ready(x.device):
         return add_upsample_triton(x, residual, x_bias, factor)
+    if native.serves(x):
+        return add_upsample_native(x, residual, x_bias, factor)
     return add_upsample_reference(x, residual, x_bias, factor)
 
 
@@ -88,6 +90,18 @@ def add_upsample_reference(x: Tensor, residual: Tensor | None, x_bias: Tensor | 
     rows, channels, height, width = x.shape
     squares = result.movedim(1, -1).view(rows, height, factor, width, factor, channels)
     squares.copy_(total.movedim(1, -1)[:, :, None, :, None])
+    return result
+
+
+def add_upsample_native(x: Tensor, residual: Tensor | None, x_bias: Tensor | None, factor: int) -> Tensor:
+    """`add_upsample` by kernels/cpu/upsample.cpp."""
+    result = _empty(x, factor)
+    x = x.contiguous(memory_format=torch.channels_last)
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    rows, channels, height, width = x.shape
+    if result.numel() > 0:
+        sizes = (rows, height, width, channels, factor)
+        native.run("ldmrt_upsample", x, residual, native.vector(x_bias), result, native.ELEMENTS[x.dtype], *sizes)
     return result
 
 

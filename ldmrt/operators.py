@@ -36,7 +36,15 @@ upsample_bilinear2d.vec view.default view_as.default where.self where.ScalarOthe
 # Operators that make tensors of nothing: they must be told where.
 CREATING: frozenset[str] = frozenset(
     f"aten.{name}"
-    for name in "arange.default arange.start arange.start_step full.default ones.default scalar_tensor.default zeros.default".split()
+    for name in [
+        "arange.default",
+        "arange.start",
+        "arange.start_step",
+        "full.default",
+        "ones.default",
+        "scalar_tensor.default",
+        "zeros.default",
+    ]
 )
 
 # Our own fused operators; ldmrt.kernels.ops has the functions.

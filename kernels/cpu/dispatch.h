@@ -1,7 +1,12 @@
 // What the operators share: element types and their conversions, the export macro, the threading threshold.
+//
+// Most files are compiled once for each instruction set, with LDMRT_LEVEL naming it. What is inline stands in a namespace of that
+// name: else the linker would keep one of the copies for all, and it might be that of a set which the processor has not. For the
+// same reason those files use no templates of the standard library that could be left un-inlined.
 #pragma once
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -14,6 +19,10 @@ enum class Element : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Fewer elements than this are not worth waking the other threads for.
 constexpr std::int64_t kParallelElements = std::int64_t{1} << 17;
+// The same for operators that do more with each, as norms and activations do.
+constexpr std::int64_t kParallelWork = std::int64_t{1} << 14;
+
+inline namespace LDMRT_LEVEL {
 
 inline std::uint32_t bits_of(float value) {
   std::uint32_t bits;
@@ -78,4 +87,21 @@ struct Float16 {
   }
 };
 
+// Memory for a thread's working values.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(std::int64_t count) : data_(new T[static_cast<std::size_t>(count)]) {}
+  ~Buffer() { delete[] data_; }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() { return data_; }
+
+ private:
+  T* data_;
+};
+
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+}  // namespace LDMRT_LEVEL
 }  // namespace ldmrt

@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmrt.kernels import launch
+from ldmrt.kernels import launch, native
 from ldmrt.kernels.add_group_norm import (
     OPERATOR,
     Problem,
     add_group_norm_silu,
+    add_group_norm_silu_native,
     add_group_norm_silu_reference,
     add_group_norm_silu_triton,
 )
 from ldmrt.kernels.group_norm import Configuration, group_norm_silu
+from tests.kernels.levels import at_levels
 from tests.kernels.oracle import DTYPES, HALF_UNIT, assert_rounded, assert_rounded_once
 
 Body = Callable[..., tuple[Tensor, Tensor]]
@@ -93,6 +95,7 @@ BODIES = [
     pytest.param(fused, id="fused", marks=pytest.mark.interpreted),
     pytest.param(whole, id="whole", marks=pytest.mark.interpreted),
     pytest.param(looped, id="looped", marks=pytest.mark.interpreted),
+    *at_levels(add_group_norm_silu_native),
 ]
 
 
@@ -348,9 +351,10 @@ def test_reference_at_full_size(width: int, rest: int, side: int) -> None:
     assert_right(add_group_norm_silu_reference(*given), given)
 
 
-def test_the_operator_is_the_reference_on_a_cpu() -> None:
+def test_the_operator_on_a_cpu() -> None:
+    body = add_group_norm_silu_native if native.available() else add_group_norm_silu_reference
     given = arguments((2, 14, 4, 6), 10, 3, dtype=torch.bfloat16)
-    for found, expected in zip(add_group_norm_silu(*given), add_group_norm_silu_reference(*given), strict=True):
+    for found, expected in zip(add_group_norm_silu(*given), body(*given), strict=True):
         assert torch.equal(found, expected)
     empty, behind = torch.empty(0, 4, 3), torch.empty(0, 2, 3)
     results = add_group_norm_silu(empty, empty, behind, None, None, 2, EPS, False)

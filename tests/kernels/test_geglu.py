@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmrt.kernels import launch
-from ldmrt.kernels.geglu import candidates, geglu, geglu_reference, geglu_triton
+from ldmrt.kernels import launch, native
+from ldmrt.kernels.geglu import candidates, geglu, geglu_native, geglu_reference, geglu_triton
+from tests.kernels.levels import at_levels
 from tests.kernels.oracle import DTYPES, HALF_UNIT, assert_rounded
 
 Body = Callable[..., Tensor]
@@ -24,6 +25,7 @@ REAL_SHAPES = [(2, 4096, 2 * 1280), (16, 256, 2 * 5120), (1, 1024, 2 * 2560)]
 BODIES = [
     pytest.param(geglu_reference, id="reference"),
     pytest.param(geglu_triton, id="triton", marks=pytest.mark.interpreted),
+    *at_levels(geglu_native),
 ]
 
 
@@ -87,10 +89,11 @@ def test_the_bias_is_added_in_float32(body: Body) -> None:
     assert ((rounded - geglu_reference(x.float(), x_bias)).abs() > 0.05).float().mean() > 0.2
 
 
-def test_the_operator_is_the_reference_on_a_cpu() -> None:
+def test_the_operator_on_a_cpu() -> None:
+    body = geglu_native if native.available() else geglu_reference
     x, x_bias = random(1, 64, 2 * 1280, dtype=torch.bfloat16), random(2 * 1280, dtype=torch.bfloat16, seed=1)
-    assert torch.equal(geglu(x), geglu_reference(x))
-    assert torch.equal(geglu(x, x_bias), geglu_reference(x, x_bias))
+    assert torch.equal(geglu(x), body(x))
+    assert torch.equal(geglu(x, x_bias), body(x, x_bias))
 
 
 @pytest.mark.interpreted

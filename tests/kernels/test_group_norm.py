@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmrt.kernels import launch
+from ldmrt.kernels import launch, native
 from ldmrt.kernels.group_norm import (
     Configuration,
     candidates,
     group_norm_silu,
+    group_norm_silu_native,
     group_norm_silu_reference,
     group_norm_silu_triton,
 )
+from tests.kernels.levels import at_levels
 from tests.kernels.oracle import DTYPES, assert_rounded
 
 Body = Callable[..., Tensor]
@@ -89,6 +91,7 @@ BODIES = [
     pytest.param(fused, id="fused", marks=pytest.mark.interpreted),
     pytest.param(whole, id="whole", marks=pytest.mark.interpreted),
     pytest.param(looped, id="looped", marks=pytest.mark.interpreted),
+    *at_levels(group_norm_silu_native),
 ]
 
 
@@ -276,9 +279,10 @@ def test_reference_at_full_size(channels: int, side: int, channels_last: bool) -
     assert_right(group_norm_silu_reference(*given), given)
 
 
-def test_the_operator_is_the_reference_on_a_cpu() -> None:
+def test_the_operator_on_a_cpu() -> None:
+    body = group_norm_silu_native if native.available() else group_norm_silu_reference
     given = arguments((2, 12, 6, 10), 3, dtype=torch.bfloat16)
-    assert torch.equal(group_norm_silu(*given), group_norm_silu_reference(*given))
+    assert torch.equal(group_norm_silu(*given), body(*given))
     assert group_norm_silu(torch.empty(0, 4, 3), None, None, 2, EPS, False).shape == (0, 4, 3)
 
 

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmrt.kernels import launch
+from ldmrt.kernels import launch, native
 from ldmrt.kernels.layer_norm import (
     add_layer_norm,
+    add_layer_norm_native,
     add_layer_norm_reference,
     add_layer_norm_triton,
     candidates,
 )
+from tests.kernels.levels import at_levels
 from tests.kernels.oracle import DTYPES, HALF_UNIT, assert_rounded, assert_rounded_once
 
 Body = Callable[..., tuple[Tensor, Tensor]]
@@ -23,6 +25,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 BODIES = [
     pytest.param(add_layer_norm_reference, id="reference"),
     pytest.param(add_layer_norm_triton, id="triton", marks=pytest.mark.interpreted),
+    *at_levels(add_layer_norm_native),
 ]
 
 SHAPES = [(1, 1), (3, 2), (2, 5, 37), (7, 320), (2, 1, 64), (5, 768), (1, 1280)]
@@ -164,9 +167,10 @@ def test_every_candidate_is_right() -> None:
         assert_right(add_layer_norm_triton(*given, chosen=chosen), given)
 
 
-def test_the_operator_is_the_reference_on_a_cpu() -> None:
+def test_the_operator_on_a_cpu() -> None:
+    body = add_layer_norm_native if native.available() else add_layer_norm_reference
     given = arguments((2, 3, 10), torch.bfloat16)
-    for found, expected in zip(add_layer_norm(*given), add_layer_norm_reference(*given), strict=True):
+    for found, expected in zip(add_layer_norm(*given), body(*given), strict=True):
         assert torch.equal(found, expected)
     empty = torch.empty(0, 4)
     assert [result.shape for result in add_layer_norm(empty, empty, None, None, EPS)] == [(0, 4), (0, 4)]

@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,39 @@ def test_garbage_in_the_variable_is_quoted(tmp_path: Path) -> None:
     assert library is None
     assert why_not is not None
     assert "'maybe'" in why_not
+
+
+@pytest.mark.parametrize("level", native.LEVELS)
+def test_an_instruction_set_is_chosen_or_the_reason_is_named(level: str) -> None:
+    library = native.library()
+    if library is None:
+        pytest.skip(str(native.why_not()))
+    highest = int(library.ldmrt_highest_level())
+    try:
+        found, why_not = native.find({"LDMRT_CPU_LEVEL": f" {level.upper()} "}, files("ldmrt.kernels"))
+        if native.LEVELS.index(level) <= highest:
+            assert (found is not None, why_not) == (True, None)
+        else:
+            assert found is None
+            assert why_not is not None
+            assert f"LDMRT_CPU_LEVEL={level} asks for instructions that this processor has not" in why_not
+    finally:
+        assert library.ldmrt_use_level(highest)
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    if not native.available():
+        pytest.skip(str(native.why_not()))
+    found, why_not = native.find({"LDMRT_CPU_LEVEL": "sse9"}, files("ldmrt.kernels"))
+    assert found is None
+    assert why_not == "LDMRT_CPU_LEVEL='sse9' is none of baseline, avx2, avx512"
+
+
+def test_another_build_is_loaded_by_its_full_path(tmp_path: Path) -> None:
+    found, why_not = native.find({"LDMRT_NATIVE": str(tmp_path / "mine.so")}, tmp_path)
+    assert found is None
+    assert why_not is not None
+    assert "mine.so cannot be loaded" in why_not
 
 
 def test_damaged_library_is_a_reason_not_a_crash(tmp_path: Path) -> None:

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmrt.kernels import launch
+from ldmrt.kernels import launch, native
 from ldmrt.kernels.upsample import (
     MAX_FACTOR,
     OPERATOR,
     Configuration,
     Problem,
     add_upsample,
+    add_upsample_native,
     add_upsample_reference,
     add_upsample_triton,
     candidates,
 )
+from tests.kernels.levels import at_levels
 from tests.kernels.oracle import DTYPES, HALF_UNIT, assert_rounded, assert_rounded_once
 
 Body = Callable[..., Tensor]
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 BODIES = [
     pytest.param(add_upsample_reference, id="reference"),
     pytest.param(add_upsample_triton, id="triton", marks=pytest.mark.interpreted),
+    *at_levels(add_upsample_native),
 ]
 
 # One element; odd sides; channels with a remainder; one line; one column; five blocks of 64 channels; three rows of pictures.
@@ -190,9 +193,10 @@ def test_every_candidate_can_be_launched(channels: int, dtype: torch.dtype) -> N
                 assert channels < 64 or channels % 64 != 0 or channels % plan.columns == 0
 
 
-def test_the_operator_is_the_reference_on_a_cpu() -> None:
+def test_the_operator_on_a_cpu() -> None:
+    body = add_upsample_native if native.available() else add_upsample_reference
     given = arguments((2, 12, 6, 5), 2, torch.bfloat16)
-    assert torch.equal(add_upsample(*given), add_upsample_reference(*given))
+    assert torch.equal(add_upsample(*given), body(*given))
     assert add_upsample(torch.empty(0, 4, 3, 5), None, None, 2).shape == (0, 4, 6, 10)
 
 
