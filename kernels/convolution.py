@@ -109,7 +109,7 @@ def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
             launch.architecture(x.device), _problem(x, weight, stride), (x, weight, stride, padding)
         )
         if choice.body == "triton":
-            return conv2d_triton(x, weight, stride, padding, choice.tiles)
+            return conv2d_triton(x, weight, stride, padding, tiles=choice.tiles)
     return conv2d_reference(x, weight, stride, padding)
 
 
@@ -118,7 +118,7 @@ def conv2d_reference(x: Tensor, weight: Tensor, stride: int, padding: int) -> Te
     return F.conv2d(x, weight, None, stride, padding)
 
 
-def conv2d_triton(x: Tensor, weight: Tensor, stride: int, padding: int, tiles: Tiles) -> Tensor:
+def conv2d_triton(x: Tensor, weight: Tensor, stride: int, padding: int, *, tiles: Tiles) -> Tensor:
     """`conv2d` by kernels/gpu/convolution.py; the tiles must divide the channels on both sides."""
     x, weight = (each.contiguous(memory_format=torch.channels_last) for each in (x, weight))
     (rows, channels, height, width), (out, _, side, _) = x.shape, weight.shape

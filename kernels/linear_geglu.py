@@ -100,7 +100,7 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         problem = _problem(x, weight)
         choice = OPERATOR.choose(launch.architecture(x.device), problem, (x, weight, bias))
         if choice.body == "triton":
-            return linear_geglu_triton(x, weight, bias, choice.tiles)
+            return linear_geglu_triton(x, weight, bias, tiles=choice.tiles)
         return geglu(F.linear(x, weight), bias)
     if native.serves(x):
         return geglu(F.linear(x, weight), bias)
@@ -112,7 +112,7 @@ def linear_geglu_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None
     return geglu_reference(F.linear(x, weight, None if bias is None else bias.to(x.dtype)))
 
 
-def linear_geglu_triton(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles) -> Tensor:
+def linear_geglu_triton(x: Tensor, weight: Tensor, bias: Tensor | None, *, tiles: Tiles) -> Tensor:
     """`linear_geglu` by kernels/gpu/linear_geglu.py; the tiles must divide the widths."""
     x, weight = x.contiguous(), weight.contiguous()
     problem = _problem(x, weight)

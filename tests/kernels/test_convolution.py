@@ -61,7 +61,7 @@ def assert_right(found: Tensor, given: list[Any]) -> None:
 def test_triton_against_float64(shape: tuple[int, ...], out: int, side: int, stride: int, splits: int) -> None:
     """Borders on all sides, blocks of pixels that are not whole, and terms that the splits do not share evenly."""
     given = arguments(shape, out, side, stride, torch.float32)
-    found = conv2d_triton(*given, Tiles(16, 32, 16, splits, 4, 2))
+    found = conv2d_triton(*given, tiles=Tiles(16, 32, 16, splits, 4, 2))
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert_right(found, given)
 
@@ -71,17 +71,17 @@ def test_triton_against_float64(shape: tuple[int, ...], out: int, side: int, str
 @pytest.mark.parametrize("splits", [1, 5])
 def test_triton_in_half_precisions(splits: int, dtype: torch.dtype) -> None:
     given = arguments((2, 32, 7, 5), 32, 3, 1, dtype)
-    assert_right(conv2d_triton(*given, Tiles(32, 16, 32, splits, 4, 2)), given)
+    assert_right(conv2d_triton(*given, tiles=Tiles(32, 16, 32, splits, 4, 2)), given)
 
 
 @pytest.mark.interpreted
 def test_triton_with_other_layouts_and_nan() -> None:
     x, weight, stride, padding = arguments((2, 32, 7, 5), 32, 3, 1, torch.float32)
     tiles = Tiles(16, 32, 16, 2, 4, 2)
-    expected = conv2d_triton(x, weight, stride, padding, tiles)
-    assert torch.equal(conv2d_triton(x.contiguous(), weight.contiguous(), stride, padding, tiles), expected)
+    expected = conv2d_triton(x, weight, stride, padding, tiles=tiles)
+    assert torch.equal(conv2d_triton(x.contiguous(), weight.contiguous(), stride, padding, tiles=tiles), expected)
     x[0, 3, 0, 0] = torch.nan
-    found = conv2d_triton(x, weight, stride, padding, tiles)
+    found = conv2d_triton(x, weight, stride, padding, tiles=tiles)
     assert found[0, :, :2, :2].isnan().all()
     found[0, :, :2, :2] = expected[0, :, :2, :2]
     assert torch.equal(found, expected)
@@ -155,4 +155,4 @@ def test_on_a_gpu_against_float64(shape: tuple[int, ...], out: int, stride: int,
         launch.architecture(given[0].device), Problem(rows, channels, out, height, width, 3, stride, dtype)
     ):
         if choice.body == "triton":
-            assert_right(conv2d_triton(*given, choice.tiles), given)
+            assert_right(conv2d_triton(*given, tiles=choice.tiles), given)

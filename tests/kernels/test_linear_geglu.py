@@ -46,7 +46,8 @@ def assert_right(found: Tensor, given: list[Any], *, rounded_product: bool) -> N
     """Within what float32 sums lose, 2^-24 of the sum of magnitudes for each term; and, if the product was rounded to the dtype
     before the gate, a rounding of each half.
     """
-    x, weight, bias = (None if value is None else value.double() for value in given)
+    exact: list[Any] = [None if value is None else value.double() for value in given]
+    x, weight, bias = exact
     product, magnitude = x @ weight.T, x.abs() @ weight.abs().T
     total = product if bias is None else product + bias
     error = (x.shape[-1] + 8) * HALF_UNIT[torch.float32] * magnitude
@@ -70,7 +71,7 @@ def assert_right(found: Tensor, given: list[Any], *, rounded_product: bool) -> N
 @pytest.mark.parametrize(("shape", "width"), SHAPES)
 def test_triton_against_float64(shape: tuple[int, ...], width: int, dtype: torch.dtype) -> None:
     given = arguments(shape, width, dtype)
-    found = linear_geglu_triton(*given, TILES)
+    found = linear_geglu_triton(*given, tiles=TILES)
     assert found.shape == (*shape[:-1], width)
     assert_right(found, given, rounded_product=False)
 
@@ -80,15 +81,15 @@ def test_triton_without_a_bias_and_with_one_of_another_dtype() -> None:
     x, weight, bias = arguments((2, 25, 64), 32, torch.float16)
     for other in (None, bias.float(), bias.repeat_interleave(2)[::2]):
         given = [x, weight, other]
-        assert_right(linear_geglu_triton(*given, TILES), given, rounded_product=False)
+        assert_right(linear_geglu_triton(*given, tiles=TILES), given, rounded_product=False)
 
 
 @pytest.mark.interpreted
 def test_nan_and_infinity_stay_in_their_row() -> None:
     given = arguments((64, 32), 32, torch.float32)
-    before = linear_geglu_triton(*given, TILES)
+    before = linear_geglu_triton(*given, tiles=TILES)
     given[0][3, 5], given[0][40, 0] = torch.nan, torch.inf
-    found = linear_geglu_triton(*given, TILES)
+    found = linear_geglu_triton(*given, tiles=TILES)
     touched = torch.zeros(64, dtype=torch.bool)
     touched[[3, 40]] = True
     assert found[3].isnan().all()
@@ -162,4 +163,4 @@ def test_on_a_gpu_against_float64(shape: tuple[int, ...], width: int, dtype: tor
     assert_right(linear_geglu(*given), given, rounded_product=True)
     for choice in candidates(launch.architecture(given[0].device), problem):
         if choice.body == "triton":
-            assert_right(linear_geglu_triton(*given, choice.tiles), given, rounded_product=False)
+            assert_right(linear_geglu_triton(*given, tiles=choice.tiles), given, rounded_product=False)
