@@ -59,6 +59,7 @@ STAGES = {
     "probe": Stage(("probe",), 5, 60),
     "compile": Stage(("compile",), 60, 240),
     "correctness": Stage(tuple(f"correctness.{name}" for name in OPERATORS), 10, 100),
+    "candidates": Stage(tuple(f"candidates.{name}" for name in MODELS), 20, 120),
     "tune": Stage(tuple(f"tune.{name}" for name in MODELS), 30, 120),
     "kernels": Stage(tuple(f"kernels.{name}" for name in OPERATORS), 10, 60),
     "sd15": Stage(("sd15",), 30, 150),
@@ -139,7 +140,7 @@ def work(args: argparse.Namespace, units: Sequence[str]) -> int:
 
 def _functions() -> dict[str, Callable[[Any, str], None]]:
     """What runs each unit."""
-    from gpu_suite import ahead, breakdown, floors, kernel_stages, networks, peers, probe, tuning_stage
+    from gpu_suite import ahead, breakdown, candidates, floors, kernel_stages, networks, peers, probe, tuning_stage
 
     found: dict[str, Callable[[Any, str], None]] = {
         "probe": probe.probe,
@@ -151,6 +152,7 @@ def _functions() -> dict[str, Callable[[Any, str], None]]:
         found[f"kernels.{name}"] = partial(kernel_stages.time_operator, name=name)
     for name in MODELS:
         found[name] = partial(networks.denoise, name=name)
+        found[f"candidates.{name}"] = partial(candidates.check_candidates, name=name)
         found[f"tune.{name}"] = partial(tuning_stage.tune_model, name=name)
         found[f"decode.{name}"] = partial(networks.decode, name=name)
         found[f"breakdown.{name}"] = partial(breakdown.breakdown, name=name)
@@ -298,7 +300,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, with what it leaves out filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--stages", default=",".join(STAGES), help="in the order in which they are to run; decode.sdxl is a part of one"
+        "--stages",
+        default=",".join(name for name in STAGES if name != "candidates"),
+        help="in the order in which they are to run; decode.sdxl is a part of one",
     )
     parser.add_argument("--out", type=Path, default=None, help="folder of the results; default benchmarks/results/gpu")
     parser.add_argument("--budget-seconds", type=float, default=520.0)

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmrt.kernels.add_group_norm import add_group_norm_silu, empty
-from ldmrt.kernels.attention import attention
-from ldmrt.kernels.convolution import conv2d
-from ldmrt.kernels.geglu import geglu
-from ldmrt.kernels.group_norm import group_norm_silu
-from ldmrt.kernels.layer_norm import add_layer_norm
-from ldmrt.kernels.linear_geglu import linear_geglu
+from ldmrt.kernels.add_group_norm import add_group_norm_silu, add_group_norm_silu_reference, empty
+from ldmrt.kernels.attention import attention, attention_reference
+from ldmrt.kernels.convolution import conv2d, conv2d_reference
+from ldmrt.kernels.geglu import geglu, geglu_reference
+from ldmrt.kernels.group_norm import group_norm_silu, group_norm_silu_reference
+from ldmrt.kernels.layer_norm import add_layer_norm, add_layer_norm_reference
+from ldmrt.kernels.linear_geglu import linear_geglu, linear_geglu_reference
 from ldmrt.kernels.sampler import advance, sampler_step
-from ldmrt.kernels.upsample import add_upsample
+from ldmrt.kernels.upsample import add_upsample, add_upsample_reference
 
 # By their names in a graph.
 OPERATORS: dict[str, Callable[..., Any]] = {
@@ -32,6 +32,18 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "ldmrt.geglu.default": geglu,
     "ldmrt.group_norm_silu.default": group_norm_silu,
     "ldmrt.linear_geglu.default": linear_geglu,
+}
+
+# The same in plain torch, by the operators' names.
+REFERENCES: dict[str, Callable[..., Any]] = {
+    "add_group_norm_silu": add_group_norm_silu_reference,
+    "add_layer_norm": add_layer_norm_reference,
+    "add_upsample": add_upsample_reference,
+    "attention": attention_reference,
+    "conv2d": conv2d_reference,
+    "geglu": geglu_reference,
+    "group_norm_silu": group_norm_silu_reference,
+    "linear_geglu": linear_geglu_reference,
 }
 
 # A letter and an exclamation mark stand for what is written to.

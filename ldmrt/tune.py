@@ -250,8 +250,6 @@ def measure(
 class Stopwatch:
     """Times calls on a GPU as they run in a pipeline: in a CUDA graph, without the time that launches take.
 
-    Not yet run on a GPU.
-
     Args:
         device: the GPU.
 

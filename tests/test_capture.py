@@ -17,6 +17,7 @@ from ldmrt.bundle import Bundle
 from ldmrt.decoding import Decoding
 from ldmrt.denoise import Denoiser
 from ldmrt.errors import EngineMismatch
+from ldmrt.kernels import native
 from ldmrt.kernels.sampler import sampler_step_reference
 from ldmrt.loader import EngineLoader
 from ldmrt.parameters import Parameters
@@ -32,6 +33,7 @@ TOKENS, WIDTH = 77, 32
 def _operators_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recorder sees torch's operators, not the native library's."""
     monkeypatch.setattr(ldmrt.slots, "sampler_step", sampler_step_reference)
+    monkeypatch.setattr(native, "serves", lambda x: False)
 
 
 @pytest.fixture

@@ -18,14 +18,14 @@ if str(BENCHMARKS) not in sys.path:
     sys.path.append(str(BENCHMARKS))
 
 import gpu  # noqa: E402
-from gpu_suite import breakdown, kernel_stages, table  # noqa: E402
+from gpu_suite import ahead, breakdown, candidates, kernel_stages, table  # noqa: E402
 from gpu_suite.models import Model  # noqa: E402
 from gpu_suite.operator import Operator  # noqa: E402
 from gpu_suite.operators import OPERATORS  # noqa: E402
 from gpu_suite.results import Results  # noqa: E402
 from gpu_suite.session import Rates, Session  # noqa: E402
-from ldmrt import choices  # noqa: E402
-from ldmrt.kernels import launch  # noqa: E402
+from ldmrt import choices, tune  # noqa: E402
+from ldmrt.kernels import launch, ops  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -150,6 +150,28 @@ def test_sizes_of_all_names_are_calls_of_the_operator(name: str) -> None:
             tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
             assert flops >= 0 < nbytes <= 8 * sum(tensor.nbytes for tensor in tensors)
     assert variants
+
+
+def test_a_wrong_candidate_is_noticed(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU every candidate is the same body, on arguments of the forms that the graphs have."""
+    graphs = ahead.graphs_of(session.model("sd15"))
+    calls = [call for counter in tune.collect(graphs, 90).values() for call in counter]
+    for operator in {call.operator for call in calls}:
+        figures: dict[str, Any] = {}
+        chosen = [call for call in calls if call.operator == operator]
+        candidates._check(chosen, 90, session, figures)
+        assert (figures["right"], figures["wrong"]) == (True, []), operator
+        assert figures["candidates"] >= len(chosen)
+
+        def off(*arguments: Any, body: Any = ops.OPERATORS[f"ldmrt.{operator}.default"]) -> Any:
+            made = body(*arguments)
+            return (made[0], made[1] * 1.001) if isinstance(made, tuple) else made * 1.001
+
+        with monkeypatch.context() as patch:
+            patch.setitem(ops.OPERATORS, f"ldmrt.{operator}.default", off)
+            candidates._check(chosen, 90, session, figures)
+        assert not figures["right"]
+        assert len(figures["wrong"]) == figures["candidates"]
 
 
 def test_a_part_that_raises_leaves_its_traceback_and_the_others_run(session: Session) -> None:
