@@ -92,7 +92,7 @@ def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
 
     Args:
         x: (N, C, H, W), any float dtype. Fast if channels last, and the weight too.
-        weight: (O, C, S, S) of x's dtype.
+        weight: (O, C, S, S) of x's dtype; or what `arranged_weight` made of it.
         stride: of the filter, in both directions.
         padding: zeros on every side.
 
@@ -104,6 +104,8 @@ def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
         TypeError: weight is not of x's dtype.
     """
     _check(x, weight, stride, padding)
+    if weight.is_mkldnn:
+        return _conv2d_arranged(x, weight, stride, padding)
     if launch.ready(x.device) and padding == weight.shape[2] // 2 and x.numel() > 0:
         choice = OPERATOR.choose(
             launch.architecture(x.device), _problem(x, weight, stride), (x, weight, stride, padding)
@@ -116,6 +118,34 @@ def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
 def conv2d_reference(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """`conv2d` by torch, which on a GPU is cuDNN's."""
     return F.conv2d(x, weight, None, stride, padding)
+
+
+def arranged_weight(weight: Tensor, stride: int, padding: int) -> Tensor:
+    """Weights in the order in which oneDNN's convolution reads them, which else it makes anew at every call.
+
+    An opaque tensor that only `conv2d` of that stride and padding can read; `copy_` from another one changes it in place. Weights
+    that are not on a CPU, or of a dtype that oneDNN does not take there, come back as they are.
+    """
+    if weight.device.type != "cpu" or not _takes(weight.dtype):
+        return weight
+    sides = [stride] * 2, [1] * 2
+    made: Tensor = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), [padding] * 2, *sides, 1)
+    return made
+
+
+def _takes(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+def _conv2d_arranged(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)
+    sides = [padding] * 2, [stride] * 2, [1] * 2
+    result: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, None, *sides, 1, "none", [], "")
+    return result
 
 
 def conv2d_triton(x: Tensor, weight: Tensor, stride: int, padding: int, *, tiles: Tiles) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ldmrt.engines.torch
 import ldmrt.slots
 from ldmrt.bundle import Bundle
 from ldmrt.decoding import Decoding
@@ -34,6 +35,8 @@ def _operators_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recorder sees torch's operators, not the native library's."""
     monkeypatch.setattr(ldmrt.slots, "sampler_step", sampler_step_reference)
     monkeypatch.setattr(native, "serves", lambda x: False)
+    # Nor weights in oneDNN's own order, which a GPU has no use for either.
+    monkeypatch.setattr(ldmrt.engines.torch, "_ARRANGING", {})
 
 
 @pytest.fixture

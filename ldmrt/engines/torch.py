@@ -17,6 +17,7 @@ import torch
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.graph import Argument, Dim, Graph, Node, Ref, substitute
+from ldmrt.kernels.convolution import arranged_weight
 from ldmrt.operators import CREATING, resolve
 from ldmrt.parameters import Parameters, fitting
 
@@ -32,6 +33,28 @@ class _Instruction(NamedTuple):
     keywords: _Getter | None
     register: int
     dying: tuple[int, ...] = ()
+
+
+class _Recipe(NamedTuple):
+    """How a tensor is made of weights: what says so, the weights, the function, and the last operator in it."""
+
+    key: str
+    reads: Sequence[TensorSpec]
+    make: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+    last: Callable[..., Any] | None
+
+    def then(self, function: Callable[..., torch.Tensor], arguments: tuple[Any, ...]) -> _Recipe:
+        """This, and then a function of it."""
+
+        def make(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            return function(self.make(tensors), *arguments)
+
+        return _Recipe(f"{function.__qualname__}{arguments} of {self.key}", self.reads, make, function)
+
+
+# Operators whose second argument, weights, is best read in an order that only the device's library knows: what makes that
+# order of the weights and the arguments after them.
+_ARRANGING: Mapping[str, Callable[..., torch.Tensor]] = {"ldmrt.conv2d.default": arranged_weight}
 
 
 class TorchEngine:
@@ -100,9 +123,10 @@ class TorchEngine:
     def _assemble(self) -> None:
         graph = self.graph
         packed = _packed(graph)
-        nodes = [node for node in graph.nodes if node.name not in packed]
+        static = {*graph.weights, *packed}
+        nodes, arranged = self._arranged([node for node in graph.nodes if node.name not in packed], static)
         read = {name for node in nodes for name in node.refs()} | set(graph.outputs.values())
-        only_packed = {name for node in packed.values() for name in node.refs()} - read
+        only_packed = ({name for node in packed.values() for name in node.refs()} | set(arranged.values())) - read
         self.parameters.declare(graph.weights)
 
         assembly = _Assembly(self.device)
@@ -113,7 +137,11 @@ class TorchEngine:
                 assembly.define(name, self.parameters.tensor(spec))
         for name in packed:
             if name in read:
-                assembly.define(name, self._pack(packed, name))
+                assembly.define(name, self._derived(self._recipe(packed, name)))
+        for node in nodes:
+            if node.name in arranged:
+                recipe = self._recipe(packed, arranged[node.name]).then(_ARRANGING[node.op], node.args[2:])
+                assembly.define(node.args[1].name, self._derived(recipe))
         for name, tensor in graph.constants.items():
             assembly.define(name, tensor.to(self.device))
         for node in nodes:
@@ -125,8 +153,27 @@ class TorchEngine:
         self._dims = [(register, self._locate(dim), dim.factor) for dim, register in assembly.dims.items()]
         self._instructions = self._with_frees(assembly.instructions, results)
 
-    def _pack(self, packed: Mapping[str, Node], name: str) -> torch.Tensor:
-        """A value that depends on weights alone, computed now or by another engine of these weights."""
+    def _arranged(self, nodes: list[Node], static: set[str]) -> tuple[list[Node], dict[str, str]]:
+        """The nodes, reading weights in the order in memory that is best on this device where there is one; and by the names of
+        those nodes what they read so.
+        """
+        if self.device.type != "cpu":
+            return nodes, {}
+        found = {
+            node.name: node.args[1].name
+            for node in nodes
+            if node.op in _ARRANGING and isinstance(node.args[1], Ref) and node.args[1].name in static
+        }
+        changed = [
+            node.replace(args=(node.args[0], Ref(f"{node.name} arranged"), *node.args[2:]))
+            if node.name in found
+            else node
+            for node in nodes
+        ]
+        return changed, found
+
+    def _recipe(self, packed: Mapping[str, Node], name: str) -> _Recipe:
+        """How a value that depends on weights alone is made: a weight, or what packed nodes make."""
         needed: dict[str, Node] = {}
         pending = [name]
         while pending:
@@ -136,7 +183,8 @@ class TorchEngine:
                 pending += packed[value].refs()
         nodes = [node for node in packed.values() if node.name in needed]
         weights = self.graph.weights
-        reads = [weights[key] for key in dict.fromkeys(ref for node in nodes for ref in node.refs()) if key in weights]
+        named = [name] if name in weights else [ref for node in nodes for ref in node.refs()]
+        reads = [weights[key] for key in dict.fromkeys(named) if key in weights]
 
         def make(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
             values: dict[str, Any] = dict(tensors)
@@ -150,14 +198,19 @@ class TorchEngine:
         def renamed(argument: Ref | Dim) -> Argument:
             return numbers.get(argument.name, argument)
 
-        recipe = [
+        steps = [
             (n.op, substitute(n.args, renamed), sorted(substitute(tuple(n.kwargs.items()), renamed))) for n in nodes
         ]
-        key = hashlib.sha256(repr((recipe, [(spec.name, spec.dtype) for spec in reads])).encode()).hexdigest()
+        key = repr((steps, [(spec.name, spec.dtype) for spec in reads]))
+        return _Recipe(key, reads, make, resolve(packed[name].op) if name in packed else None)
+
+    def _derived(self, recipe: _Recipe) -> torch.Tensor:
+        """What a recipe makes, now or when another engine of these weights asked for it."""
+        key = hashlib.sha256(recipe.key.encode()).hexdigest()
         try:
-            return self.parameters.derived(key, reads, make)
+            return self.parameters.derived(key, recipe.reads, recipe.make)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise self._explain(resolve(packed[name].op), error) from error
+            raise self._explain(recipe.last, error) from error
 
     def _with_frees(self, instructions: list[_Instruction], results: list[int]) -> list[_Instruction]:
         """Add to every instruction the registers whose last use it is."""

@@ -15,6 +15,7 @@ from ldmrt.engines.torch import TorchEngine
 from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.graph import Dim, Graph, Node, Ref
 from ldmrt.operators import ALLOWED, CREATING, resolve
+from ldmrt.parameters import Parameters
 
 CPU = torch.device("cpu")
 F32 = torch.float32
@@ -289,3 +290,38 @@ def test_every_operator_that_makes_tensors_of_nothing_is_known() -> None:
                 found.add(op)
     assert found
     assert found == CREATING
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_convolutions_read_weights_as_the_library_has_them(ordered: bool) -> None:
+    """The arranged weights are made once for two engines, and follow a change of the weights in place."""
+    weight = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(2))
+    name = "w in order" if ordered else "w"
+    first = node(
+        "w in order", "aten.contiguous.default", Ref("w"), shape=(6, 4, 3, 3), memory_format=torch.channels_last
+    )
+    made = Node("made", "ldmrt.conv2d.default", (Ref("x"), Ref(name), 2, 1), {}, (ROWS, 6, 3, 3), F32)
+    part = Graph(
+        name="part",
+        inputs=(spec("x", "rows", 4, 5, 6),),
+        weights={"w": spec("w", 6, 4, 3, 3)},
+        constants={},
+        nodes=(first, made) if ordered else (made,),
+        outputs={"out": "made"},
+    )
+    held = weight.clone()
+    parameters = Parameters.of({"w": held}, CPU)
+    engines = [TorchEngine(part, parameters, CPU) for _ in range(2)]
+    assert len(parameters._derived) == 1
+    x = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(3))
+
+    def agree(expected: torch.Tensor) -> None:
+        for engine in engines:
+            torch.testing.assert_close(engine.run({"x": x})["out"], F.conv2d(x, expected, None, 2, 1))
+
+    agree(weight)
+    before = engines[0].run({"x": x})["out"]
+    parameters.update({"w": 2 * weight.flip(0)})
+    agree(2 * weight.flip(0))
+    parameters.restore()
+    assert torch.equal(engines[1].run({"x": x})["out"], before)

@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldmrt.kernels import launch
-from ldmrt.kernels.convolution import Problem, Tiles, candidates, conv2d, conv2d_reference, conv2d_triton
+from ldmrt.kernels.convolution import (
+    Problem,
+    Tiles,
+    arranged_weight,
+    candidates,
+    conv2d,
+    conv2d_reference,
+    conv2d_triton,
+)
 from tests.kernels.oracle import DTYPES, HALF_UNIT, assert_rounded
 
 pytestmark = [
@@ -96,6 +104,27 @@ def test_reference_against_float64(
     found = conv2d_reference(*given)
     assert_right(found, given)
     assert torch.equal(conv2d(*given), found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "out", "side", "stride"), [*SHAPES, ((2, 3, 9, 11), 7, 3, 2)])
+def test_arranged_weights(shape: tuple[int, ...], out: int, side: int, stride: int, dtype: torch.dtype) -> None:
+    """In oneDNN's own order, where it takes the dtype; changed in place by a copy."""
+    given = arguments(shape, out, side, stride, dtype)
+    x, weight, stride, padding = given
+    arranged = arranged_weight(weight, stride, padding)
+    assert arranged.is_mkldnn == (arranged is not weight)
+    assert arranged.is_mkldnn or dtype != torch.float32
+    assert_right(conv2d(x, arranged, stride, padding), given)
+    assert_right(conv2d(x.contiguous(), arranged, stride, padding), given)
+    other = weight.flip(0) * 2
+    arranged.copy_(arranged_weight(other, stride, padding))
+    assert_right(conv2d(x, arranged, stride, padding), [x, other, stride, padding])
+
+
+def test_weights_elsewhere_stay_as_they_are() -> None:
+    weight = torch.empty(4, 2, 3, 3, device="meta")
+    assert arranged_weight(weight, 1, 1) is weight
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
