@@ -18,8 +18,7 @@ from ldmrt.kernels.tuning import Operator
 
 Body = Literal["triton", "sdpa"]
 
-FEW_KEYS = 128  # up to here the keys are a text: a step of the loop should not be much longer
-SMALL_IMAGE = 256  # up to here torch's own attention takes longer to begin than to compute
+FEW_KEYS = 256  # up to here the keys are a text, or an image so small that the number of programs matters more
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +73,7 @@ _FEW = _tiles((128, 32, 8, 2), (64, 32, 4, 2), (128, 64, 8, 2))
 # With head parts of 8 and 16, four warps copy 16 bytes per thread where eight would copy 8.
 _FEW_PARTS = _tiles((64, 32, 4, 2), (128, 32, 8, 2), (64, 64, 4, 2))
 _FEW_PARTS_90 = _tiles((128, 32, 8, 2), (64, 32, 4, 2), (64, 64, 4, 2))
+_FEW_192_90 = _tiles((64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2))
 _FEW_192 = _tiles((64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 2))
 
 # Ampere and Ada multiply with mma.sync. 8.6 and 8.9 have 99 KiB of shared memory.
@@ -104,7 +104,7 @@ _TABLE: dict[int, dict[int, _Row]] = {
         64: _Row("sdpa", _tiles((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)), _FEW),
         96: _Row("sdpa", _tiles((64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2)), _FEW_PARTS),
         128: _Row("sdpa", _tiles((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)), _FEW),
-        192: _Row("triton", _tiles((64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2)), _FEW_192),
+        192: _Row("triton", _tiles((64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2)), _FEW_192_90),
         256: _Row("triton", _tiles((128, 64, 8, 2), (64, 32, 4, 2)), _tiles((64, 32, 4, 2), (128, 64, 8, 2))),
         512: _Row("triton", _tiles((64, 32, 8, 2), (32, 32, 8, 2)), _tiles((64, 32, 8, 2), (32, 32, 8, 2))),
     },
@@ -157,8 +157,7 @@ def candidates(kernel: str, arch: int, problem: Problem) -> tuple[Choice, ...]:
     tiles = sorted(row.few if few else row.many, key=lambda each: each.block_m > needed)
     triton: list[Choice] = [Choice("triton", each) for each in tiles]
     sdpa = Choice("sdpa", tiles[0])
-    small = problem.key_tokens <= SMALL_IMAGE
-    sdpa_first = arch < min(ARCHITECTURES) or problem.dtype == torch.float32 or (row.body == "sdpa" and not small)
+    sdpa_first = arch < min(ARCHITECTURES) or problem.dtype == torch.float32 or (row.body == "sdpa" and not few)
     return (sdpa, *triton) if sdpa_first else (*triton, sdpa)
 
 
