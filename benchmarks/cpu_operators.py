@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ldmrt.bench.ledger import append, summary
 from ldmrt.bench.measure import alternate, copy_rate
+from ldmrt.export.verify import relative_error
 from ldmrt.graph import dtype_name
 from ldmrt.kernels import native
 from ldmrt.kernels.add_group_norm import add_group_norm_silu_native, add_group_norm_silu_reference
@@ -115,7 +116,7 @@ def problems(dtype: torch.dtype) -> Iterator[tuple[str, int, Body, Body, Body]]:
 def differ(found: Any, expected: Any) -> float:
     """The largest relative difference of the results, by L2 norm."""
     pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
-    return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
+    return max(relative_error(a, b) for a, b in pairs)
 
 
 def main() -> None:

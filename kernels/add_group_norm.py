@@ -5,6 +5,7 @@ the skip connection behind it, in one operator. The kernels are those of kernels
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -141,18 +142,23 @@ def add_group_norm_silu_native(
     x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`add_group_norm_silu` by kernels/cpu/group_norm.cpp."""
-    channels_last = _is_channels_last(x)
-    x = _in_order(x, channels_last=channels_last)
-    residual, joined = (
-        each if each is None else _in_order(each, channels_last=channels_last) for each in (residual, joined)
-    )
-    channels = x.shape[1] + (0 if joined is None else joined.shape[1])
-    total, result = empty(x, channels), empty(x, channels)
+    x, residual, joined, total, result, channels_last = _prepared(x, residual, joined)
     if total.numel() > 0:
-        added, spatial = native.vector(x_bias), x.shape[2:].numel()
-        order = "channels last" if channels_last else "contiguous"
+        added = native.vector(x_bias)
         group_norm.run_native(
-            x, residual, joined, weight, bias, added, total, result, groups, spatial, 0, eps, silu=silu, order=order
+            x,
+            residual,
+            joined,
+            weight,
+            bias,
+            added,
+            total,
+            result,
+            groups,
+            0,
+            eps,
+            silu=silu,
+            channels_last=channels_last,
         )
     return total, result
 
@@ -171,22 +177,36 @@ def add_group_norm_silu_triton(
     chosen: Configuration | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`add_group_norm_silu` by kernels/gpu/group_norm.py, with a chosen configuration or that of the problem."""
-    channels_last = _is_channels_last(x)
-    x = _in_order(x, channels_last=channels_last)
-    residual, joined = (
-        each if each is None else _in_order(each, channels_last=channels_last) for each in (residual, joined)
-    )
-    rows, spatial = x.shape[0], x.shape[2:].numel()
-    channels = x.shape[1] + (0 if joined is None else joined.shape[1])
-    total, result = empty(x, channels), empty(x, channels)
+    x, residual, joined, total, result, channels_last = _prepared(x, residual, joined)
     if total.numel() == 0:
         return total, result
+    rows, channels, spatial = x.shape[0], total.shape[1], x.shape[2:].numel()
     problem = Problem(rows, channels, groups, spatial, x.shape[1], residual is not None, x.dtype, channels_last)
     arguments = (x, residual, joined, weight, bias, groups, eps, silu, x_bias)
     plan = chosen or OPERATOR.choose(launch.architecture(x.device), problem, arguments)
     sizes = group_norm.Problem(rows, channels, groups, spatial, x.dtype, channels_last)
     group_norm.run(x, residual, joined, weight, bias, eps, None, x_bias, total, result, sizes, plan, silu=silu)
     return total, result
+
+
+class _Prepared(NamedTuple):
+    x: Tensor
+    residual: Tensor | None
+    joined: Tensor | None
+    total: Tensor
+    result: Tensor
+    channels_last: bool
+
+
+def _prepared(x: Tensor, residual: Tensor | None, joined: Tensor | None) -> _Prepared:
+    """The pictures in one order, as the kernels take them, and room for both results."""
+    channels_last = _is_channels_last(x)
+    x = _in_order(x, channels_last=channels_last)
+    residual, joined = (
+        each if each is None else _in_order(each, channels_last=channels_last) for each in (residual, joined)
+    )
+    channels = x.shape[1] + (0 if joined is None else joined.shape[1])
+    return _Prepared(x, residual, joined, empty(x, channels), empty(x, channels), channels_last)
 
 
 def empty(x: Tensor, channels: int) -> Tensor:

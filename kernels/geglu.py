@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldmrt.kernels import launch, native
+from ldmrt.kernels.blocks import columns_of, power_of_two
 from ldmrt.kernels.tuning import Operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,13 +39,13 @@ def candidates(arch: int, rows: int, width: int, itemsize: int) -> list[Configur
     Each thread moves one or two vectors of 16 bytes at a time: what hides the memory's latency is many programs.
     """
     del arch  # the same for all: nothing but memory matters
-    columns = _columns(width)
+    columns = columns_of(width)
     vector = 16 // itemsize
     found = []
     for num_warps, vectors in ((4, 1), (4, 2), (8, 1), (8, 2)):
         height = 32 * num_warps * vector * vectors // columns
         if height >= 1:
-            found.append(Configuration(min(height, _power_of_two(rows)), columns, num_warps))
+            found.append(Configuration(min(height, power_of_two(rows)), columns, num_warps))
     return list(dict.fromkeys(found))
 
 
@@ -119,14 +120,3 @@ def geglu_triton(x: Tensor, x_bias: Tensor | None = None, *, chosen: Configurati
         num_warps=plan.num_warps,
     )
     return result
-
-
-def _columns(width: int) -> int:
-    """A power of two up to 512 that divides a width, if one of at least 64 does, so that no column needs a mask."""
-    divisor = min(512, width & -width)
-    return divisor if divisor >= 64 else min(512, _power_of_two(width))
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest that is not smaller."""
-    return 1 << (number - 1).bit_length()

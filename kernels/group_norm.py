@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldmrt.kernels import launch, native
+from ldmrt.kernels.blocks import power_of_two
 from ldmrt.kernels.tuning import Operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,10 +74,10 @@ def candidates(
     vector = _group_blocks(groups, size * itemsize, 16) if channels_last else 1
     # One group is 20 bytes of every 640 at worst. Whole vectors are better if the programs are many enough all the same.
     for block in (vector, 1) if rows * groups // vector >= programs // 4 else (1, vector):
-        elements = _power_of_two(spatial) * _power_of_two(block * size)
+        elements = power_of_two(spatial) * power_of_two(block * size)
         if elements <= _HELD:
             held += [
-                Configuration(block, 1, _power_of_two(spatial), min(32, max(1, elements // (32 * per_thread))))
+                Configuration(block, 1, power_of_two(spatial), min(32, max(1, elements // (32 * per_thread))))
                 for per_thread in (32, 16)
             ]
 
@@ -84,8 +85,8 @@ def candidates(
     # A split in one tile is loaded at once and held; more of them mean more moments to read. Sums between warps are dear.
     for block, elements, warps in ((1, 2048, 1), (2, 4096, 1), (1, 4096, 1), (1, 8192, 2), (1, 4096, 2), (1, 4096, 4)):
         width = block * segment
-        tile = max(1, elements // _power_of_two(width * size))
-        splits = _power_of_two(-(-spatial // tile))
+        tile = max(1, elements // power_of_two(width * size))
+        splits = power_of_two(-(-spatial // tile))
         if groups % width == 0 and 1 < splits <= _MAX_SPLITS:
             whole.append(Configuration(width, splits, tile, warps))
     merging = math.isqrt(max(1, spatial * size * itemsize // 32))
@@ -97,12 +98,12 @@ def candidates(
         (1, 4096, 8, 2),
     ):
         width = block * segment if channels_last and groups % (block * segment) == 0 else segment
-        tile = min(_power_of_two(spatial), max(1, elements // _power_of_two(width * size)))
+        tile = min(power_of_two(spatial), max(1, elements // power_of_two(width * size)))
         wanted = share * programs * width // (rows * groups)
         limit = min(wanted, share * merging, -(-spatial // tile), _MAX_SPLITS)
         looped.append(Configuration(width, max(2, 1 << (max(1, limit).bit_length() - 1)), tile, warps))
-    if _HELD < _power_of_two(spatial) * _power_of_two(size) <= 2 * _HELD:
-        looped.append(Configuration(1, 1, _power_of_two(spatial), 16))
+    if _HELD < power_of_two(spatial) * power_of_two(size) <= 2 * _HELD:
+        looped.append(Configuration(1, 1, power_of_two(spatial), 16))
     # Measured on an H100 and an H200 (benchmarks/results/gpu.jsonl): many programs of one warp are worth a second launch.
     first = [*whole, *held] if channels_last and spatial > _FEW_POSITIONS else [*held, *whole]
     return list(dict.fromkeys([*first, *looped]))
@@ -206,12 +207,13 @@ def group_norm_silu_native(
     order = layout_of(x)
     if order is None:
         return result.copy_(group_norm_silu_native(x.contiguous(), weight, bias, groups, eps, silu, shift, x_bias))
-    channels, spatial = x.shape[1], x.shape[2:].numel()
     added = native.vector(x_bias)
     if shift is not None:
         added = native.vector(shift if added is None else shift + added)
-    stride = 0 if shift is None else channels
-    run_native(x, None, None, weight, bias, added, None, result, groups, spatial, stride, eps, silu=silu, order=order)
+    stride, channels_last = 0 if shift is None else x.shape[1], order == "channels last"
+    run_native(
+        x, None, None, weight, bias, added, None, result, groups, stride, eps, silu=silu, channels_last=channels_last
+    )
     return result
 
 
@@ -225,14 +227,13 @@ def run_native(
     total: Tensor | None,
     result: Tensor,
     groups: int,
-    spatial: int,
     stride: int,
     eps: float,
     *,
     silu: bool,
-    order: str,
+    channels_last: bool,
 ) -> None:
-    """Call the C++ body. All pictures lie in the order; `added` is float32, its rows `stride` apart."""
+    """Call the C++ body. All pictures lie in one order; `added` is float32, its rows `stride` apart."""
     scale, final = native.vector(weight), native.vector(bias)
     rows, channels = result.shape[:2]
     native.run(
@@ -250,11 +251,11 @@ def run_native(
         channels,
         x.shape[1],
         groups,
-        spatial,
+        x.shape[2:].numel(),
         stride,
         eps,
         silu,
-        order == "channels last",
+        channels_last,
     )
 
 
@@ -346,8 +347,8 @@ def run(
         "SIZE": size,
         "GROUPS": plan.groups,
         "SPATIAL": plan.spatial,
-        "CHANNELS_PADDED": _power_of_two(plan.groups * size),
-        "GROUPS_PADDED": _power_of_two(plan.groups),
+        "CHANNELS_PADDED": power_of_two(plan.groups * size),
+        "GROUPS_PADDED": power_of_two(plan.groups),
     }
     source: dict[str, launch.Constant] = {
         "HAS_RESIDUAL": residual is not None,
@@ -435,8 +436,3 @@ def _group_blocks(groups: int, group_bytes: int, multiple: int, at_least: int = 
         if groups % block == 0 and block * group_bytes % multiple == 0 and block * group_bytes >= at_least:
             return block
     return groups
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest that is not smaller."""
-    return 1 << (number - 1).bit_length()

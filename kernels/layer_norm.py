@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldmrt.kernels import launch, native
+from ldmrt.kernels.blocks import power_of_two
 from ldmrt.kernels.tuning import Operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,12 +42,12 @@ def candidates(arch: int, rows: int, width: int) -> list[Configuration]:
     of times on an H100 and an H200 (benchmarks/results/gpu.jsonl).
     """
     del arch  # the same for all: nothing but memory matters
-    padded = _power_of_two(width)
+    padded = power_of_two(width)
     ways = ((16, 2), (16, 1), (8, 1), (32, 1)) if padded <= 512 else ((32, 1), (16, 1), (16, 2), (8, 1))
     found = []
     for per_thread, height in ways if padded <= 1024 else ((16, 1), (16, 2), (8, 1), (32, 1)):
         num_warps = min(16, max(1, height * padded // (32 * per_thread)))
-        found.append(Configuration(min(height, _power_of_two(rows)), num_warps))
+        found.append(Configuration(min(height, power_of_two(rows)), num_warps))
     return list(dict.fromkeys(found))
 
 
@@ -167,7 +168,7 @@ def add_layer_norm_triton(
             "HAS_BIAS": bias is not None,
             "WIDTH": width,
             "ROWS": plan.rows,
-            "COLUMNS": _power_of_two(width),
+            "COLUMNS": power_of_two(width),
         },
         num_warps=plan.num_warps,
     )
@@ -196,8 +197,3 @@ def _check(
             raise ValueError(f"add_layer_norm: {name} has shape {tuple(tensor.shape)}, expected {shape}")
         if tensor.device != x.device:
             raise ValueError(f"add_layer_norm: {name} is on {tensor.device}, expected {x.device} as x")
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest that is not smaller."""
-    return 1 << (number - 1).bit_length()

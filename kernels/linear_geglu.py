@@ -101,10 +101,9 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         choice = OPERATOR.choose(launch.architecture(x.device), problem, (x, weight, bias))
         if choice.body == "triton":
             return linear_geglu_triton(x, weight, bias, tiles=choice.tiles)
-        return geglu(F.linear(x, weight), bias)
-    if native.serves(x):
-        return geglu(F.linear(x, weight), bias)
-    return linear_geglu_reference(x, weight, bias)
+    elif not native.serves(x):
+        return linear_geglu_reference(x, weight, bias)
+    return geglu(F.linear(x, weight), bias)
 
 
 def linear_geglu_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

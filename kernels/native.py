@@ -36,6 +36,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "ldmrt_layer_norm": [*[_pointer] * 7, _int32, _int64, _int64, _float],
     "ldmrt_geglu": [*[_pointer] * 3, _int32, _int64, _int64],
     "ldmrt_upsample": [*[_pointer] * 4, _int32, *[_int64] * 5],
+    "ldmrt_sampler_step": [*[_pointer] * 5, _int32, *[_pointer] * 6, *[_int64] * 2],
 }
 
 VARIABLE = "LDMRT_NATIVE"

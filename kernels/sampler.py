@@ -16,10 +16,7 @@ use cannot reach its pictures. Sums are float32, in the order of the basis, each
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from enum import IntEnum
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -95,21 +92,21 @@ def sampler_step(
     if x.device.type == "cpu":
         # On a GPU reading the indices would stall the stream.
         _check_indices(row, cond_row, uncond_row, entries=table.shape[0], rows=model_output.shape[0])
-        native_body = _native_body()
-        if native_body is not None:
-            native_body(
-                x.data_ptr(),
-                saved.data_ptr(),
-                history.data_ptr(),
-                model_output.data_ptr(),
-                model_input.data_ptr(),
+        if native.available():
+            native.run(
+                "ldmrt_sampler_step",
+                x,
+                saved,
+                history,
+                model_output,
+                model_input,
                 native.ELEMENTS[model_output.dtype],
-                table.data_ptr(),
-                None if noise is None else noise.data_ptr(),
-                row.data_ptr(),
-                guidance_scale.data_ptr(),
-                cond_row.data_ptr(),
-                uncond_row.data_ptr(),
+                table,
+                noise,
+                row,
+                guidance_scale,
+                cond_row,
+                uncond_row,
                 x.shape[0],
                 x[0].numel(),
             )
@@ -251,18 +248,6 @@ def advance_triton(row: Tensor, last_row: Tensor) -> None:
     launch.run(
         "sampler.advance", (-(-slots // block),), [row, last_row, slots], {"BLOCK": block}, num_warps=1, num_stages=1
     )
-
-
-@cache
-def _native_body() -> Callable[..., None] | None:
-    library = native.library()
-    if library is None:
-        return None
-    body = library.ldmrt_sampler_step
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    body.restype = None
-    body.argtypes = [pointer] * 5 + [ctypes.c_int32] + [pointer] * 6 + [count] * 2
-    return body
 
 
 def _check(

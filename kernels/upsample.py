@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ldmrt.kernels import launch, native
+from ldmrt.kernels.blocks import columns_of, power_of_two
 from ldmrt.kernels.tuning import Operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,12 +39,12 @@ def candidates(problem: Problem) -> list[Configuration]:
 
     Each thread moves one or two vectors of 16 bytes at a time: what hides the memory's latency is many programs.
     """
-    columns = _columns(problem.channels)
+    columns = columns_of(problem.channels)
     vector = 16 // problem.dtype.itemsize
     found = []
     for num_warps, vectors in ((4, 1), (4, 2), (8, 1), (8, 2)):
         pixels = max(1, 32 * num_warps * vector * vectors // columns)
-        found.append(Configuration(min(pixels, _power_of_two(problem.pixels)), columns, num_warps))
+        found.append(Configuration(min(pixels, power_of_two(problem.pixels)), columns, num_warps))
     return list(dict.fromkeys(found))
 
 
@@ -169,14 +170,3 @@ def _check(x: Tensor, residual: Tensor | None, x_bias: Tensor | None, factor: in
             raise ValueError(f"add_upsample: {name} has shape {tuple(tensor.shape)}, expected {shape}")
         if tensor.device != x.device:
             raise ValueError(f"add_upsample: {name} is on {tensor.device}, expected {x.device} as x")
-
-
-def _columns(channels: int) -> int:
-    """A power of two up to 512 that divides the channels, if one of at least 64 does, so that no channel needs a mask."""
-    divisor = min(512, channels & -channels)
-    return divisor if divisor >= 64 else min(512, _power_of_two(channels))
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest that is not smaller."""
-    return 1 << (number - 1).bit_length()
