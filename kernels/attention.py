@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmrt.kernels import launch
+from ldmrt.kernels import launch, native
 from ldmrt.kernels.configurations import ATTENTION, Problem, Tiles
 
 MAX_HEAD_SIZE = 512  # of the Triton body: its result stays in registers
@@ -57,6 +57,8 @@ def attention(
         choice = ATTENTION.choose(launch.architecture(query.device), _problem(query, key, heads), arguments)
         if choice.body == "triton":
             return attention_triton(query, key, value, heads, scale, causal, mask, choice.tiles)
+    elif not causal and mask is None and native.serves(query) and query.numel() > 0 and key.shape[1] > 0:
+        return attention_native(query, key, value, heads, scale)
     return attention_reference(query, key, value, heads, scale, causal, mask)
 
 
@@ -79,6 +81,21 @@ def attention_reference(
             mask = mask & seen if mask.dtype == torch.bool else torch.where(seen, mask, -math.inf)
     result = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale)
     return result.transpose(1, 2).flatten(2).contiguous()
+
+
+def attention_native(query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float) -> Tensor:
+    """`attention` by kernels/cpu/attention.h, without masks. float32, bfloat16 and float16; computes in float32, but for bfloat16,
+    where the processor multiplies that: the weights are then rounded to it.
+    """
+    result = query.new_empty(query.shape)
+    rows, tokens, width = query.shape
+    strides = [stride for tensor in (query, key, value) for stride in tensor.stride()[:2]]
+    native.run(
+        "ldmrt_attention",
+        query, key, value, result, native.ELEMENTS[query.dtype],
+        rows, tokens, key.shape[1], heads, width // heads, *strides, scale,
+    )  # fmt: skip
+    return result
 
 
 def attention_triton(

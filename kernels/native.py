@@ -20,13 +20,13 @@ import torch  # also brings the OpenMP runtime that the library then shares, wit
 from torch import Tensor
 
 FILE_NAME = "libldmrt_cpu.so"
-ABI_VERSION = 2  # ldmrt_abi_version() in kernels/cpu/dispatch.cpp
+ABI_VERSION = 3  # ldmrt_abi_version() in kernels/cpu/dispatch.cpp
 
 # The numbers of `enum class Element` in kernels/cpu/dispatch.h.
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # The instruction sets, in the order of `enum Level` in kernels/cpu/dispatch.cpp.
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 LEVEL_VARIABLE = "LDMRT_CPU_LEVEL"
 
 _pointer, _int32, _int64, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
@@ -36,6 +36,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "ldmrt_layer_norm": [*[_pointer] * 7, _int32, _int64, _int64, _float],
     "ldmrt_geglu": [*[_pointer] * 3, _int32, _int64, _int64],
     "ldmrt_upsample": [*[_pointer] * 4, _int32, *[_int64] * 5],
+    "ldmrt_attention": [*[_pointer] * 4, _int32, *[_int64] * 11, _float],
     "ldmrt_sampler_step": [*[_pointer] * 5, _int32, *[_pointer] * 6, *[_int64] * 2],
 }
 

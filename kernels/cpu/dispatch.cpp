@@ -2,33 +2,66 @@
 #include "dispatch.h"
 
 #include "levels.h"
+#include "matrix.h"
+
+#if defined(LDMRT_X86_MATRIX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace ldmrt {
 namespace {
 
 // In the order of kernels/native.py's LEVELS; a processor that has one has those before it.
-enum Level : std::int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Level : std::int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
-Level highest() {
+#if defined(LDMRT_X86_MATRIX)
+// Linux lends a process the memory for tiles only if it asks (Documentation/arch/x86/xstate.rst).
+bool ask_for_tiles() {
+  constexpr long kAsk = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+}
+
+Level highest_of_matrices() {
+  std::uint32_t a, b, c, d;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & (1u << 5)) == 0) return kAvx512;
+  const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & (1u << 22)) != 0 && (d & (1u << 24)) != 0;
+  return tiles && ask_for_tiles() ? kAmx : kAvx512Bf16;
+}
+#endif
+
+Level find_highest() {
 #if defined(LDMRT_X86)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+#if defined(LDMRT_X86_MATRIX)
+    return highest_of_matrices();
+#else
     return kAvx512;
+#endif
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif
   return kBaseline;
 }
 
+Level highest() {
+  static const Level found = find_highest();
+  return found;
+}
+
 const Operators* of(Level level) {
 #if defined(LDMRT_X86)
-  if (level == kAvx512) return &kAvx512Operators;
+  if (level >= kAvx512) return &kAvx512Operators;
   if (level == kAvx2) return &kAvx2Operators;
 #endif
   (void)level;
   return &kBaselineOperators;
 }
 
-const Operators* g_operators = of(highest());
+Level g_level = highest();
+const Operators* g_operators = of(g_level);
 
 }  // namespace
 }  // namespace ldmrt
@@ -36,7 +69,7 @@ const Operators* g_operators = of(highest());
 using ldmrt::Element;
 
 // Raised whenever the signature or the meaning of an exported symbol changes; kernels/native.py holds the same number.
-LDMRT_EXPORT std::int32_t ldmrt_abi_version() { return 2; }
+LDMRT_EXPORT std::int32_t ldmrt_abi_version() { return 3; }
 
 // The highest instruction set that the processor has.
 LDMRT_EXPORT std::int32_t ldmrt_highest_level() { return ldmrt::highest(); }
@@ -44,9 +77,13 @@ LDMRT_EXPORT std::int32_t ldmrt_highest_level() { return ldmrt::highest(); }
 // Use an instruction set from now on; not while an operator runs. What the processor has not is refused with 0.
 LDMRT_EXPORT std::int32_t ldmrt_use_level(std::int32_t level) {
   if (level < ldmrt::kBaseline || level > ldmrt::highest()) return 0;
-  ldmrt::g_operators = ldmrt::of(static_cast<ldmrt::Level>(level));
+  ldmrt::g_level = static_cast<ldmrt::Level>(level);
+  ldmrt::g_operators = ldmrt::of(ldmrt::g_level);
   return 1;
 }
+
+// The instruction set in use.
+LDMRT_EXPORT std::int32_t ldmrt_level() { return ldmrt::g_level; }
 
 LDMRT_EXPORT void ldmrt_group_norm(const void* x, const void* residual, const void* joined, const float* weight,
                                    const float* bias, const float* added, void* total, void* result,
@@ -75,4 +112,19 @@ LDMRT_EXPORT void ldmrt_upsample(const void* x, const void* residual, const floa
                                  std::int64_t channels, std::int64_t factor) {
   ldmrt::g_operators->upsample({x, residual, added, result, rows, height, width, channels, factor},
                                static_cast<Element>(element));
+}
+
+LDMRT_EXPORT void ldmrt_attention(const void* query, const void* key, const void* value, void* result, std::int32_t element,
+                                  std::int64_t rows, std::int64_t query_tokens, std::int64_t key_tokens, std::int64_t heads,
+                                  std::int64_t size, std::int64_t query_row, std::int64_t query_token, std::int64_t key_row,
+                                  std::int64_t key_token, std::int64_t value_row, std::int64_t value_token, float scale) {
+  const ldmrt::Attention a{query,     key,         value,   result,    rows,      query_tokens, key_tokens, heads, size,
+                           query_row, query_token, key_row, key_token, value_row, value_token,  scale};
+#if defined(LDMRT_X86_MATRIX)
+  if (static_cast<Element>(element) == Element::kBFloat16) {
+    if (ldmrt::g_level == ldmrt::kAmx) return ldmrt::attention_amx(a);
+    if (ldmrt::g_level == ldmrt::kAvx512Bf16) return ldmrt::attention_bf16(a);
+  }
+#endif
+  ldmrt::g_operators->attention(a, static_cast<Element>(element));
 }

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #define LDMRT_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -87,21 +88,26 @@ struct Float16 {
   }
 };
 
-// Memory for a thread's working values.
+// Memory for working values, on a cache line of its own.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(std::int64_t count) : data_(new T[static_cast<std::size_t>(count)]) {}
-  ~Buffer() { delete[] data_; }
+  explicit Buffer(std::int64_t count)
+      : data_(static_cast<T*>(::operator new(static_cast<std::size_t>(count) * sizeof(T), kLine))) {}
+  ~Buffer() { ::operator delete(data_, kLine); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   T* data() { return data_; }
 
  private:
+  static constexpr std::align_val_t kLine{64};
   T* data_;
 };
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+// The least multiple of `unit` that is no less than `count`.
+inline std::int64_t padded(std::int64_t count, std::int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 }  // namespace LDMRT_LEVEL
 }  // namespace ldmrt

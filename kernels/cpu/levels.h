@@ -50,11 +50,23 @@ struct Upsample {
   std::int64_t rows, height, width, channels, factor;
 };
 
+// Heads lie side by side; the numbers of one head of a token are next to each other. Strides are in elements.
+struct Attention {
+  const void* query;  // (rows, query_tokens, heads * size)
+  const void* key;    // (rows, key_tokens, heads * size)
+  const void* value;  // the same
+  void* result;       // (rows, query_tokens, heads * size), contiguous
+  std::int64_t rows, query_tokens, key_tokens, heads, size;
+  std::int64_t query_row, query_token, key_row, key_token, value_row, value_token;
+  float scale;
+};
+
 struct Operators {
   void (*group_norm)(const GroupNorm&, Element);
   void (*layer_norm)(const LayerNorm&, Element);
   void (*geglu)(const Geglu&, Element);
   void (*upsample)(const Upsample&, Element);
+  void (*attention)(const Attention&, Element);
 };
 
 // One table for each instruction set.

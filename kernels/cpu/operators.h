@@ -10,6 +10,7 @@ void group_norm(const GroupNorm&, Element);
 void layer_norm(const LayerNorm&, Element);
 void geglu(const Geglu&, Element);
 void upsample(const Upsample&, Element);
+void attention(const Attention&, Element);
 
 template <typename Work>
 void with_type(Element element, Work work) {

@@ -10,15 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmrt.kernels import configurations, launch, tuning
-from ldmrt.kernels.attention import attention, attention_reference, attention_triton
+from ldmrt.kernels import configurations, launch, native, tuning
+from ldmrt.kernels.attention import attention, attention_native, attention_reference, attention_triton
 from ldmrt.kernels.configurations import Choice, Problem, Tiles
+from tests.kernels.levels import at_levels
 from tests.kernels.oracle import DTYPES, HALF_UNIT, assert_rounded
 
 BODIES = [
     pytest.param(attention_reference, id="reference"),
     pytest.param(attention_triton, id="triton", marks=pytest.mark.interpreted),
 ]
+# Those that know no masks as well.
+UNMASKED = [*BODIES, *at_levels(attention_native)]
 HALF_DTYPES = [torch.bfloat16, torch.float16]
 Body = Callable[..., Tensor]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -107,7 +110,7 @@ def assert_right(body: Body, *arguments: Any, **options: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_size", [5, 8, 16, 40, 64, 80, 128, 160, 512])
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", UNMASKED)
 def test_head_sizes(body: Body, head_size: int, dtype: torch.dtype) -> None:
     heads = 1 if head_size == 512 else 3
     assert_right(body, *inputs(2, 33, 70, heads, head_size, dtype), heads, head_size**-0.5)
@@ -117,13 +120,14 @@ def test_head_sizes(body: Body, head_size: int, dtype: torch.dtype) -> None:
     ("query_tokens", "key_tokens"),
     [(1, 1), (1, 77), (7, 64), (64, 7), (64, 64), (77, 1), (77, 77), (77, 154), (9 * 15, 9 * 15), (11 * 5, 17 * 17)],
 )
-@pytest.mark.parametrize("body", BODIES)
-def test_token_counts(body: Body, query_tokens: int, key_tokens: int) -> None:
-    assert_right(body, *inputs(1, query_tokens, key_tokens, 2, 16, torch.float16), 2, 0.25)
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("body", UNMASKED)
+def test_token_counts(body: Body, query_tokens: int, key_tokens: int, dtype: torch.dtype) -> None:
+    assert_right(body, *inputs(1, query_tokens, key_tokens, 2, 16, dtype), 2, 0.25)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", UNMASKED)
 def test_rows(body: Body, rows: int) -> None:
     assert_right(body, *inputs(rows, 20, 24, 2, 40, torch.float16), 2, 40**-0.5)
 
@@ -219,13 +223,13 @@ def test_the_lowest_finite_mask_on_every_key_is_a_mean(body: Body) -> None:
 
 
 @pytest.mark.parametrize("head_size", [40, 64])
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", UNMASKED)
 def test_slices_of_a_merged_projection(body: Body, head_size: int) -> None:
     query, key, value = random(2, 40, 3 * 2 * head_size, dtype=torch.float16).chunk(3, -1)
     assert_right(body, query, key, value, 2, head_size**-0.5)
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", UNMASKED)
 def test_slices_of_merged_keys_and_values(body: Body) -> None:
     """With rows and tokens further apart than in one allocation, the queries' tokens before their rows, and an odd offset."""
     merged = random(4, 2 * 50, 2 * 32 + 1, dtype=torch.float16)[::2, ::2, 1:]
@@ -233,7 +237,7 @@ def test_slices_of_merged_keys_and_values(body: Body) -> None:
     assert_right(body, query, merged[..., :32], merged[..., 32:], 2, 0.25)
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", UNMASKED)
 def test_keys_and_values_from_different_allocations(body: Body) -> None:
     query = random(2, 20, 32, dtype=torch.float16)
     key = random(2, 3 * 50, 32, dtype=torch.float16, seed=1)[:, ::3]
@@ -241,7 +245,7 @@ def test_keys_and_values_from_different_allocations(body: Body) -> None:
     assert_right(body, query, key, value, 2, 0.25)
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", UNMASKED)
 def test_one_text_for_all_rows(body: Body) -> None:
     query, key, value = inputs(3, 20, 11, 2, 16)
     assert_right(body, query, key[:1].expand(3, -1, -1), value[:1].expand(3, -1, -1), 2, 0.25)
@@ -251,14 +255,14 @@ def test_one_text_for_all_rows(body: Body) -> None:
 
 
 @pytest.mark.parametrize("offset", [-100.0, 100.0])
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", UNMASKED)
 def test_scores_far_from_zero(body: Body, offset: float) -> None:
     """Scores of thousands, which an exponential without the maximum taken off would turn into infinity or zero."""
     query, key, value = inputs(1, 20, 70, 2, 64)
     assert_right(body, query.abs(), key + offset, value, 2, 0.5)
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", UNMASKED)
 def test_the_maximum_may_come_last(body: Body) -> None:
     """Each key outweighs all before it, so that every block rescales what was summed."""
     query, key, value = inputs(1, 20, 200, 2, 16)
@@ -269,7 +273,7 @@ def test_the_maximum_may_come_last(body: Body) -> None:
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", UNMASKED)
 def test_what_is_not_finite_stays_in_its_row(body: Body, where: str, bad: float) -> None:
     tensors = dict(zip(("query", "key", "value"), inputs(3, 20, 40, 2, 40, torch.float16), strict=True))
     expected = body(**tensors, heads=2, scale=0.25)
@@ -287,8 +291,16 @@ def test_what_is_not_finite_stays_in_its_row(body: Body, where: str, bad: float)
 # --- The operator --------------------------------------------------------------------------------------------------------
 
 
-def test_on_the_cpu_it_is_the_reference() -> None:
+def test_on_the_cpu_it_is_the_native_body() -> None:
+    if not native.available():
+        pytest.skip(str(native.why_not()))
     arguments = (*inputs(2, 20, 35, 2, 16), 2, 0.25)
+    assert torch.equal(attention(*arguments), attention_native(*arguments))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_masks_on_the_cpu_are_the_reference_s(causal: bool) -> None:
+    arguments = (*inputs(2, 20, 35, 2, 16), 2, 0.25, causal, None if causal else torch.ones(20, 35, dtype=torch.bool).triu())
     assert torch.equal(attention(*arguments), attention_reference(*arguments))
 
 
