@@ -54,7 +54,8 @@ sanitize: $(VENV)/.stamp-test
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 LDMRT_NATIVE=$(SANITIZED) \
 	$(BIN)/python -m pytest -q tests/kernels/test_sampler.py tests/kernels/test_group_norm.py tests/kernels/test_add_group_norm.py \
-	  tests/kernels/test_layer_norm.py tests/kernels/test_geglu.py tests/kernels/test_upsample.py -k "native or cpp or cpu"
+	  tests/kernels/test_layer_norm.py tests/kernels/test_geglu.py tests/kernels/test_upsample.py tests/kernels/test_attention.py \
+	  tests/kernels/test_linear.py tests/kernels/test_linear_geglu.py tests/kernels/test_convolution.py -k "native or cpp or cpu or packed"
 
 format: $(VENV)/.stamp-lint
 	$(BIN)/ruff format .

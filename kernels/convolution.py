@@ -4,6 +4,7 @@ one that splits the sum.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmrt.kernels import launch
+from ldmrt.kernels import launch, native
+from ldmrt.kernels.linear import PANEL, STEP, is_packed, pack, takes_packed
 from ldmrt.kernels.tuning import Operator
 
 Body = Literal["triton", "library"]
@@ -103,6 +105,8 @@ def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
         ValueError: shapes or devices do not fit together.
         TypeError: weight is not of x's dtype.
     """
+    if is_packed(weight):
+        return conv2d_native(x, weight, stride, padding)
     _check(x, weight, stride, padding)
     if weight.is_mkldnn:
         return _conv2d_arranged(x, weight, stride, padding)
@@ -121,16 +125,37 @@ def conv2d_reference(x: Tensor, weight: Tensor, stride: int, padding: int) -> Te
 
 
 def arranged_weight(weight: Tensor, stride: int, padding: int) -> Tensor:
-    """Weights in the order in which oneDNN's convolution reads them, which else it makes anew at every call.
+    """Weights in the order in which the native body or, where it does not take them, oneDNN's convolution reads them.
 
-    An opaque tensor that only `conv2d` of that stride and padding can read; `copy_` from another one changes it in place. Weights
-    that are not on a CPU, or of a dtype that oneDNN does not take there, come back as they are.
+    A tensor that only `conv2d` of that stride and padding can read; `copy_` from another one changes it in place. Weights
+    that are not on a CPU, or of a dtype that neither takes there, come back as they are.
     """
+    if takes_packed(weight, weight.shape[1]):
+        return pack(weight.movedim(1, -1).flatten(1))
     if weight.device.type != "cpu" or not _takes(weight.dtype):
         return weight
     sides = [stride] * 2, [1] * 2
     made: Tensor = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), [padding] * 2, *sides, 1)
     return made
+
+
+def conv2d_native(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    """`conv2d` by kernels/cpu/matmul_amx.cpp. bfloat16, weights packed.
+
+    Raises:
+        ValueError: weight is not of x's channels or dtype.
+    """
+    rows, channels, height, width = x.shape
+    side = math.isqrt(weight.shape[1] * STEP // channels)
+    if side * side * channels != weight.shape[1] * STEP or x.dtype != weight.dtype:
+        raise ValueError(f"conv2d: x is {tuple(x.shape)} {x.dtype}, the packed weight is of other channels or dtype")
+    x = x.contiguous(memory_format=torch.channels_last)
+    out_height, out_width = ((size + 2 * padding - side) // stride + 1 for size in (height, width))
+    out = weight.shape[0] * PANEL
+    result = x.new_empty((rows, out_height, out_width, out))
+    if result.numel() > 0:
+        native.run("ldmrt_conv2d", x, weight, result, rows, height, width, channels, out, side, stride, padding)
+    return result.movedim(-1, 1)
 
 
 def _takes(dtype: torch.dtype) -> bool:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ldmrt.kernels import launch, native
 from ldmrt.kernels.geglu import geglu, geglu_reference
+from ldmrt.kernels.linear import is_packed, linear_native
 from ldmrt.kernels.tuning import Operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,7 +86,7 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
     Args:
         x: (..., K), float32, bfloat16 or float16.
-        weight: (2 I, K) of x's dtype.
+        weight: (2 I, K) of x's dtype; or what `ldmrt.kernels.linear.arranged_gated` made of it.
         bias: (2 I,), any float dtype, or None.
 
     Returns:
@@ -95,6 +96,8 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         ValueError: shapes or devices do not fit together.
         TypeError: x has another dtype, or weight is not of x's.
     """
+    if is_packed(weight):
+        return linear_native(x, weight, bias, gated=True)
     _check(x, weight, bias)
     if launch.ready(x.device) and x.numel() > 0:
         problem = _problem(x, weight)

@@ -37,6 +37,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "ldmrt_geglu": [*[_pointer] * 3, _int32, _int64, _int64],
     "ldmrt_upsample": [*[_pointer] * 4, _int32, *[_int64] * 5],
     "ldmrt_attention": [*[_pointer] * 4, _int32, *[_int64] * 11, _float],
+    "ldmrt_linear": [*[_pointer] * 4, *[_int64] * 4, _int32],
+    "ldmrt_conv2d": [*[_pointer] * 3, *[_int64] * 8],
     "ldmrt_sampler_step": [*[_pointer] * 5, _int32, *[_pointer] * 6, *[_int64] * 2],
 }
 
@@ -104,6 +106,12 @@ def library() -> ctypes.CDLL | None:
 def serves(x: Tensor) -> bool:
     """Whether a body of the library can compute on a tensor: it is on the CPU, of a dtype that the library knows."""
     return x.device.type == "cpu" and x.dtype in ELEMENTS and library() is not None
+
+
+def takes_packed() -> bool:
+    """Whether linear layers and convolutions of packed weights can be computed here (kernels/linear.py)."""
+    found = library()
+    return found is not None and bool(found.ldmrt_takes_packed())
 
 
 def run(name: str, *arguments: Tensor | float | None) -> None:

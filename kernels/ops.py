@@ -18,6 +18,7 @@ from ldmrt.kernels.convolution import conv2d, conv2d_reference
 from ldmrt.kernels.geglu import geglu, geglu_reference
 from ldmrt.kernels.group_norm import group_norm_silu, group_norm_silu_reference
 from ldmrt.kernels.layer_norm import add_layer_norm, add_layer_norm_reference
+from ldmrt.kernels.linear import linear, linear_reference
 from ldmrt.kernels.linear_geglu import linear_geglu, linear_geglu_reference
 from ldmrt.kernels.sampler import advance, sampler_step
 from ldmrt.kernels.upsample import add_upsample, add_upsample_reference
@@ -31,6 +32,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "ldmrt.conv2d.default": conv2d,
     "ldmrt.geglu.default": geglu,
     "ldmrt.group_norm_silu.default": group_norm_silu,
+    "ldmrt.linear.default": linear,
     "ldmrt.linear_geglu.default": linear_geglu,
 }
 
@@ -43,6 +45,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "conv2d": conv2d_reference,
     "geglu": geglu_reference,
     "group_norm_silu": group_norm_silu_reference,
+    "linear": linear_reference,
     "linear_geglu": linear_geglu_reference,
 }
 
@@ -68,6 +71,7 @@ _SCHEMAS: dict[str, tuple[Callable[..., Any], str]] = {
         "(Tensor query, Tensor key, Tensor value, int heads, float scale, bool causal=False, Tensor? mask=None) -> Tensor",
     ),
     "conv2d": (conv2d, "(Tensor x, Tensor weight, int stride, int padding) -> Tensor"),
+    "linear": (linear, "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor"),
     "linear_geglu": (linear_geglu, "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor"),
     "geglu": (geglu, "(Tensor x, Tensor? x_bias=None) -> Tensor"),
     "group_norm_silu": (
@@ -118,6 +122,10 @@ def _fake_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor
     return x.new_empty((x.shape[0], height, width, weight.shape[0])).movedim(-1, 1)
 
 
+def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: ARG001
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def _fake_linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: ARG001
     return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
 
@@ -142,6 +150,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "attention": _fake_attention,
     "conv2d": _fake_conv2d,
     "geglu": _fake_geglu,
+    "linear": _fake_linear,
     "linear_geglu": _fake_linear_geglu,
     "group_norm_silu": _fake_group_norm_silu,
     "sampler_step": _fake_in_place,

@@ -48,7 +48,7 @@ CREATING: frozenset[str] = frozenset(
 )
 
 # Our own fused operators; ldmrt.kernels.ops has the functions.
-_FUSED = "add_group_norm_silu add_layer_norm add_upsample attention conv2d geglu group_norm_silu linear_geglu"
+_FUSED = "add_group_norm_silu add_layer_norm add_upsample attention conv2d geglu group_norm_silu linear linear_geglu"
 
 _PYTHON: dict[str, Callable[..., Any]] = {"python.getitem": operator.getitem}
 

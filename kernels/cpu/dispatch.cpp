@@ -128,3 +128,26 @@ LDMRT_EXPORT void ldmrt_attention(const void* query, const void* key, const void
 #endif
   ldmrt::g_operators->attention(a, static_cast<Element>(element));
 }
+
+// Whether linear layers and convolutions of packed weights can be computed now.
+LDMRT_EXPORT std::int32_t ldmrt_takes_packed() { return ldmrt::g_level == ldmrt::kAmx; }
+
+LDMRT_EXPORT void ldmrt_linear(const void* x, const void* weight, const float* bias, void* result, std::int64_t rows,
+                               std::int64_t inner, std::int64_t width, std::int64_t stride, std::int32_t gated) {
+#if defined(LDMRT_X86_MATRIX)
+  ldmrt::linear_amx({x, weight, bias, result, rows, inner, width, stride, gated != 0});
+#else
+  (void)x, (void)weight, (void)bias, (void)result, (void)rows, (void)inner, (void)width, (void)stride, (void)gated;
+#endif
+}
+
+LDMRT_EXPORT void ldmrt_conv2d(const void* x, const void* weight, void* result, std::int64_t rows, std::int64_t height,
+                               std::int64_t width, std::int64_t channels, std::int64_t out, std::int64_t side,
+                               std::int64_t stride, std::int64_t padding) {
+#if defined(LDMRT_X86_MATRIX)
+  ldmrt::convolution_amx({x, weight, result, rows, height, width, channels, out, side, stride, padding});
+#else
+  (void)x, (void)weight, (void)result, (void)rows, (void)height, (void)width, (void)channels, (void)out, (void)side;
+  (void)stride, (void)padding;
+#endif
+}

@@ -18,6 +18,7 @@ from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.graph import Argument, Dim, Graph, Node, Ref, substitute
 from ldmrt.kernels.convolution import arranged_weight
+from ldmrt.kernels.linear import arranged_gated, arranged_linear
 from ldmrt.operators import CREATING, resolve
 from ldmrt.parameters import Parameters, fitting
 
@@ -52,9 +53,22 @@ class _Recipe(NamedTuple):
         return _Recipe(f"{function.__qualname__}{arguments} of {self.key}", self.reads, make, function)
 
 
-# Operators whose second argument, weights, is best read in an order that only the device's library knows: what makes that
-# order of the weights and the arguments after them.
-_ARRANGING: Mapping[str, Callable[..., torch.Tensor]] = {"ldmrt.conv2d.default": arranged_weight}
+class _Arrangement(NamedTuple):
+    """For an operator whose second argument, weights, is best read in an order that only the device's library knows.
+
+    `make` makes that order of the weights, and of the arguments after them if it takes those; `op` is the operator that reads it.
+    """
+
+    make: Callable[..., torch.Tensor]
+    takes_arguments: bool
+    op: str
+
+
+_ARRANGEMENTS: Mapping[str, _Arrangement] = {
+    "aten.linear.default": _Arrangement(arranged_linear, takes_arguments=False, op="ldmrt.linear.default"),
+    "ldmrt.conv2d.default": _Arrangement(arranged_weight, takes_arguments=True, op="ldmrt.conv2d.default"),
+    "ldmrt.linear_geglu.default": _Arrangement(arranged_gated, takes_arguments=False, op="ldmrt.linear_geglu.default"),
+}
 
 
 class TorchEngine:
@@ -124,7 +138,7 @@ class TorchEngine:
         graph = self.graph
         packed = _packed(graph)
         static = {*graph.weights, *packed}
-        nodes, arranged = self._arranged([node for node in graph.nodes if node.name not in packed], static)
+        nodes, arranged, makers = self._arranged([node for node in graph.nodes if node.name not in packed], static)
         read = {name for node in nodes for name in node.refs()} | set(graph.outputs.values())
         only_packed = ({name for node in packed.values() for name in node.refs()} | set(arranged.values())) - read
         self.parameters.declare(graph.weights)
@@ -140,7 +154,7 @@ class TorchEngine:
                 assembly.define(name, self._derived(self._recipe(packed, name)))
         for node in nodes:
             if node.name in arranged:
-                recipe = self._recipe(packed, arranged[node.name]).then(_ARRANGING[node.op], node.args[2:])
+                recipe = self._recipe(packed, arranged[node.name]).then(*makers[node.name])
                 assembly.define(node.args[1].name, self._derived(recipe))
         for name, tensor in graph.constants.items():
             assembly.define(name, tensor.to(self.device))
@@ -153,24 +167,26 @@ class TorchEngine:
         self._dims = [(register, self._locate(dim), dim.factor) for dim, register in assembly.dims.items()]
         self._instructions = self._with_frees(assembly.instructions, results)
 
-    def _arranged(self, nodes: list[Node], static: set[str]) -> tuple[list[Node], dict[str, str]]:
-        """The nodes, reading weights in the order in memory that is best on this device where there is one; and by the names of
-        those nodes what they read so.
+    def _arranged(
+        self, nodes: list[Node], static: set[str]
+    ) -> tuple[list[Node], dict[str, str], dict[str, tuple[Callable[..., torch.Tensor], tuple[Any, ...]]]]:
+        """The nodes, reading weights in the order in memory that is best on this device where there is one; by the names of those
+        nodes what they read so; and what arranges it, with its further arguments.
         """
         if self.device.type != "cpu":
-            return nodes, {}
-        found = {
-            node.name: node.args[1].name
-            for node in nodes
-            if node.op in _ARRANGING and isinstance(node.args[1], Ref) and node.args[1].name in static
-        }
-        changed = [
-            node.replace(args=(node.args[0], Ref(f"{node.name} arranged"), *node.args[2:]))
-            if node.name in found
-            else node
-            for node in nodes
-        ]
-        return changed, found
+            return nodes, {}, {}
+        changed, found, makers = [], {}, {}
+        for node in nodes:
+            arrangement = _ARRANGEMENTS.get(node.op)
+            weight = node.args[1] if arrangement else None
+            if arrangement is None or not isinstance(weight, Ref) or weight.name not in static:
+                changed.append(node)
+                continue
+            rest = node.args[2:]
+            found[node.name] = weight.name
+            makers[node.name] = arrangement.make, rest if arrangement.takes_arguments else ()
+            changed.append(node.replace(op=arrangement.op, args=(node.args[0], Ref(f"{node.name} arranged"), *rest)))
+        return changed, found, makers
 
     def _recipe(self, packed: Mapping[str, Node], name: str) -> _Recipe:
         """How a value that depends on weights alone is made: a weight, or what packed nodes make."""

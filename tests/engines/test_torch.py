@@ -325,3 +325,38 @@ def test_convolutions_read_weights_as_the_library_has_them(ordered: bool) -> Non
     agree(2 * weight.flip(0))
     parameters.restore()
     assert torch.equal(engines[1].run({"x": x})["out"], before)
+
+
+@pytest.mark.parametrize("op", ["aten.linear.default", "ldmrt.linear_geglu.default"])
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
+def test_linear_layers_read_weights_as_the_native_body_has_them(op: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight, bias = (torch.randn(shape, generator=generator).to(dtype) / 8 for shape in ((64, 32), (64,)))
+    out = 64 if op.startswith("aten") else 32
+    part = Graph(
+        name="part",
+        inputs=(spec("x", "rows", 32, dtype=dtype),),
+        weights={"w": spec("w", 64, 32, dtype=dtype), "b": spec("b", 64, dtype=dtype)},
+        constants={},
+        nodes=(Node("made", op, (Ref("x"), Ref("w"), Ref("b")), {}, (ROWS, out), dtype),),
+        outputs={"out": "made"},
+    )
+    parameters = Parameters.of({"w": weight.clone(), "b": bias}, CPU)
+    engines = [TorchEngine(part, parameters, CPU) for _ in range(2)]
+    assert len(parameters._derived) == 1
+    x = torch.randn(5, 32, generator=generator).to(dtype)
+
+    def agree(expected: torch.Tensor) -> None:
+        y = F.linear(x.double(), expected.double(), bias.double())
+        if out == 32:
+            y = y[:, :32] * F.gelu(y[:, 32:])
+        tolerance = 1e-5 if dtype == F32 else 2e-2
+        for engine in engines:
+            torch.testing.assert_close(engine.run({"x": x})["out"].double(), y, rtol=tolerance, atol=tolerance)
+
+    agree(weight)
+    before = engines[0].run({"x": x})["out"]
+    parameters.update({"w": 2 * weight.flip(0)})
+    agree(2 * weight.flip(0))
+    parameters.restore()
+    assert torch.equal(engines[1].run({"x": x})["out"], before)

@@ -300,7 +300,13 @@ def test_on_the_cpu_it_is_the_native_body() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_masks_on_the_cpu_are_the_reference_s(causal: bool) -> None:
-    arguments = (*inputs(2, 20, 35, 2, 16), 2, 0.25, causal, None if causal else torch.ones(20, 35, dtype=torch.bool).triu())
+    arguments = (
+        *inputs(2, 20, 35, 2, 16),
+        2,
+        0.25,
+        causal,
+        None if causal else torch.ones(20, 35, dtype=torch.bool).triu(),
+    )
     assert torch.equal(attention(*arguments), attention_reference(*arguments))
 
 

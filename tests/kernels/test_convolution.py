@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmrt.kernels import launch
+from ldmrt.kernels import launch, native
 from ldmrt.kernels.convolution import (
     Problem,
     Tiles,
@@ -20,6 +20,7 @@ from ldmrt.kernels.convolution import (
     conv2d_reference,
     conv2d_triton,
 )
+from ldmrt.kernels.linear import is_packed
 from tests.kernels.oracle import DTYPES, HALF_UNIT, assert_rounded
 
 pytestmark = [
@@ -109,17 +110,70 @@ def test_reference_against_float64(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "out", "side", "stride"), [*SHAPES, ((2, 3, 9, 11), 7, 3, 2)])
 def test_arranged_weights(shape: tuple[int, ...], out: int, side: int, stride: int, dtype: torch.dtype) -> None:
-    """In oneDNN's own order, where it takes the dtype; changed in place by a copy."""
+    """Packed for the native body, or in oneDNN's own order, where one takes the dtype; changed in place by a copy."""
     given = arguments(shape, out, side, stride, dtype)
     x, weight, stride, padding = given
     arranged = arranged_weight(weight, stride, padding)
-    assert arranged.is_mkldnn == (arranged is not weight)
+    assert (arranged.is_mkldnn or is_packed(arranged)) == (arranged is not weight)
     assert arranged.is_mkldnn or dtype != torch.float32
     assert_right(conv2d(x, arranged, stride, padding), given)
     assert_right(conv2d(x.contiguous(), arranged, stride, padding), given)
     other = weight.flip(0) * 2
     arranged.copy_(arranged_weight(other, stride, padding))
     assert_right(conv2d(x, arranged, stride, padding), [x, other, stride, padding])
+
+
+# Tiles of 16 pixels that fit into a row and that do not, which reach back or are gathered; two pictures; sums in several chunks.
+PACKED_SHAPES = [
+    ((1, 32, 16, 16), 32, 3, 1),
+    ((2, 64, 20, 24), 96, 3, 1),
+    ((2, 32, 33, 33), 32, 3, 2),
+    ((1, 64, 32, 40), 32, 3, 2),
+    ((2, 32, 7, 5), 32, 3, 1),
+    ((1, 320, 8, 8), 64, 3, 1),
+    ((1, 160, 18, 17), 32, 3, 1),
+    ((1, 32, 20, 20), 64, 1, 1),
+    ((1, 32, 17, 16), 32, 5, 1),
+]
+
+
+@pytest.mark.parametrize("padding", [None, 0])
+@pytest.mark.parametrize(("shape", "out", "side", "stride"), PACKED_SHAPES)
+def test_packed_weights(shape: tuple[int, ...], out: int, side: int, stride: int, padding: int | None) -> None:
+    if not native.takes_packed():
+        pytest.skip("this processor has no AMX")
+    given = arguments(shape, out, side, stride, torch.bfloat16)
+    if padding is not None:
+        given[3] = padding
+    arranged = arranged_weight(given[1], *given[2:])
+    assert is_packed(arranged)
+    found = conv2d(given[0], arranged, *given[2:])
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert_right(found, given)
+    assert torch.equal(conv2d(given[0].contiguous(), arranged, *given[2:]), found)
+
+
+@pytest.mark.parametrize("side", [6, 16])
+def test_packed_weights_keep_what_is_not_finite_in_its_place(side: int) -> None:
+    if not native.takes_packed():
+        pytest.skip("this processor has no AMX")
+    x, weight, stride, padding = arguments((2, 32, side, side), 32, 3, 1, torch.bfloat16)
+    arranged = arranged_weight(weight, stride, padding)
+    expected = conv2d(x, arranged, stride, padding)
+    x[1, 3, 0, 0] = torch.nan
+    found = conv2d(x, arranged, stride, padding)
+    assert found[1, :, :2, :2].isnan().all()
+    found[1, :, :2, :2] = expected[1, :, :2, :2]
+    assert torch.equal(found, expected)
+
+
+def test_packed_weights_of_other_channels_are_refused() -> None:
+    if not native.takes_packed():
+        pytest.skip("this processor has no AMX")
+    _, weight, stride, padding = arguments((1, 64, 8, 8), 32, 3, 1, torch.bfloat16)
+    arranged = arranged_weight(weight, stride, padding)
+    with pytest.raises(ValueError, match="the packed weight is of other channels or dtype"):
+        conv2d(torch.zeros(1, 32, 8, 8, dtype=torch.bfloat16), arranged, stride, padding)
 
 
 def test_weights_elsewhere_stay_as_they_are() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmrt.kernels import launch, tuning
+from ldmrt.kernels import launch, native, tuning
+from ldmrt.kernels.linear import arranged_gated, is_packed
 from ldmrt.kernels.linear_geglu import (
     Problem,
     Tiles,
@@ -64,6 +65,35 @@ def assert_right(found: Tensor, given: list[Any], *, rounded_product: bool) -> N
         + 1e-6 * value.abs() * (gate.abs() + 1)
     )
     assert_rounded(found, (value * gelu).cpu(), bound.cpu())
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("shape", "width"), [((1, 32), 16), ((2, 25, 64), 48), ((100, 1312), 32), ((600, 96), 160)])
+def test_packed_weights(shape: tuple[int, ...], width: int, with_bias: bool) -> None:
+    if not native.takes_packed():
+        pytest.skip("this processor has no AMX")
+    given = arguments(shape, width, torch.bfloat16)
+    given[2] = given[2] if with_bias else None
+    arranged = arranged_gated(given[1])
+    assert is_packed(arranged)
+    assert_right(linear_geglu(given[0], arranged, given[2]), given, rounded_product=False)
+
+
+def test_packed_weights_with_numbers_at_the_ends_of_gelu() -> None:
+    """Gates far from zero, infinite and NaN."""
+    if not native.takes_packed():
+        pytest.skip("this processor has no AMX")
+    gates = torch.tensor([-math.inf, -300.0, -9.0, -6.0, -0.0, 0.0, 1e-30, 5.0, 300.0, math.inf, math.nan])
+    x = torch.zeros(len(gates), 32, dtype=torch.bfloat16)
+    x[:, 0], x[:, 1] = 1.0, gates
+    weight = torch.zeros(32, 32, dtype=torch.bfloat16)
+    weight[:16, 0], weight[16:, 1] = 1.0, 1.0
+    x[0, 0] = x[9, 0] = 1.0
+    found = linear_geglu(x, arranged_gated(weight))[:, 0]
+    # An infinite gate meets zeros of the weights on its way: NaN, as from any matrix product.
+    finite = gates.isfinite()
+    torch.testing.assert_close(found[finite].float(), torch.nn.functional.gelu(gates[finite]), rtol=2**-8, atol=1e-5)
+    assert found[~finite].isnan().all()
 
 
 @pytest.mark.interpreted

@@ -78,6 +78,8 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("add_layer_norm", (normal(3, 2, 8).transpose(0, 1), normal(2, 3, 8), None, None, 1e-5)),
     ("add_layer_norm", (normal(3, 2, 8).transpose(0, 1), None, normal(8), None, 1e-5, normal(8))),
     ("add_layer_norm", (normal(2, 3, 8), None, None, None, 1e-5)),
+    ("linear", (normal(2, 3, 8), normal(10, 8), normal(10))),
+    ("linear", (normal(2, 3, 8, dtype=torch.bfloat16), normal(10, 8, dtype=torch.bfloat16))),
     ("linear_geglu", (normal(2, 3, 8), normal(10, 8), normal(10))),
     ("linear_geglu", (normal(2, 3, 8, dtype=torch.bfloat16), normal(10, 8, dtype=torch.bfloat16))),
     ("sampler_step", sampler_arguments(torch.float32, noise=True)),
