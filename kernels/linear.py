@@ -85,10 +85,11 @@ def takes_packed(weight: Tensor, inner: int) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """From (O, K) to (panels, steps, 2 tiles, 16 pairs, 16 columns, 2 terms)."""
+    """From (O, K), numbers of 2 bytes on the CPU, to (panels, steps, 2 tiles, 16 pairs, 16 columns, 2 terms)."""
     out, inner = weight.shape
-    tiles = weight.reshape(out // PANEL, 2, 16, inner // STEP, 16, 2)
-    return tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
+    packed = weight.new_empty(out // PANEL, inner // STEP, 2, 16, 16, 2)
+    native.run("ldmrt_pack", weight.contiguous(), packed, out, inner)
+    return packed
 
 
 def is_packed(weight: Tensor) -> bool:

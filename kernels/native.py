@@ -37,6 +37,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "ldmrt_geglu": [*[_pointer] * 3, _int32, _int64, _int64],
     "ldmrt_upsample": [*[_pointer] * 4, _int32, *[_int64] * 5],
     "ldmrt_attention": [*[_pointer] * 4, _int32, *[_int64] * 11, _float],
+    "ldmrt_pack": [*[_pointer] * 2, *[_int64] * 2],
     "ldmrt_linear": [*[_pointer] * 4, *[_int64] * 4, _int32],
     "ldmrt_conv2d": [*[_pointer] * 3, *[_int64] * 8],
     "ldmrt_sampler_step": [*[_pointer] * 5, _int32, *[_pointer] * 6, *[_int64] * 2],

@@ -376,7 +376,7 @@ class Bundle:
                     )
                 return file[spec.name].to(device=device, dtype=spec.dtype)
 
-            self._parameters[key] = Parameters(load, device)
+            self._parameters[key] = Parameters(load, device, lambda spec: file.release(spec.name))
         return self._parameters[key]
 
 

@@ -17,6 +17,7 @@ from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import EngineMismatch
 
 Load = Callable[[TensorSpec], Tensor | None]
+Release = Callable[[TensorSpec], None]
 Make = Callable[[Mapping[str, Tensor]], Tensor]
 
 
@@ -40,12 +41,13 @@ class Parameters:
         load: gives a weight's tensor by its name, in the dtype asked for, on the device; None if there is none. Called once for
             each weight that engines read as it is, and each time for one that only packed forms are made of.
         device: where the engines run.
+        release: gives back the memory behind a tensor that `load` gave, which is then not used again; None if there is none to give.
     """
 
-    def __init__(self, load: Load, device: torch.device) -> None:
+    def __init__(self, load: Load, device: torch.device, release: Release | None = None) -> None:
         self.device = device
         self.generation = 0
-        self._load = load
+        self._load, self._release = load, release
         self._held: dict[tuple[str, torch.dtype], Tensor] = {}
         self._derived: dict[str, _Derived] = {}
         self._specs: dict[str, TensorSpec] = {}
@@ -85,8 +87,10 @@ class Parameters:
         """
         if key not in self._derived:
             with torch.inference_mode():
-                value = make(self._gather(reads))
+                tensors = self._gather(reads)
+                value = make(tensors)
             self._derived[key] = _Derived(value, make, tuple(reads))
+            self._let_go(value, reads, tensors)
         return self._derived[key].value
 
     @torch.inference_mode()
@@ -131,6 +135,15 @@ class Parameters:
                 derived.value.copy_(derived.make(self._gather(derived.reads)))
         self.generation += 1
 
+    def _let_go(self, value: Tensor, reads: Sequence[TensorSpec], tensors: Mapping[str, Tensor]) -> None:
+        """Give back the memory of weights that were read to make a value of them, unless something is still in it."""
+        if self._release is None or self._changed:
+            return
+        for spec in reads:
+            held = (spec.name, spec.dtype) in self._held
+            if not held and not _shared(value, tensors[spec.name]):
+                self._release(spec)
+
     def _gather(self, reads: Sequence[TensorSpec]) -> dict[str, Tensor]:
         return {spec.name: self._now(spec) for spec in reads}
 
@@ -142,6 +155,13 @@ class Parameters:
         if spec.name in self._changed:
             return self._changed[spec.name].to(device=self.device, dtype=spec.dtype)
         return fitting("weight", spec, self._load(spec))
+
+
+def _shared(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors may lie in the same memory."""
+    if a.is_mkldnn:  # an opaque one has memory of its own
+        return False
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def fitting(

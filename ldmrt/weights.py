@@ -60,6 +60,7 @@ class WeightFile(Mapping[str, torch.Tensor]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries = read_header(path)
+        self._mapped: mmap.mmap | None = None
         self._memory: torch.Tensor | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -77,11 +78,21 @@ class WeightFile(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def release(self, name: str) -> None:
+        """Give back the memory that reading a tensor took. It is read from the file again when it is used again; what was written into
+        it is lost.
+        """
+        entry = self.entries[name]
+        first = -(-entry.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (entry.offset + entry.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._mapped is not None and last > first:
+            self._mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+
     def _map(self) -> torch.Tensor:
         if self._memory is None:
             with self.path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            self._memory = torch.frombuffer(mapped, dtype=torch.uint8)
+                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._memory = torch.frombuffer(self._mapped, dtype=torch.uint8)
         return self._memory
 
 

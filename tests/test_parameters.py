@@ -141,3 +141,26 @@ def held(parameters: Parameters) -> list[torch.Tensor]:
     """What engines read: the weights as they are, and what was made of them."""
     derived = [item.value for item in parameters._derived.values()]
     return [*parameters._held.values(), *derived]
+
+
+def test_memory_of_weights_that_only_packed_forms_need_is_given_back() -> None:
+    held, released = tensors(), []
+    parameters = Parameters(lambda spec: held[spec.name], CPU, lambda spec: released.append(spec.name))
+    TorchEngine(packing(), parameters, CPU)
+    # a and b are packed into one matrix; c is read as it is.
+    assert sorted(released) == ["a", "b"]
+
+
+def test_memory_that_is_still_in_use_is_not_given_back() -> None:
+    """A form that is the weight itself, and weights that have been changed, in place, since."""
+    held, released = tensors(), []
+    parameters = Parameters(lambda spec: held[spec.name], CPU, lambda spec: released.append(spec.name))
+    parameters.declare(SPECS)
+    parameters.derived("itself", [SPECS["a"]], lambda values: values["a"].t())
+    assert not released
+    parameters.update({"a": torch.ones(4, 4)})
+    parameters.derived("another", [SPECS["a"]], lambda values: values["a"] + 1)
+    assert not released
+    parameters.restore()
+    parameters.derived("a third", [SPECS["a"]], lambda values: values["a"] + 2)
+    assert released == ["a"]

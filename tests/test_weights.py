@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,24 @@ def test_tensors_share_the_mapping_and_never_write_to_the_file(tmp_path: Path) -
     assert file["a"][0] == -1.0
     assert path.read_bytes() == before
     assert WeightFile(path)["a"][1] == 1.0
+
+
+def test_released_memory_is_read_again_and_its_neighbours_keep_theirs(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    save(path, {"a": torch.arange(100.0), "b": torch.arange(100_000.0), "c": torch.arange(100.0)})
+    file = WeightFile(path)
+    file.release("b")  # before anything was read
+    tensors = {name: file[name] for name in "abc"}
+    for tensor in tensors.values():
+        tensor.neg_()
+    for name in "abc":
+        file.release(name)
+    page = mmap.PAGESIZE
+    # Whole pages of the tensor alone: its ends, and tensors that are smaller, share pages with others.
+    inner = tensors["b"][page // 4 : -page // 4]
+    assert torch.equal(inner, torch.arange(100_000.0)[page // 4 : -page // 4])
+    for name in "ac":
+        assert torch.equal(tensors[name], -torch.arange(100.0))
 
 
 def test_data_starts_on_a_cache_line(tmp_path: Path) -> None:

@@ -129,6 +129,21 @@ LDMRT_EXPORT void ldmrt_attention(const void* query, const void* key, const void
   ldmrt::g_operators->attention(a, static_cast<Element>(element));
 }
 
+// From (out, inner) words of two terms to the order that matmul_amx.cpp describes: for every panel and step two tiles of 16 pairs of terms
+// by 16 columns.
+LDMRT_EXPORT void ldmrt_pack(const std::uint32_t* weight, std::uint32_t* packed, std::int64_t out, std::int64_t inner) {
+  const std::int64_t tiles = inner / 32, words = inner / 2;
+#pragma omp parallel for schedule(static) if (out * inner >= ldmrt::kParallelElements)
+  for (std::int64_t column = 0; column < out / 16; ++column) {
+    for (std::int64_t tile = 0; tile < tiles; ++tile) {
+      const std::uint32_t* const from = weight + column * 16 * words + tile * 16;
+      std::uint32_t* const to = packed + ((column / 2 * tiles + tile) * 2 + column % 2) * 256;
+      for (int pair = 0; pair < 16; ++pair)
+        for (int each = 0; each < 16; ++each) to[pair * 16 + each] = from[each * words + pair];
+    }
+  }
+}
+
 // Whether linear layers and convolutions of packed weights can be computed now.
 LDMRT_EXPORT std::int32_t ldmrt_takes_packed() { return ldmrt::g_level == ldmrt::kAmx; }
 
