@@ -3,6 +3,7 @@
 #include "arithmetic.h"
 #include "levels.h"
 #include "operators.h"
+#include "simd.h"
 
 namespace ldmrt {
 inline namespace LDMRT_LEVEL {
@@ -96,10 +97,15 @@ class Norm {
     Buffer<Moments> found_buffer(g_.rows * parts * groups);
     Moments* const found = found_buffer.data();
     const bool parallel = g_.rows * g_.channels * g_.spatial >= kParallelWork;
+    // Channels that are whole vectors, as those of real models are.
+    const bool whole = g_.channels % kLanes == 0 && g_.width % kLanes == 0;
 #pragma omp parallel for schedule(static) if (parallel)
     for (std::int64_t job = 0; job < g_.rows * parts; ++job) {
-      const std::int64_t begin = job % parts * length;
-      part_moments(job / parts, begin, smaller(begin + length, g_.spatial), found + job * groups);
+      const std::int64_t begin = job % parts * length, end = smaller(begin + length, g_.spatial);
+      if (whole)
+        whole_moments(job / parts, begin, end, found + job * groups);
+      else
+        part_moments(job / parts, begin, end, found + job * groups);
     }
     Buffer<float> centre_buffer(g_.rows * g_.channels), scale_buffer(g_.rows * g_.channels), final_buffer(g_.channels);
     float *const centre = centre_buffer.data(), *const scale = scale_buffer.data(), *const final = final_buffer.data();
@@ -122,9 +128,14 @@ class Norm {
     }
 #pragma omp parallel for schedule(static) if (parallel)
     for (std::int64_t job = 0; job < g_.rows * parts; ++job) {
-      const std::int64_t row = job / parts, begin = job % parts * length;
+      const std::int64_t row = job / parts, begin = job % parts * length, end = smaller(begin + length, g_.spatial);
+      if (whole && (g_.total != nullptr || (g_.residual == nullptr && rest_ == 0))) {
+        const auto normalize = g_.silu ? &Norm::normalize<true> : &Norm::normalize<false>;
+        (this->*normalize)(row, begin, end, centre + row * g_.channels, scale + row * g_.channels, final);
+        continue;
+      }
       Buffer<float> line(g_.channels);
-      for (std::int64_t position = begin; position < smaller(begin + length, g_.spatial); ++position) {
+      for (std::int64_t position = begin; position < end; ++position) {
         reread(row, position, line.data());
         finish(line.data(), g_.channels, centre + row * g_.channels, scale + row * g_.channels, final, g_.silu,
                static_cast<T*>(g_.result) + (row * g_.spatial + position) * g_.channels);
@@ -162,15 +173,121 @@ class Norm {
       #pragma omp simd
       for (std::int64_t c = 0; c < channels; ++c) all_squares[c] += squares[c];
     }
+    group_moments(begin, end, pivot, all_sums, all_squares, found);
+  }
+
+  // `part_moments` of channels that are whole vectors: the sums of some of them stay in registers over a run of positions.
+  void whole_moments(std::int64_t row, std::int64_t begin, std::int64_t end, Moments* found) {
+    const std::int64_t channels = g_.channels;
+    Buffer<float> pivot(channels);
+    Buffer<double> sums(channels), squares(channels);
+    for (std::int64_t c = 0; c < channels; ++c) sums.data()[c] = squares.data()[c] = 0.0;
+    const bool residual = g_.residual != nullptr, added = g_.added != nullptr, total = g_.total != nullptr;
+    const auto own = residual ? (added ? &Norm::columns<true, true, true> : &Norm::columns<true, false, true>)
+                     : added  ? (total ? &Norm::columns<false, true, true> : &Norm::columns<false, true, false>)
+                              : (total ? &Norm::columns<false, false, true> : &Norm::columns<false, false, false>);
+    const auto joined = total ? &Norm::columns<false, false, true> : &Norm::columns<false, false, false>;
+    for (std::int64_t first = begin; first < end; first += kRun) {
+      const std::int64_t last = smaller(first + kRun, end);
+      const auto some = [&](auto columns, const void* x, std::int64_t width, std::int64_t from) {
+        for (std::int64_t c = 0; c < width; c += kColumns * kLanes) {
+          const int count = static_cast<int>(smaller(kColumns, (width - c) / kLanes));
+          (this->*columns)(static_cast<const T*>(x), width, row, c, from, count, first, last, first == begin,
+                           pivot.data() + from + c, sums.data() + from + c, squares.data() + from + c);
+        }
+      };
+      some(own, g_.x, g_.width, 0);
+      if (rest_ > 0) some(joined, g_.joined, rest_, g_.width);
+    }
+    group_moments(begin, end, pivot.data(), sums.data(), squares.data(), found);
+  }
+
+  static constexpr int kColumns = 4;
+
+  // Sums over some positions, of `count` vectors of channels from `c` on of x; `from` is where its channels begin in the total.
+  template <bool kResidual, bool kAdded, bool kTotal>
+  void columns(const T* x, std::int64_t width, std::int64_t row, std::int64_t c, std::int64_t from, int count,
+               std::int64_t first, std::int64_t last, bool begins, float* pivot, double* sums, double* squares) {
+    if (count == kColumns)
+      columns_of<kResidual, kAdded, kTotal, kColumns>(x, width, row, c, from, first, last, begins, pivot, sums, squares);
+    else
+      for (int k = 0; k < count; ++k)
+        columns_of<kResidual, kAdded, kTotal, 1>(x, width, row, c + k * kLanes, from, first, last, begins,
+                                                 pivot + k * kLanes, sums + k * kLanes, squares + k * kLanes);
+  }
+
+  template <bool kResidual, bool kAdded, bool kTotal, int kCount>
+  void columns_of(const T* x, std::int64_t width, std::int64_t row, std::int64_t c, std::int64_t from, std::int64_t first,
+                  std::int64_t last, bool begins, float* pivot, double* sums, double* squares) {
+    const std::int64_t at = row * g_.spatial + first;
+    const T* own = x + at * width + c;
+    const T* residual = kResidual ? static_cast<const T*>(g_.residual) + at * width + c : nullptr;
+    T* total = kTotal ? static_cast<T*>(g_.total) + at * g_.channels + from + c : nullptr;
+    Vector added[kCount], middle[kCount], sum[kCount], square[kCount];
+    for (int k = 0; k < kCount; ++k) {
+      added[k] = kAdded ? load(g_.added + row * g_.added_stride + c + k * kLanes) : all(0.0f);
+      sum[k] = square[k] = all(0.0f);
+      middle[k] = load(pivot + k * kLanes);
+    }
+    for (std::int64_t position = first; position < last; ++position) {
+      for (int k = 0; k < kCount; ++k) {
+        Vector value = read(own + k * kLanes);
+        if constexpr (kResidual) value = value + read(residual + k * kLanes);
+        if constexpr (kAdded) value = value + added[k];
+        // What is normed is the sum as it is stored, so that whoever reads it later sees the same numbers.
+        if constexpr (kTotal) value = write(total + k * kLanes, value);
+        if (begins && position == first) middle[k] = value;
+        const Vector difference = value - middle[k];
+        sum[k] = sum[k] + difference;
+        square[k] = multiply_add(difference, difference, square[k]);
+      }
+      own += width;
+      if constexpr (kResidual) residual += width;
+      if constexpr (kTotal) total += g_.channels;
+    }
+    for (int k = 0; k < kCount; ++k) {
+      float run[2][kLanes];
+      store(run[0], sum[k]);
+      store(run[1], square[k]);
+      store(pivot + k * kLanes, middle[k]);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        sums[k * kLanes + lane] += run[0][lane];
+        squares[k * kLanes + lane] += run[1][lane];
+      }
+    }
+  }
+
+  // From the sums of differences from a pivot, by channel, to the moments of every group.
+  void group_moments(std::int64_t begin, std::int64_t end, const float* pivot, const double* sums, const double* squares,
+                     Moments* found) const {
     const double positions = static_cast<double>(end - begin);
     for (std::int64_t group = 0; group < g_.groups; ++group) {
       Moments all{0.0, 0.0};
       double count = 0.0;
       for (std::int64_t c = group * size_; end > begin && c < (group + 1) * size_; ++c) {
-        const double mean = all_sums[c] / positions;
-        merge(all, count, {pivot[c] + mean, all_squares[c] - all_sums[c] * mean}, positions);
+        const double mean = sums[c] / positions;
+        merge(all, count, {pivot[c] + mean, squares[c] - sums[c] * mean}, positions);
       }
       found[group] = all;
+    }
+  }
+
+  // Of channels that are whole vectors, from the total if there is one, else from x alone and what is added to it.
+  template <bool kSilu>
+  void normalize(std::int64_t row, std::int64_t begin, std::int64_t end, const float* centre, const float* scale,
+                 const float* final) const {
+    const bool given = g_.total != nullptr;
+    const T* const from = static_cast<const T*>(given ? g_.total : g_.x);
+    const float* const added = given || g_.added == nullptr ? nullptr : g_.added + row * g_.added_stride;
+    for (std::int64_t position = begin; position < end; ++position) {
+      const std::int64_t at = (row * g_.spatial + position) * g_.channels;
+      T* const result = static_cast<T*>(g_.result) + at;
+      for (std::int64_t c = 0; c < g_.channels; c += kLanes) {
+        Vector value = read(from + at + c);
+        if (added != nullptr) value = value + load(added + c);
+        const Vector y = multiply_add(value - load(centre + c), load(scale + c), load(final + c));
+        write(result + c, kSilu ? silu(y) : y);
+      }
     }
   }
 

@@ -215,6 +215,21 @@ def test_against_float64(
     assert_right(body(*given), given)
 
 
+@pytest.mark.parametrize("body", at_levels(add_group_norm_silu_native))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("left_out", [(), (1,), (8,), (1, 8), (3, 4)], ids=str)
+@pytest.mark.parametrize(("width", "rest", "groups"), [(48, 16, 4), (64, 0, 8), (80, 144, 7), (16, 64, 10)])
+def test_channels_that_are_whole_vectors(
+    body: Body, width: int, rest: int, groups: int, left_out: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Sums that stay in registers: of four vectors and of one, over several runs of positions, parts that are not whole."""
+    given = arguments((2, width, 15, 11), rest, groups, dtype=dtype, channels_last=True)
+    given[7] = dtype == torch.float32
+    for place in left_out:
+        given[place] = None
+    assert_right(body(*given), given)
+
+
 # By their places: each alone, each but one, all.
 OPTIONAL = (1, 2, 3, 4, 8)
 LEFT_OUT = [
