@@ -1,6 +1,6 @@
-"""The fused operators on the CPU: the C++ bodies at each instruction set, the plain-torch references, and torch's own operators.
+"""The operators on the CPU: the C++ bodies at each instruction set, the plain-torch references, and torch's own operators.
 
-    python benchmarks/cpu_operators.py [--runs 15]
+    python benchmarks/cpu_operators.py [--runs 15] [--only attention]
 
 All bodies of a size run in turn, in one process, and are compared first. The rows go to results/cpu_operators.jsonl.
 """
@@ -12,29 +12,49 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ldmrt.bench.ledger import append, summary
-from ldmrt.bench.measure import alternate, copy_rate
+from ldmrt.bench.measure import alternate, copy_rate, gemm_rate
 from ldmrt.export.verify import relative_error
 from ldmrt.graph import dtype_name
 from ldmrt.kernels import native
 from ldmrt.kernels.add_group_norm import add_group_norm_silu_native, add_group_norm_silu_reference
+from ldmrt.kernels.attention import attention_native, attention_reference
+from ldmrt.kernels.convolution import arranged_weight, conv2d, library_weight
 from ldmrt.kernels.geglu import geglu_native, geglu_reference
 from ldmrt.kernels.group_norm import group_norm_silu_native, group_norm_silu_reference
 from ldmrt.kernels.layer_norm import add_layer_norm_native, add_layer_norm_reference
+from ldmrt.kernels.linear import arranged_gated, arranged_linear, linear
+from ldmrt.kernels.linear_geglu import linear_geglu
 
 LEDGER = Path(__file__).resolve().parent / "results" / "cpu_operators.jsonl"
 EPS, GROUPS = 1e-5, 32
 CPU = torch.device("cpu")
+# The instruction sets that most bodies are compiled for.
+VECTOR_LEVELS = ("baseline", "avx2", "avx512")
 # What two bodies may differ by: the references and torch round to the dtype more than once.
 AGREE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 Body = Callable[[], Any]
+
+
+class Problem(NamedTuple):
+    """What is computed, by whom, and what it takes at least.
+
+    `bodies` are the C++ ones by name; `others` come after them, the first of which is what is compared with.
+    """
+
+    name: str
+    dtype: torch.dtype
+    bodies: Mapping[str, Body]
+    others: Mapping[str, Body]
+    nbytes: int = 0
+    flops: int = 0
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -53,7 +73,79 @@ def at(level: int, body: Body) -> Any:
     return body()
 
 
-def problems(dtype: torch.dtype) -> Iterator[tuple[str, int, Body, Body, Body]]:
+def levels(body: Body) -> dict[str, Body]:
+    """The body with every instruction set that the processor has and that is compiled for, by name."""
+    library = native.library()
+    assert library is not None
+    highest = int(library.ldmrt_highest_level())
+    return {name: partial(at, level, body) for level, name in enumerate(native.LEVELS[: highest + 1])}
+
+
+def memory_problems(dtype: torch.dtype) -> Iterator[Problem]:
+    """Norms and the gate, which memory bounds: each with the instruction sets that have bodies of their own."""
+    for name, nbytes, body, reference, torchs in _memory_problems(dtype):
+        bodies = {level: case for level, case in levels(body).items() if level in VECTOR_LEVELS}
+        yield Problem(name, dtype, bodies, {"torch": torchs, "reference": reference}, nbytes=nbytes)
+
+
+def product_problems(dtype: torch.dtype) -> Iterator[Problem]:
+    """Attention, linear layers and convolutions of SD1.5's U-Net at 512 x 512, one row."""
+    for queries, keys, heads, size in ((4096, 4096, 8, 40), (1024, 1024, 8, 80), (256, 256, 8, 160), (4096, 77, 8, 40)):
+        tensors = [random(1, tokens, heads * size, dtype=dtype, seed=tokens) for tokens in (queries, keys, keys)]
+        arguments = (*tensors, heads, size**-0.5)
+        bodies = levels(partial(attention_native, *arguments))
+        if queries * keys > 1 << 20:  # seconds, with the others
+            bodies = dict([*bodies.items()][-1:])
+        elif dtype == torch.float32:
+            bodies = {level: case for level, case in bodies.items() if level in VECTOR_LEVELS}
+        yield Problem(
+            f"attention, {heads} heads of {size}, {queries} to {keys}",
+            dtype,
+            bodies,
+            {"torch": partial(attention_reference, *arguments)},
+            flops=4 * queries * keys * heads * size,
+        )
+    if dtype != torch.bfloat16 or not native.takes_packed():
+        return
+    for rows, inner, out in ((4096, 320, 320), (1024, 640, 640), (256, 1280, 1280), (4096, 1280, 320)):
+        x, weight = random(rows, inner, dtype=dtype, seed=0), random(out, inner, dtype=dtype, seed=1)
+        yield Problem(
+            f"linear, {rows} x {inner} to {out}",
+            dtype,
+            {"amx": partial(linear, x, arranged_linear(weight))},
+            {"torch": partial(F.linear, x, weight)},
+            flops=2 * rows * inner * out,
+        )
+    for rows, inner, width in ((4096, 320, 1280), (1024, 640, 2560), (256, 1280, 5120)):
+        x, weight = random(rows, inner, dtype=dtype, seed=0), random(2 * width, inner, dtype=dtype, seed=1) / inner**0.5
+        yield Problem(
+            f"linear and GEGLU, {rows} x {inner} to {width}",
+            dtype,
+            {"amx": partial(linear_geglu, x, arranged_gated(weight))},
+            {"torch": partial(torch_gated, x, weight)},
+            flops=4 * rows * inner * width,
+        )
+    for channels, out, side in ((320, 320, 64), (640, 640, 32), (1280, 1280, 16), (1280, 1280, 8), (256, 256, 256)):
+        x, weight = (
+            picture(1, channels, side, side, dtype=dtype, seed=0),
+            random(out, channels, 3, 3, dtype=dtype, seed=1),
+        )
+        yield Problem(
+            f"convolution, {channels} to {out} at {side} x {side}",
+            dtype,
+            {"amx": partial(conv2d, x, arranged_weight(weight, 1, 1), 1, 1)},
+            {"torch": partial(conv2d, x, library_weight(weight, 1, 1), 1, 1)},
+            flops=18 * channels * out * side**2,
+        )
+
+
+def torch_gated(x: Tensor, weight: Tensor) -> Tensor:
+    """The linear layer and the gate by torch."""
+    value, gate = F.linear(x, weight).chunk(2, -1)
+    return value * F.gelu(gate)
+
+
+def _memory_problems(dtype: torch.dtype) -> Iterator[tuple[str, int, Body, Body, Body]]:
     """A name, the bytes that must be moved, and the C++ body, the reference and torch's own for the same."""
     size = dtype.itemsize
     for channels, side in ((320, 64), (1280, 16)):
@@ -123,41 +215,56 @@ def main() -> None:
     """Check, time, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=15)
-    runs = parser.parse_args().runs
-    library = native.library()
-    if library is None:
+    parser.add_argument("--only", default="", help="what the names of the problems begin with")
+    arguments = parser.parse_args()
+    if not native.available():
         parser.error(f"there are no C++ bodies to time: {native.why_not()}")
-    highest = int(library.ldmrt_highest_level())
     copy = copy_rate(CPU)
     print(f"{torch.get_num_threads()} threads, copies {copy / 1e9:.1f} GB/s")
     for dtype in (torch.float32, torch.bfloat16):
-        for name, nbytes, body, reference, torchs in problems(dtype):
-            cases: Mapping[str, Body] = {
-                **{native.LEVELS[level]: partial(at, level, body) for level in range(highest + 1)},
-                "reference": reference,
-                "torch": torchs,
-            }
-            expected = reference()
-            worst = max(differ(case(), expected) for case in cases.values())
-            assert worst < AGREE[dtype], f"{name}, {dtype_name(dtype)}: bodies differ by {worst:.2e}"
-            times = alternate(cases, runs=runs)
-            best = times[native.LEVELS[highest]]
-            figures = {
-                "dtype": dtype_name(dtype),
-                "threads": torch.get_num_threads(),
-                "seconds": {case: summary(seconds) for case, seconds in times.items()},
-                "bytes": nbytes,
-                "copy_bytes_per_second": copy,
-                "share_of_copy": round(nbytes / copy / statistics.median(best), 3),
-                "times_faster": {
-                    case: round(statistics.median(a / b for a, b in zip(times[case], best, strict=True)), 2)
-                    for case in ("reference", "torch")
-                },
-                "relative_difference": float(f"{worst:.2e}"),
-            }
-            append(LEDGER, f"cpu operators: {name}", figures)
-            medians = ", ".join(f"{case} {1e3 * statistics.median(seconds):.2f}" for case, seconds in times.items())
-            print(f"{name}, {dtype_name(dtype)}: ms: {medians}; {figures['share_of_copy']:.0%} of a copy's rate")
+        gemm = gemm_rate(CPU, dtype)
+        print(f"{dtype_name(dtype)}: matrix products {gemm / 1e9:.0f} GFLOP/s")
+        for problem in (*memory_problems(dtype), *product_problems(dtype)):
+            if problem.name.startswith(arguments.only):
+                measure(problem, arguments.runs, copy, gemm)
+
+
+def measure(problem: Problem, runs: int, copy: float, gemm: float) -> None:
+    """Compare the bodies of a problem, time them in turn, and write the row."""
+    cases = {**problem.bodies, **problem.others}
+    expected = next(iter(problem.others.values()))()
+    worst = max(differ(case(), expected) for case in cases.values())
+    assert worst < AGREE[problem.dtype], f"{problem.name}: bodies differ by {worst:.2e}"
+    times = alternate(cases, runs=runs)
+    best = times[[*problem.bodies][-1]]
+    if problem.flops:
+        least = {
+            "flops": problem.flops,
+            "gemm_flops_per_second": gemm,
+            "share_of_gemm_rate": round(problem.flops / gemm / statistics.median(best), 3),
+        }
+    else:
+        least = {
+            "bytes": problem.nbytes,
+            "copy_bytes_per_second": copy,
+            "share_of_copy": round(problem.nbytes / copy / statistics.median(best), 3),
+        }
+    figures = {
+        "dtype": dtype_name(problem.dtype),
+        "threads": torch.get_num_threads(),
+        "seconds": {case: summary(seconds) for case, seconds in times.items()},
+        **least,
+        "times_faster": {
+            case: round(statistics.median(a / b for a, b in zip(times[case], best, strict=True)), 2)
+            for case in problem.others
+        },
+        "relative_difference": float(f"{worst:.2e}"),
+    }
+    append(LEDGER, f"cpu operators: {problem.name}", figures)
+    medians = ", ".join(f"{case} {1e3 * statistics.median(seconds):.2f}" for case, seconds in times.items())
+    print(
+        f"{problem.name}, {dtype_name(problem.dtype)}: ms: {medians}; {figures['times_faster']['torch']} times torch's"
+    )
 
 
 if __name__ == "__main__":

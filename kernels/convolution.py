@@ -132,6 +132,11 @@ def arranged_weight(weight: Tensor, stride: int, padding: int) -> Tensor:
     """
     if takes_packed(weight, weight.shape[1]):
         return pack(weight.movedim(1, -1).flatten(1))
+    return library_weight(weight, stride, padding)
+
+
+def library_weight(weight: Tensor, stride: int, padding: int) -> Tensor:
+    """Weights in the order in which oneDNN's convolution reads them, which else it makes anew at every call; opaque."""
     if weight.device.type != "cpu" or not _takes(weight.dtype):
         return weight
     sides = [stride] * 2, [1] * 2

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -52,7 +53,8 @@ class Forward(torch.nn.Module):
         if self.network == "unet":
             result = module(inputs[0], inputs[1], encoder_hidden_states=inputs[2], return_dict=False)
         elif self.network == "decoder":
-            result = module.decode(inputs[0], return_dict=False)
+            # What the sampler hands over, as diffusers' pipelines do.
+            result = module.decode(inputs[0] / module.config.scaling_factor, return_dict=False)
         else:
             result = module(inputs[0], return_dict=False)
         return result[0]  # type: ignore[no-any-return]
@@ -113,6 +115,8 @@ def _ldmrt(network: str, work: Path, dtype: torch.dtype, inputs: Inputs, parts: 
     engine = load(network)
     given = _for(engine, inputs)
     [name] = engine.outputs
+    if network == "text_encoder":
+        return lambda: engine.run(given)[name][0]  # of the hidden states of all layers the last one's
     return lambda: engine.run(given)[name]
 
 
@@ -178,6 +182,50 @@ def _onnx(network: str, work: Path, given: tuple[Tensor, ...]) -> Path:
     return path
 
 
+class StableDiffusionCpp:
+    """A step of stable-diffusion.cpp, which makes whole images only: one goes on for as long as it is asked to.
+
+    float16 weights, as it has no kernels of bfloat16 for a CPU; its own text, noise and sampler, so its output is not compared.
+    """
+
+    _STEPS = 200
+
+    def __init__(self, work: Path) -> None:
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._model = import_module("stable_diffusion_cpp").StableDiffusion(
+            model_path=str(work / "original.safetensors"),
+            n_threads=torch.get_num_threads(),
+            wtype="f16",
+            diffusion_flash_attn=True,
+            vae_decode_only=True,
+        )
+        threading.Thread(target=self._generate, daemon=True).start()
+        self._done.acquire()  # it reports the beginning as a step
+
+    def __call__(self) -> None:
+        """One step."""
+        self._go.release()
+        self._done.acquire()
+
+    def _generate(self) -> None:
+        options = {"width": 512, "height": 512, "cfg_scale": 1.0, "sample_method": "euler"}
+        self._model.generate_image(
+            prompt="a photograph", sample_steps=self._STEPS, progress_callback=self._step, **options
+        )
+
+    def _step(self, *_progress: object) -> None:
+        self._done.release()
+        self._go.acquire()
+
+
+def stable_diffusion_cpp(network: str, work: Path, dtype: torch.dtype, inputs: Inputs) -> Run:
+    """stable-diffusion.cpp: the U-Net of one row, with a sampler's step."""
+    del dtype
+    if network != "unet" or next(iter(inputs.values())).shape[0] != 1:
+        raise NotImplementedError("it makes whole images: only a step of one image is timed")
+    return StableDiffusionCpp(work)
+
+
 CONTENDERS: Mapping[str, Callable[[str, Path, torch.dtype, Inputs], Run]] = {
     "ldmrt": ldmrt,
     "ldmrt step": ldmrt_step,
@@ -185,7 +233,10 @@ CONTENDERS: Mapping[str, Callable[[str, Path, torch.dtype, Inputs], Run]] = {
     "torch.compile": compiled,
     "OpenVINO": openvino,
     "ONNX Runtime": onnxruntime,
+    "stable-diffusion.cpp": stable_diffusion_cpp,
 }
+# Their outputs cannot be had.
+UNCOMPARED = frozenset({"stable-diffusion.cpp"})
 
 
 def serve(run: Run, replies: TextIO, start: Mapping[str, Any]) -> None:
