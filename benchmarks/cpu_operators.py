@@ -249,7 +249,7 @@ def measure(problem: Problem, runs: int, copy: float, gemm: float) -> None:
             "copy_bytes_per_second": copy,
             "share_of_copy": round(problem.nbytes / copy / statistics.median(best), 3),
         }
-    figures = {
+    figures: dict[str, Any] = {
         "dtype": dtype_name(problem.dtype),
         "threads": torch.get_num_threads(),
         "seconds": {case: summary(seconds) for case, seconds in times.items()},
