@@ -92,7 +92,8 @@ def original(folder: Path) -> Iterator[tuple[str, Tensor]]:
         pixel = ".attn_1." in renamed and tensor.dim() == 2
         yield f"first_stage_model.{renamed}", tensor[:, :, None, None] if pixel else tensor
     for name, tensor in load_file(folder / "text_encoder" / "model.safetensors").items():
-        yield f"cond_stage_model.transformer.{name}", tensor
+        # transformers has left the middle out since its version 5.
+        yield f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}", tensor
 
 
 def main() -> None:

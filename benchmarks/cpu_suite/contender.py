@@ -191,7 +191,7 @@ class StableDiffusionCpp:
     _STEPS = 200
 
     def __init__(self, work: Path) -> None:
-        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._go, self._done, self._over = threading.Semaphore(0), threading.Semaphore(0), False
         self._model = import_module("stable_diffusion_cpp").StableDiffusion(
             model_path=str(work / "original.safetensors"),
             n_threads=torch.get_num_threads(),
@@ -200,18 +200,27 @@ class StableDiffusionCpp:
             vae_decode_only=True,
         )
         threading.Thread(target=self._generate, daemon=True).start()
-        self._done.acquire()  # it reports the beginning as a step
+        self._wait()  # it reports the beginning as a step
 
     def __call__(self) -> None:
         """One step."""
         self._go.release()
+        self._wait()
+
+    def _wait(self) -> None:
         self._done.acquire()
+        if self._over:
+            raise RuntimeError("stable-diffusion.cpp stopped; its log says why")
 
     def _generate(self) -> None:
         options = {"width": 512, "height": 512, "cfg_scale": 1.0, "sample_method": "euler"}
-        self._model.generate_image(
-            prompt="a photograph", sample_steps=self._STEPS, progress_callback=self._step, **options
-        )
+        try:
+            self._model.generate_image(
+                prompt="a photograph", sample_steps=self._STEPS, progress_callback=self._step, **options
+            )
+        finally:
+            self._over = True
+            self._done.release()
 
     def _step(self, *_progress: object) -> None:
         self._done.release()
