@@ -20,6 +20,10 @@ from ldmrt.kernels.configurations import ATTENTION, Problem, Tiles
 
 MAX_HEAD_SIZE = 512  # of the Triton body: its result stays in registers
 
+# A row of so few scores torch's own body has done before ours has packed its keys: measured on a CPU at 256 x 256 and below
+# (benchmarks/results/cpu_operators.jsonl).
+_FEW_SCORES = 1 << 16
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,7 +61,7 @@ def attention(
         choice = ATTENTION.choose(launch.architecture(query.device), _problem(query, key, heads), arguments)
         if choice.body == "triton":
             return attention_triton(query, key, value, heads, scale, causal, mask, choice.tiles)
-    elif not causal and mask is None and native.serves(query) and query.numel() > 0 and key.shape[1] > 0:
+    elif not causal and mask is None and query.shape[1] * key.shape[1] > _FEW_SCORES and native.serves(query):
         return attention_native(query, key, value, heads, scale)
     return attention_reference(query, key, value, heads, scale, causal, mask)
 

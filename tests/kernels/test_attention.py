@@ -294,8 +294,13 @@ def test_what_is_not_finite_stays_in_its_row(body: Body, where: str, bad: float)
 def test_on_the_cpu_it_is_the_native_body() -> None:
     if not native.available():
         pytest.skip(str(native.why_not()))
-    arguments = (*inputs(2, 20, 35, 2, 16), 2, 0.25)
+    arguments = (*inputs(2, 600, 130, 2, 16), 2, 0.25)
     assert torch.equal(attention(*arguments), attention_native(*arguments))
+
+
+def test_of_few_scores_on_the_cpu_it_is_the_reference() -> None:
+    arguments = (*inputs(2, 20, 35, 2, 16), 2, 0.25)
+    assert torch.equal(attention(*arguments), attention_reference(*arguments))
 
 
 @pytest.mark.parametrize("causal", [False, True])
