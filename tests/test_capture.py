@@ -35,8 +35,8 @@ def _operators_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recorder sees torch's operators, not the native library's."""
     monkeypatch.setattr(ldmrt.slots, "sampler_step", sampler_step_reference)
     monkeypatch.setattr(native, "serves", lambda x: False)
-    # Nor weights in oneDNN's own order, which a GPU has no use for either.
-    monkeypatch.setattr(ldmrt.engines.torch, "_ARRANGING", {})
+    # Nor weights in an order of the CPU's own, which a GPU has no use for either.
+    monkeypatch.setattr(ldmrt.engines.torch, "_ARRANGEMENTS", {})
 
 
 @pytest.fixture
