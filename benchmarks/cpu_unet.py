@@ -35,7 +35,7 @@ from ldmrt.bench.flops import costs
 from ldmrt.bench.ledger import append, summary
 from ldmrt.bench.measure import gemm_rate
 from ldmrt.bundle import Bundle
-from ldmrt.export.verify import noise
+from ldmrt.export.verify import noise, relative_error
 from ldmrt.graph import dtype_of, specialize
 from original_layout import original
 from random_checkpoint import write_checkpoint
@@ -149,12 +149,6 @@ def work_of(arguments: argparse.Namespace, bundle: Bundle) -> int:
     return total
 
 
-def relative_error(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
-    """The L2 norm of the difference over that of what is expected."""
-    expected = expected.astype(np.float64)
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-
-
 def main() -> None:
     """Compare, time, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -179,7 +173,7 @@ def main() -> None:
         prepare(arguments, work)
         flops = work_of(arguments, Bundle.open(work / f"bundle-{arguments.dtype}"))
         with opened("torch eager", arguments, work, "float32") as reference:
-            expected = reference.output(work / "expected.npy")
+            expected = torch.from_numpy(reference.output(work / "expected.npy"))
         contenders: dict[str, Contender] = {}
         errors: dict[str, float] = {}
         failures: dict[str, str] = {}
@@ -194,7 +188,7 @@ def main() -> None:
                 failures[name] = str(error)
                 continue
             if name not in UNCOMPARED:
-                errors[name] = relative_error(contender.output(work / "found.npy"), expected)
+                errors[name] = relative_error(torch.from_numpy(contender.output(work / "found.npy")), expected)
             contenders[name] = contender
             progress.advance(loading)
         if OURS not in contenders:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldmrt.bench.memory import peak_resident
-from ldmrt.graph import dtype_of
+from ldmrt.graph import dtype_name, dtype_of
 
 Inputs = Mapping[str, Tensor]
 Run = Callable[[], Any]
@@ -91,7 +91,7 @@ def _ldmrt(network: str, work: Path, dtype: torch.dtype, inputs: Inputs, parts: 
     from ldmrt.bundle import Bundle
     from ldmrt.engines.protocol import Engine
 
-    bundle = Bundle.open(work / f"bundle-{str(dtype).removeprefix('torch.')}")
+    bundle = Bundle.open(work / f"bundle-{dtype_name(dtype)}")
     batch = next(iter(inputs.values())).shape[0]
 
     def load(component: str) -> Engine:

@@ -9,10 +9,6 @@
 #include "operators.h"
 #include "simd.h"
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 namespace ldmrt {
 inline namespace LDMRT_LEVEL {
 

@@ -82,9 +82,6 @@ LDMRT_EXPORT std::int32_t ldmrt_use_level(std::int32_t level) {
   return 1;
 }
 
-// The instruction set in use.
-LDMRT_EXPORT std::int32_t ldmrt_level() { return ldmrt::g_level; }
-
 LDMRT_EXPORT void ldmrt_group_norm(const void* x, const void* residual, const void* joined, const float* weight,
                                    const float* bias, const float* added, void* total, void* result,
                                    std::int32_t element, std::int64_t rows, std::int64_t channels, std::int64_t width,

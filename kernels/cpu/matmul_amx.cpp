@@ -49,10 +49,7 @@ inline Vector gelu(Vector x) {
   const Vector z = x * all(0.70710678118654752440f);
   const __m512i sign = _mm512_and_si512(_mm512_castps_si512(z.v), sign_bit);
   const Vector magnitude{_mm512_castsi512_ps(_mm512_andnot_si512(sign_bit, _mm512_castps_si512(z.v)))};
-  const Vector divisor = multiply_add(magnitude, all(0.3275911f), all(1.0f));
-  // One step of Newton's after an estimate of 14 bits.
-  const Vector estimate{_mm512_rcp14_ps(divisor.v)};
-  const Vector t = estimate * (all(2.0f) - divisor * estimate);
+  const Vector t = reciprocal(multiply_add(magnitude, all(0.3275911f), all(1.0f)));
   Vector p = all(1.061405429f);
   p = multiply_add(p, t, all(-1.453152027f));
   p = multiply_add(p, t, all(1.421413741f));
