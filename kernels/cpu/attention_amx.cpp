@@ -9,7 +9,7 @@ inline namespace LDMRT_LEVEL {
 namespace {
 
 // Keys and values are the left operand, 16 lines of 32 numbers, queries and weights the right one, 16 lines of 16 pairs.
-struct TileProducts {
+struct TileProducts : PairPacking<kTileLines, 32> {
   using Word = std::uint32_t;
   using Weight = std::uint32_t;
   using Guard = Tiles;
@@ -20,15 +20,6 @@ struct TileProducts {
   static std::int64_t key_words(std::int64_t size) { return padded(size, 32) / 2; }
   static std::int64_t value_words(std::int64_t keys, std::int64_t size) { return keys / 2 * padded(size, kLines); }
 
-  static void pack_queries(const BFloat16* from, std::int64_t token, std::int64_t queries, std::int64_t size, Word* to) {
-    pack_lanes(from, token, queries, kQueries, size, key_words(size), to);
-  }
-
-  static void pack_keys(const BFloat16* from, std::int64_t token, std::int64_t given, std::int64_t count, std::int64_t size,
-                        Word* to) {
-    pack_lines(from, token, given, count, size, 2 * key_words(size), to);
-  }
-
   // 32 keys of 16 numbers to a tile, a number to a line; the tiles of the same keys side by side.
   static void pack_values(const BFloat16* from, std::int64_t token, std::int64_t given, std::int64_t count, std::int64_t size,
                           Word* to) {
@@ -37,14 +28,6 @@ struct TileProducts {
     for (std::int64_t key = 0; key < count; ++key)
       for (std::int64_t i = 0; i < lines; ++i)
         numbers[(key / 32 * lines + i) * 32 + key % 32] = key < given && i < size ? from[key * token + i].bits : 0;
-  }
-
-  static Vector weights(const float* scores, std::int64_t keys, int group, Vector factor, Vector shift, Word* weights) {
-    return pair_weights<kQueries>(scores, keys, group, factor, shift, weights);
-  }
-
-  static void rest(Word* weights, std::int64_t given, std::int64_t count) {
-    for (std::int64_t i = padded(given, 2) / 2 * kQueries; i < count / 2 * kQueries; ++i) weights[i] = 0;
   }
 
   static void scores(const Word* keys, std::int64_t count, const Word* queries, std::int64_t line, float* scores) {

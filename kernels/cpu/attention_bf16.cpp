@@ -18,16 +18,7 @@ struct Pairs {
   static Vector add_product(__m512bh word, __m512bh lanes, Vector sum) { return {_mm512_dpbf16_ps(sum.v, word, lanes)}; }
 };
 
-struct PairProducts : VectorProducts<Pairs> {
-  static void pack_queries(const BFloat16* from, std::int64_t token, std::int64_t queries, std::int64_t size, Word* to) {
-    pack_lanes(from, token, queries, kQueries, size, key_words(size), to);
-  }
-
-  static void pack_keys(const BFloat16* from, std::int64_t token, std::int64_t given, std::int64_t count, std::int64_t size,
-                        Word* to) {
-    pack_lines(from, token, given, count, size, 2 * key_words(size), to);
-  }
-
+struct PairProducts : VectorProducts<Pairs>, PairPacking<2 * kLanes, 2> {
   // Two keys to a line.
   static void pack_values(const BFloat16* from, std::int64_t token, std::int64_t given, std::int64_t count, std::int64_t size,
                           Word* to) {
@@ -37,15 +28,6 @@ struct PairProducts : VectorProducts<Pairs> {
         to[key / 2 * lines + i] = pair(key < given && i < size ? from[key * token + i].bits : 0,
                                        key + 1 < given && i < size ? from[(key + 1) * token + i].bits : 0);
   }
-
-  static Vector weights(const float* scores, std::int64_t keys, int group, Vector factor, Vector shift, Word* weights) {
-    return pair_weights<kQueries>(scores, keys, group, factor, shift, weights);
-  }
-
-  static void rest(Word* weights, std::int64_t given, std::int64_t count) {
-    for (std::int64_t i = padded(given, 2) / 2 * kQueries; i < count / 2 * kQueries; ++i) weights[i] = 0;
-  }
-
 };
 
 }  // namespace

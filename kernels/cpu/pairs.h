@@ -61,5 +61,28 @@ inline Vector pair_weights(const float* scores, std::int64_t keys, int group, Ve
   return sum + other;
 }
 
+// What the products of pairs share, of units of `kQueries` queries: how queries and keys are packed, padded to whole runs of `kTerms` numbers,
+// and the weights.
+template <int kQueries, int kTerms>
+struct PairPacking {
+  static void pack_queries(const BFloat16* from, std::int64_t token, std::int64_t queries, std::int64_t size, std::uint32_t* to) {
+    pack_lanes(from, token, queries, kQueries, size, padded(size, kTerms) / 2, to);
+  }
+
+  static void pack_keys(const BFloat16* from, std::int64_t token, std::int64_t given, std::int64_t count, std::int64_t size,
+                        std::uint32_t* to) {
+    pack_lines(from, token, given, count, size, padded(size, kTerms), to);
+  }
+
+  static Vector weights(const float* scores, std::int64_t keys, int group, Vector factor, Vector shift, std::uint32_t* weights) {
+    return pair_weights<kQueries>(scores, keys, group, factor, shift, weights);
+  }
+
+  // Keys that fill up a block weigh nothing.
+  static void rest(std::uint32_t* weights, std::int64_t given, std::int64_t count) {
+    for (std::int64_t i = padded(given, 2) / 2 * kQueries; i < count / 2 * kQueries; ++i) weights[i] = 0;
+  }
+};
+
 }  // namespace LDMRT_LEVEL
 }  // namespace ldmrt
