@@ -4,13 +4,14 @@ the skip connection behind it, in one operator. The kernels are those of kernels
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ldmrt.kernels import group_norm, launch, native
+from ldmrt.kernels import group_norm, launch, memory, native
 from ldmrt.kernels.group_norm import DTYPES, MAX_ROW, Configuration, group_norm_silu_reference
 from ldmrt.kernels.tuning import Operator
 
@@ -206,15 +207,16 @@ def _prepared(x: Tensor, residual: Tensor | None, joined: Tensor | None) -> _Pre
         each if each is None else _in_order(each, channels_last=channels_last) for each in (residual, joined)
     )
     channels = x.shape[1] + (0 if joined is None else joined.shape[1])
-    return _Prepared(x, residual, joined, empty(x, channels), empty(x, channels), channels_last)
+    total, result = (empty(x, channels, memory.new_empty) for _ in range(2))
+    return _Prepared(x, residual, joined, total, result, channels_last)
 
 
-def empty(x: Tensor, channels: int) -> Tensor:
-    """Room for a result of so many channels."""
+def empty(x: Tensor, channels: int, new: Callable[..., Tensor] = Tensor.new_empty) -> Tensor:
+    """Room for a result of so many channels, made by `new(x, shape)`."""
     rows, _, *spatial = x.shape
     if _is_channels_last(x):
-        return x.new_empty((rows, *spatial, channels)).movedim(-1, 1)
-    return x.new_empty((rows, channels, *spatial))
+        return new(x, (rows, *spatial, channels)).movedim(-1, 1)
+    return new(x, (rows, channels, *spatial))
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmrt.kernels import launch, native
+from ldmrt.kernels import launch, memory, native
 from ldmrt.kernels.configurations import ATTENTION, Problem, Tiles
 
 MAX_HEAD_SIZE = 512  # of the Triton body: its result stays in registers
@@ -91,7 +91,7 @@ def attention_native(query: Tensor, key: Tensor, value: Tensor, heads: int, scal
     """`attention` by kernels/cpu/attention.h, without masks. float32, bfloat16 and float16; computes in float32, but for bfloat16,
     where the processor multiplies that: the weights are then rounded to it.
     """
-    result = query.new_empty(query.shape)
+    result = memory.new_empty(query, query.shape)
     rows, tokens, width = query.shape
     strides = [stride for tensor in (query, key, value) for stride in tensor.stride()[:2]]
     native.run(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmrt.kernels import launch, native
+from ldmrt.kernels import launch, memory, native
 from ldmrt.kernels.linear import PANEL, STEP, is_packed, pack, takes_packed
 from ldmrt.kernels.tuning import Operator
 
@@ -157,7 +157,7 @@ def conv2d_native(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tenso
     x = x.contiguous(memory_format=torch.channels_last)
     out_height, out_width = ((size + 2 * padding - side) // stride + 1 for size in (height, width))
     out = weight.shape[0] * PANEL
-    result = x.new_empty((rows, out_height, out_width, out))
+    result = memory.new_empty(x, (rows, out_height, out_width, out))
     if result.numel() > 0:
         native.run("ldmrt_conv2d", x, weight, result, rows, height, width, channels, out, side, stride, padding)
     return result.movedim(-1, 1)

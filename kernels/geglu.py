@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmrt.kernels import launch, native
+from ldmrt.kernels import launch, memory, native
 from ldmrt.kernels.blocks import columns_of, power_of_two
 from ldmrt.kernels.tuning import Operator
 
@@ -97,7 +97,7 @@ def geglu_native(x: Tensor, x_bias: Tensor | None = None) -> Tensor:
     """`geglu` by kernels/cpu/geglu.cpp."""
     x, added = x.contiguous(), native.vector(x_bias)
     width = x.shape[-1] // 2
-    result = x.new_empty((*x.shape[:-1], width))
+    result = memory.new_empty(x, (*x.shape[:-1], width))
     if result.numel() > 0:
         native.run("ldmrt_geglu", x, added, result, native.ELEMENTS[x.dtype], result.numel() // width, width)
     return result

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmrt.kernels import launch, native
+from ldmrt.kernels import launch, memory, native
 from ldmrt.kernels.blocks import power_of_two
 from ldmrt.kernels.tuning import Operator
 
@@ -201,7 +201,7 @@ def group_norm_silu_native(
     x_bias: Tensor | None = None,
 ) -> Tensor:
     """`group_norm_silu` by kernels/cpu/group_norm.cpp."""
-    result = torch.empty_like(x)
+    result = memory.empty_like(x)
     if x.numel() == 0:
         return result
     order = layout_of(x)

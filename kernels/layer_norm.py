@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmrt.kernels import launch, native
+from ldmrt.kernels import launch, memory, native
 from ldmrt.kernels.blocks import power_of_two
 from ldmrt.kernels.tuning import Operator
 
@@ -120,7 +120,7 @@ def add_layer_norm_native(
     """`add_layer_norm` by kernels/cpu/layer_norm.cpp."""
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     scale, final, added = (native.vector(each) for each in (weight, bias, x_bias))
-    total, normed = torch.empty_like(x), torch.empty_like(x)
+    total, normed = memory.empty_like(x), memory.empty_like(x)
     width = x.shape[-1]
     if x.numel() > 0:
         element, rows = native.ELEMENTS[x.dtype], x.numel() // width

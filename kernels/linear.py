@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmrt.kernels import native
+from ldmrt.kernels import memory, native
 
 # A panel of weights is so many columns of the result, packed in steps of so many terms, as kernels/cpu/matmul_amx.cpp reads them:
 # two tiles of 16 columns, of pairs of terms.
@@ -56,7 +56,7 @@ def linear_native(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gate
     if bias is not None:
         bias = native.vector(_gated(bias) if gated else bias)
     width = out // 2 if gated else out
-    result = x.new_empty((*x.shape[:-1], width))
+    result = memory.new_empty(x, (*x.shape[:-1], width))
     if result.numel() > 0:
         rows = lines.shape[0]
         native.run("ldmrt_linear", lines, weight, bias, result, rows, inner, out, lines.stride(0), int(gated))

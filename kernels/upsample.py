@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldmrt.kernels import launch, native
+from ldmrt.kernels import launch, memory, native
 from ldmrt.kernels.blocks import columns_of, power_of_two
 from ldmrt.kernels.tuning import Operator
 
@@ -151,7 +151,7 @@ def add_upsample_triton(
 
 def _empty(x: Tensor, factor: int) -> Tensor:
     rows, channels, height, width = x.shape
-    return x.new_empty((rows, factor * height, factor * width, channels)).movedim(-1, 1)
+    return memory.new_empty(x, (rows, factor * height, factor * width, channels)).movedim(-1, 1)
 
 
 def _check(x: Tensor, residual: Tensor | None, x_bias: Tensor | None, factor: int) -> None:

@@ -7,6 +7,7 @@
 #include <omp.h>
 
 #include "matrix.h"
+#include "scratch.h"
 #include "simd.h"
 #include "tiles.h"
 
@@ -267,7 +268,7 @@ class Padded {
  private:
   const Convolution& c_;
   const std::int64_t high_, wide_, out_high_, out_wide_, across_;
-  Buffer<BFloat16> picture_;
+  Scratch<BFloat16> picture_;
 };
 
 // A small picture: what each of its pixels is made of, side by side.
@@ -340,7 +341,7 @@ void convolution_amx(const Convolution& c) {
     run<false>(job);
   } else {
     const std::int64_t rows = c.rows * out_high * out_wide, inner = c.side * c.side * c.channels;
-    Buffer<BFloat16> gathered(rows * inner);
+    Scratch<BFloat16> gathered(rows * inner);
     gather(c, out_high, out_wide, gathered.data());
     product(gathered.data(), rows, inner, inner, job, false);
   }
