@@ -1,0 +1,130 @@
+"""Compare engines with what the original module made of the same inputs, and certify what was found.
+
+The oracle is diffusers' and transformers' own module with the same weights, in float32; the measure is the relative L2 error of each
+output, the largest of them where there are several. What it made is kept in the bundle for engines that cannot run where they are
+built: they are verified on their target, where neither the original nor its library need be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ldmrt.bundle import Certificate, EngineRecord, FileRecord
+from ldmrt.engines.protocol import Engine, TensorSpec
+from ldmrt.errors import BuildError, BundleError
+from ldmrt.weights import WeightFile, write
+
+# float32: sums in another order. bfloat16 keeps 8 bits and float16 11, and rounding piles up over a hundred layers.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
+
+UNVERIFIED = "unverified: target absent"
+
+Tensors = Mapping[str, torch.Tensor]
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Inputs in float32 (token ids in int64), by name, and what kind of inputs they are (`random`, `real`)."""
+
+    kind: str
+    inputs: Tensors
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """||found - expected|| / ||expected||, infinity if either has NaN or infinity."""
+    found, expected = found.double(), expected.double()
+    if not (found.isfinite().all() and expected.isfinite().all()):
+        return float("inf")
+    scale = float(expected.norm())
+    return float((found - expected).norm()) / (scale if scale > 0 else 1.0)
+
+
+def certify(
+    label: str,
+    dtype: str,
+    trials: Sequence[Trial],
+    found: Sequence[Tensors],
+    expected: Sequence[Tensors],
+    reference: str,
+) -> Certificate:
+    """A certificate for an engine's outputs.
+
+    Raises:
+        BuildError: an error is above the tolerance; says which component and by how much.
+    """
+    errors: dict[str, float] = {}
+    for trial, ours, theirs in zip(trials, found, expected, strict=True):
+        worst = max(relative_error(ours[name], theirs[name]) for name in theirs)
+        errors[trial.kind] = max(errors.get(trial.kind, 0.0), worst)
+    limit = TOLERANCE[dtype]
+    for kind, error in errors.items():
+        if not error <= limit:
+            raise BuildError(
+                f"{label} does not agree with the original model: relative error {error:.2e} on {kind} inputs, at most {limit:.0e} "
+                f"is accepted in {dtype}; build with --dtype float32, and report this if it persists"
+            )
+    return Certificate(
+        status="verified",
+        reference=reference,
+        relative_error={kind: float(f"{error:.2e}") for kind, error in errors.items()},
+        tolerance=limit,
+    )
+
+
+def unverified(record: EngineRecord, trials: FileRecord) -> EngineRecord:
+    """An engine whose target is absent: what its certificate says was found on ONNX Runtime, with the ONNX that it was built from."""
+    certificate = record.certificate.model_copy(
+        update={
+            "status": UNVERIFIED,
+            "reference": f"{record.certificate.reference}; of its ONNX on ONNX Runtime {record.versions['onnxruntime']}",
+        }
+    )
+    return record.model_copy(update={"certificate": certificate, "trials": trials})
+
+
+def run_engine(engine: Engine, inputs: Tensors, device: torch.device = _CPU) -> dict[str, torch.Tensor]:
+    """Run an engine on float32 inputs, cast to what it takes, where it takes them; outputs in float32 on the CPU."""
+    cast = {name: inputs[name].to(device=device, dtype=spec.dtype) for name, spec in engine.inputs.items()}
+    return {name: tensor.float().cpu() for name, tensor in engine.run(cast).items()}
+
+
+def run_denoiser(
+    context: Engine, schedule: Engine, step: Engine, inputs: Tensors, device: torch.device = _CPU
+) -> dict[str, torch.Tensor]:
+    """Run the three parts of a denoising network one after the other, as one network."""
+    hoisted = run_engine(context, inputs, device) | run_engine(schedule, inputs, device)
+    return run_engine(step, {**inputs, **hoisted}, device)
+
+
+def write_trials(path: Path, trials: Sequence[Trial], expected: Sequence[Tensors]) -> str:
+    """Keep trials and what the original made of them, in a safetensors file. Returns its SHA-256."""
+    tensors: dict[str, torch.Tensor] = {}
+    for trial, outputs in zip(trials, expected, strict=True):
+        tensors |= {f"{trial.kind}.inputs.{name}": tensor for name, tensor in trial.inputs.items()}
+        tensors |= {f"{trial.kind}.outputs.{name}": tensor for name, tensor in outputs.items()}
+    specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    return write(path, specs, tensors.__getitem__)
+
+
+def read_trials(path: Path) -> tuple[list[Trial], list[dict[str, torch.Tensor]]]:
+    """What `write_trials` kept.
+
+    Raises:
+        BundleError: the file is damaged.
+    """
+    inputs: dict[str, dict[str, torch.Tensor]] = {}
+    outputs: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in WeightFile(path).items():
+        kind, what, name = [*key.split(".", 2), "", ""][:3]
+        if what not in ("inputs", "outputs"):
+            raise BundleError(f"{path} holds {key!r}, which is no trial; build the bundle again")
+        (inputs if what == "inputs" else outputs).setdefault(kind, {})[name] = tensor
+    if not inputs or inputs.keys() != outputs.keys():
+        raise BundleError(f"{path} holds no whole trials; build the bundle again")
+    return [Trial(kind, inputs[kind]) for kind in inputs], [outputs[kind] for kind in inputs]
