@@ -8,7 +8,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,8 @@ from ldmrt.export.source import Checkpoint, Source
 from ldmrt.export.verify import reference_outputs
 from ldmrt.graph import Graph, dtype_of, rename_values, specialize, to_json
 from ldmrt.kernels.aot import write as write_cubins
-from ldmrt.rows import run_rows
 from ldmrt.schedule import NoiseSchedule
-from ldmrt.verify import Trial, certify, run_denoiser, run_engine, unverified, write_trials
+from ldmrt.verify import Trial, certify, run_trials, unverified, write_trials
 from ldmrt.weights import WeightFile, sha256, write as write_weights
 
 OnProgress = Callable[[str, int, int], None]
@@ -276,7 +275,8 @@ class _Build:
     def reusable(self, key: str) -> EngineRecord | None:
         """The engine that is there already, if it is the same and undamaged."""
         old = self.folder.old.engines if self.folder.old is not None else ()
-        return next((e for e in old if e.key == key and all(self.folder.holds(item) for item in e.files)), None)
+        files = {e.key: [*e.files, *([e.trials] if e.trials else [])] for e in old}
+        return next((e for e in old if e.key == key and all(map(self.folder.holds, files[key]))), None)
 
     def write_engine(self, draft: _Draft, key: str, weights: str) -> EngineRecord:
         """Write an engine's files; the certificate is still to come."""
@@ -382,15 +382,11 @@ class _Build:
 
         engines = {record.key: load(record) for record in records}
         named = {record.component: engines[record.key] for record in records}
-        found = {}
-        for record in records:
-            if record.component in ("context", "schedule"):
-                continue
-            run = partial(run_engine, engines[record.key], device=device)
-            if record.component == "step":
-                run = partial(run_denoiser, named["context"], named["schedule"], engines[record.key], device=device)
-            found[record.key] = [run_rows(run, trial.inputs, record.rows) for trial in trials]
-        return found
+        return {
+            record.key: run_trials(record, trials, {**named, record.component: engines[record.key]}.__getitem__, device)
+            for record in records
+            if record.component not in ("context", "schedule")
+        }
 
     def compile_kernels(self) -> None:
         """Compile the kernels of all the bundle's engines for the targets, and for those it has kernels for already."""
@@ -403,13 +399,23 @@ class _Build:
         graphs = [bundle.graph(record) for record in bundle.manifest.engines if record.kind == "torch"]
         there = bundle.cubins()
         targets = {*self.options.kernel_targets, *(f"sm_{cubin.arch}" for cubin in there)}
-        cubins = compile_kernels(graphs, sorted(targets, key=architecture), there)
+        cubins = compile_kernels(graphs, sorted(targets, key=architecture), there, self.latents_of_plans())
         digest = hashlib.sha256("".join(sorted(cubin.file_name for cubin in cubins)).encode()).hexdigest()[:8]
         with tempfile.TemporaryDirectory() as folder:
             files = write_cubins(Path(folder), cubins)
             self.kernels = tuple(
                 self.folder.write_bytes(f"kernels-{digest}/{path.name}", path.read_bytes()) for path in files
             )
+
+    def latents_of_plans(self) -> list[TensorSpec]:
+        """The latents of the steps that are plans."""
+        channels = int(self.source.configs["vae"].get("latent_channels", 4))
+        factor = architectures.downscale(self.source)
+        return [
+            TensorSpec("latents", (r.rows or 1, channels, r.size[1] // factor, r.size[0] // factor), dtype_of(r.dtype))
+            for r in self.manifest(()).engines
+            if r.component == "step" and r.kind in LIBRARIES and r.size is not None
+        ]
 
     # ------------------------------------------------------------------------------------------------ files
 

@@ -7,21 +7,21 @@ built: they are verified on their target, where neither the original nor its lib
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from ldmrt.bundle import Certificate, EngineRecord, FileRecord
+from ldmrt.bundle import Bundle, Certificate, EngineRecord, FileRecord, write_manifest
 from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.errors import BuildError, BundleError
+from ldmrt.rows import run_rows
 from ldmrt.weights import WeightFile, write
 
 # float32: sums in another order. bfloat16 keeps 8 bits and float16 11, and rounding piles up over a hundred layers.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
-
-UNVERIFIED = "unverified: target absent"
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -81,8 +81,7 @@ def unverified(record: EngineRecord, trials: FileRecord) -> EngineRecord:
     """An engine whose target is absent: what its certificate says was found on ONNX Runtime, with the ONNX that it was built from."""
     certificate = record.certificate.model_copy(
         update={
-            "status": UNVERIFIED,
-            "reference": f"{record.certificate.reference}; of its ONNX on ONNX Runtime {record.versions['onnxruntime']}",
+            "status": f"unverified: target absent (its ONNX agrees, on ONNX Runtime {record.versions['onnxruntime']})"
         }
     )
     return record.model_copy(update={"certificate": certificate, "trials": trials})
@@ -128,3 +127,65 @@ def read_trials(path: Path) -> tuple[list[Trial], list[dict[str, torch.Tensor]]]
     if not inputs or inputs.keys() != outputs.keys():
         raise BundleError(f"{path} holds no whole trials; build the bundle again")
     return [Trial(kind, inputs[kind]) for kind in inputs], [outputs[kind] for kind in inputs]
+
+
+def waiting(bundle: Bundle) -> list[tuple[EngineRecord, FileRecord]]:
+    """The engines that could not be verified where they were built, each with its trials."""
+    engines = bundle.manifest.engines
+    return [(r, r.trials) for r in engines if r.trials is not None and r.certificate.status != "verified"]
+
+
+def complete(
+    bundle: Bundle,
+    device: torch.device,
+    architecture: str | None,
+    on_progress: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
+) -> list[EngineRecord]:
+    """Verify what could not be verified where it was built, as far as this machine can, and keep that in the manifest.
+
+    Args:
+        bundle: the opened bundle.
+        device: where to run the engines.
+        architecture: of the GPU there, such as `sm_89`; engines for others are left as they are.
+        on_progress: called with (what is being done, engines done, engines in all).
+
+    Returns:
+        The engines that are verified now.
+
+    Raises:
+        BuildError: an engine does not agree with the original model; the manifest is as it was.
+        EngineMismatch: an engine cannot be loaded here.
+    """
+    pairs = [(record, kept) for record, kept in waiting(bundle) if architecture in record.targets]
+    done = []
+    for number, (record, kept) in enumerate(pairs):
+        on_progress(record.label, number, len(pairs))
+        trials, expected = read_trials(bundle.checked(kept))
+        found = run_trials(record, trials, partial(_load, bundle, record, device), device)
+        reference = f"{record.certificate.reference}, on {architecture}"
+        certificate = certify(record.label, record.dtype, trials, found, expected, reference)
+        done.append(record.model_copy(update={"certificate": certificate}))
+    changed = {record.key: record for record in done}
+    engines = tuple(changed.get(record.key, record) for record in bundle.manifest.engines)
+    write_manifest(bundle.path, bundle.manifest.model_copy(update={"engines": engines}))
+    return done
+
+
+def _load(bundle: Bundle, record: EngineRecord, device: torch.device, component: str) -> Engine:
+    """The engine itself, or the part of its network that runs once per request."""
+    if component == record.component:
+        return bundle.load(record, device)
+    found = bundle.find(component, kind="torch", dtype=record.dtype)
+    if not found:
+        raise BundleError(f"{bundle.path} has no {component} engine for {record.label}; build the bundle again")
+    return bundle.load(found[0], device)
+
+
+def run_trials(
+    record: EngineRecord, trials: Sequence[Trial], load: Callable[[str], Engine], device: torch.device = _CPU
+) -> list[dict[str, torch.Tensor]]:
+    """What an engine makes of trials, the parts of a denoising network as one; `load(component)` gives the engine of each."""
+    run = partial(run_engine, load(record.component), device=device)
+    if record.component == "step":
+        run = partial(run_denoiser, load("context"), load("schedule"), load("step"), device=device)
+    return [run_rows(run, trial.inputs, record.rows) for trial in trials]

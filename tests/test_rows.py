@@ -27,5 +27,5 @@ def test_slices_give_what_the_whole_gives(rows: int | None) -> None:
 
 
 def test_a_slice_may_be_larger_than_what_there_is() -> None:
-    found = run_rows(lambda inputs: dict(inputs), {"x": torch.arange(2.0)}, 7)
+    found = run_rows(dict, {"x": torch.arange(2.0)}, 7)
     assert found["x"].tolist() == [0.0, 1.0]
