@@ -22,7 +22,7 @@ from ldmrt.files import replacing
 from ldmrt.graph import Graph, from_json
 from ldmrt.kernels import aot, launch
 from ldmrt.parameters import Parameters
-from ldmrt.weights import WeightFile, sha256
+from ldmrt.weights import WeightFile, read_header, sha256
 
 FORMAT = 1
 MANIFEST = "ldmrt.json"
@@ -362,6 +362,15 @@ class Bundle:
         if len(folders) > 1:
             raise BundleError(f"{self.path / MANIFEST} names kernels in several folders; build the bundle again")
         return next(iter(folders), None)
+
+    def shapes(self, weights: str) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of a weight file of the manifest, by name.
+
+        Raises:
+            BundleError: the file is missing or damaged.
+        """
+        entries, _ = read_header(self.checked(self._weights_record(weights)))
+        return {name: entry.shape for name, entry in entries.items()}
 
     def parameters(self, weights: str, device: torch.device) -> Parameters:
         """The weights of a file of the manifest, on a device: one `Parameters` for all engines that read them.
