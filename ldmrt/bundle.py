@@ -51,6 +51,12 @@ class FileRecord(_Record):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+class LoraRecord(FileRecord):
+    """A LoRA that was fused into the weights: its file's name and SHA-256 (the file is not in the bundle), and its scale."""
+
+    scale: float
+
+
 class Certificate(_Record):
     """What is known of an engine's correctness.
 
@@ -149,6 +155,7 @@ class Manifest(_Record):
         ldmrt: version of ldmrt that wrote it.
         model: see `ModelRecord`.
         source: files that the bundle was made from, with their hashes.
+        loras: LoRAs that were fused into the weights.
         tokenizer_files: files of the tokenizer.
         weights: weight files by name (`unet.bfloat16`).
         engines: the compiled components.
@@ -160,6 +167,7 @@ class Manifest(_Record):
     ldmrt: str
     model: ModelRecord
     source: tuple[FileRecord, ...]
+    loras: tuple[LoraRecord, ...] = ()
     tokenizer_files: tuple[FileRecord, ...]
     weights: dict[str, FileRecord]
     engines: tuple[EngineRecord, ...]

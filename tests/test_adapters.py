@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ldmrt.adapters import Adapters
 from ldmrt.engines.protocol import TensorSpec
@@ -20,50 +21,25 @@ from ldmrt.pipeline import Pipeline
 PROMPT = "a red circle left of the blue square"
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 5.0, "seed": 1, "output_type": "latent"}
 CPU = torch.device("cpu")
-
-
-def lora_file(path: Path, model: Path, *, seed: int, modules: tuple[str, ...] = ("to_q", "to_v", "q_proj")) -> Path:
-    """Random changes of attentions, as diffusers names them."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for folder in model.glob("*"):
-        if folder.name.startswith(("unet", "text_encoder")):
-            for name, weight in load_file(next(folder.glob("*.safetensors"))).items():
-                if name.removesuffix(".weight").rpartition(".")[2] in modules and weight.dim() == 2:
-                    stem = f"{folder.name}.{name.removesuffix('.weight')}"
-                    out, inner = weight.shape
-                    tensors[f"{stem}.lora_A.weight"] = 0.3 * torch.randn(2, inner, generator=generator)
-                    tensors[f"{stem}.lora_B.weight"] = 0.3 * torch.randn(out, 2, generator=generator)
-    save_file(tensors, path)
-    return path
+Write = Callable[..., Path]
+Fuse = Callable[..., Any]
 
 
 @pytest.fixture
-def loras(tiny_model: Path, tmp_path: Path) -> tuple[Path, Path]:
-    one = lora_file(tmp_path / "one.safetensors", tiny_model, seed=1)
-    return one, lora_file(tmp_path / "two.safetensors", tiny_model, seed=2, modules=("to_q", "to_k"))
+def loras(tiny_model: Path, tmp_path: Path, write_lora: Write) -> tuple[Path, Path]:
+    one = write_lora(tmp_path / "one.safetensors", tiny_model, seed=1)
+    return one, write_lora(tmp_path / "two.safetensors", tiny_model, seed=2, modules=("to_q", "to_k"))
 
 
 def latents(pipe: Pipeline) -> torch.Tensor:
     return pipe(PROMPT, **QUICK).latents
 
 
-def theirs(model: Path, loras: dict[Path, float]) -> torch.Tensor:
-    """The latents of diffusers with LoRAs fused."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    xl = (model / "text_encoder_2").is_dir()
-    options = {"add_watermarker": False} if xl else {}
-    pipe = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline).from_pretrained(model, **options)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    for path, scale in loras.items():
-        pipe.load_lora_weights(path)
-        pipe.fuse_lora(components=["unet", "text_encoder", *["text_encoder_2"] * xl], lora_scale=scale)
-        pipe.unload_lora_weights()
-    arguments = {**QUICK, "generator": torch.Generator().manual_seed(QUICK["seed"])}
-    del arguments["seed"]
-    return pipe(PROMPT, **arguments).images  # type: ignore[no-any-return]
+def theirs(pipe: Any) -> torch.Tensor:
+    """The latents of a pipeline of diffusers."""
+    arguments = {name: value for name, value in QUICK.items() if name != "seed"}
+    generator = torch.Generator().manual_seed(QUICK["seed"])
+    return pipe(PROMPT, generator=generator, **arguments).images  # type: ignore[no-any-return]
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -71,19 +47,23 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", ["", "_xl"])
-def test_pictures_are_those_of_diffusers(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_pictures_are_those_of_diffusers(
+    kind: str, tmp_path: Path, write_lora: Write, fused_by_diffusers: Fuse, request: pytest.FixtureRequest
+) -> None:
     model, bundle = (request.getfixturevalue(f"tiny_{what}{kind}") for what in ("model", "bundle"))
-    path = lora_file(tmp_path / "lora.safetensors", model, seed=3)
+    path = write_lora(tmp_path / "lora.safetensors", model)
     pipe = Pipeline.from_bundle(bundle, device="cpu")
     before = latents(pipe)
     pipe.load_lora(path, 0.8)
     found = latents(pipe)
     # As without a LoRA (tests/test_parity.py): one seed in float32, sums in another order.
-    assert relative(found, theirs(model, {path: 0.8})) < 1e-5
+    assert relative(found, theirs(fused_by_diffusers(model, {path: 0.8}))) < 1e-5
     assert relative(found, before) > 0.01
 
 
-def test_loaded_scaled_and_unloaded_in_any_order(tiny_bundle: Path, tiny_model: Path, loras: tuple[Path, Path]) -> None:
+def test_loaded_scaled_and_unloaded_in_any_order(
+    tiny_bundle: Path, tiny_model: Path, loras: tuple[Path, Path], fused_by_diffusers: Fuse
+) -> None:
     one, two = loras
     pipe = Pipeline.from_bundle(tiny_bundle, device="cpu")
     pipe.load_lora(one)  # before any engine has read a weight
@@ -96,7 +76,7 @@ def test_loaded_scaled_and_unloaded_in_any_order(tiny_bundle: Path, tiny_model: 
     pipe.load_lora(two, 2.0, "second")
     assert pipe.loras == {"one": 1.0, "second": 2.0}
     pipe.set_lora_scale("one", -0.5)
-    assert relative(latents(pipe), theirs(tiny_model, {one: -0.5, two: 2.0})) < 1e-5
+    assert relative(latents(pipe), theirs(fused_by_diffusers(tiny_model, {one: -0.5, two: 2.0}))) < 1e-5
     pipe.set_lora_scale("second", 0.0)
     pipe.set_lora_scale("one", 1.0)
     assert torch.equal(latents(pipe), alone)
@@ -211,9 +191,9 @@ def test_names_and_scales_that_cannot_be(tiny_bundle: Path, loras: tuple[Path, P
 
 
 def test_a_lora_for_another_architecture_changes_nothing(
-    tiny_bundle: Path, tiny_model_xl: Path, tmp_path: Path
+    tiny_bundle: Path, tiny_model_xl: Path, tmp_path: Path, write_lora: Write
 ) -> None:
-    path = lora_file(tmp_path / "xl.safetensors", tiny_model_xl, seed=1)
+    path = write_lora(tmp_path / "xl.safetensors", tiny_model_xl)
     pipe = Pipeline.from_bundle(tiny_bundle, device="cpu")
     before = latents(pipe)
     with pytest.raises(

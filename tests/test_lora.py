@@ -19,6 +19,7 @@ from ldmrt.lora import Lora, _original, fused
 ARCHITECTURES = Path(__file__).parents[1] / "benchmarks" / "architectures"
 CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]
+Fuse = Callable[..., Any]
 
 # Both add products of rank 4 in float32; diffusers scales the product, we the sum's terms.
 TOLERANCE = 1e-6
@@ -102,26 +103,6 @@ def peft_style(component: str, module: str) -> tuple[str, str]:
     return f"{component}.{module}.lora_A.weight", f"{component}.{module}.lora_B.weight"
 
 
-def reference(model: Path) -> Any:
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    xl = (model / "text_encoder_2").is_dir()
-    options = {"add_watermarker": False} if xl else {}
-    return (StableDiffusionXLPipeline if xl else StableDiffusionPipeline).from_pretrained(model, **options)
-
-
-def theirs(model: Path, loras: Mapping[Path, float]) -> dict[str, Tensors]:
-    """The weights of diffusers with LoRAs fused one after the other."""
-    pipe = reference(model)
-    for path, scale in loras.items():
-        pipe.load_lora_weights(path)
-        pipe.fuse_lora(
-            components=["unet", "text_encoder", "text_encoder_2"][: len(components(model))], lora_scale=scale
-        )
-        pipe.unload_lora_weights()
-    return {component: getattr(pipe, component).state_dict() for component in components(model)}
-
-
 def ours(model: Path, loras: Mapping[Path, float]) -> dict[str, Tensors]:
     weights = components(model)
     read = [(Lora.read(path, shapes(weights)), scale) for path, scale in loras.items()]
@@ -133,12 +114,12 @@ def ours(model: Path, loras: Mapping[Path, float]) -> dict[str, Tensors]:
     return {part: {name: value(part, name, held[name]) for name in held} for part, held in weights.items()}
 
 
-def same(model: Path, loras: Mapping[Path, float], *, changed: int) -> None:
-    """Every weight of the model is diffusers'; `changed` of them are not what they were."""
-    found, expected, before = ours(model, loras), theirs(model, loras), components(model)
+def same(pipe: Any, model: Path, loras: Mapping[Path, float], *, changed: int) -> None:
+    """Every weight is that of the pipeline of diffusers; `changed` of them are not what they were."""
+    found, before = ours(model, loras), components(model)
     different = 0
-    for component, weights in expected.items():
-        for name, weight in weights.items():
+    for component in before:
+        for name, weight in getattr(pipe, component).state_dict().items():
             key = name if name in found[component] else f"text_model.{name}"
             error = (found[component][key] - weight).norm() / weight.norm()
             assert error < TOLERANCE, (component, name, float(error))
@@ -163,29 +144,33 @@ def count(model: Path, patterns: Mapping[str, str]) -> int:
 
 
 @pytest.mark.parametrize("names", [kohya, older, peft_style])
-def test_formats_for_sd(tiny_model: Path, tmp_path: Path, names: Callable[[str, str], tuple[str, str]]) -> None:
+def test_formats_for_sd(
+    tiny_model: Path, tmp_path: Path, names: Callable[[str, str], tuple[str, str]], fused_by_diffusers: Fuse
+) -> None:
     path = written(tmp_path / "lora.safetensors", components(tiny_model), names, BOTH)
-    same(tiny_model, {path: 0.8}, changed=count(tiny_model, BOTH))
+    same(fused_by_diffusers(tiny_model, {path: 0.8}), tiny_model, {path: 0.8}, changed=count(tiny_model, BOTH))
 
 
 @pytest.mark.parametrize("names", [older, peft_style])
-def test_formats_for_sdxl(tiny_model_xl: Path, tmp_path: Path, names: Callable[[str, str], tuple[str, str]]) -> None:
+def test_formats_for_sdxl(
+    tiny_model_xl: Path, tmp_path: Path, names: Callable[[str, str], tuple[str, str]], fused_by_diffusers: Fuse
+) -> None:
     path = written(tmp_path / "lora.safetensors", components(tiny_model_xl), names, ALL)
-    same(tiny_model_xl, {path: 0.8}, changed=count(tiny_model_xl, ALL))
+    same(fused_by_diffusers(tiny_model_xl, {path: 0.8}), tiny_model_xl, {path: 0.8}, changed=count(tiny_model_xl, ALL))
 
 
-def test_kohya_for_sdxl_in_the_original_layout(tiny_model_xl: Path, tmp_path: Path) -> None:
+def test_kohya_for_sdxl_in_the_original_layout(tiny_model_xl: Path, tmp_path: Path, fused_by_diffusers: Fuse) -> None:
     weights = components(tiny_model_xl)
     path = written(tmp_path / "lora.safetensors", weights, kohya_xl(weights), ALL, lambda module: 2.0)
     assert any(
         key.startswith("lora_unet_output_blocks_0_1_transformer_blocks_0_attn1_to_q.") for key in load_file(path)
     )
-    same(tiny_model_xl, {path: 1.0}, changed=count(tiny_model_xl, ALL))
+    same(fused_by_diffusers(tiny_model_xl, {path: 1.0}), tiny_model_xl, {path: 1.0}, changed=count(tiny_model_xl, ALL))
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_model_v"])
 def test_kohya_with_convolutions_and_an_alpha_for_each(
-    model: str, tmp_path: Path, request: pytest.FixtureRequest
+    model: str, tmp_path: Path, request: pytest.FixtureRequest, fused_by_diffusers: Fuse
 ) -> None:
     folder = request.getfixturevalue(model)
 
@@ -194,24 +179,31 @@ def test_kohya_with_convolutions_and_an_alpha_for_each(
         return 2.0 if "attn" in module else (1.0, 2.0, 4.0)[len(module) % 3]
 
     path = written(tmp_path / "lora.safetensors", components(folder), kohya, EVERY_LAYER, alpha)
-    same(folder, {path: 0.5}, changed=count(folder, EVERY_LAYER))
+    same(fused_by_diffusers(folder, {path: 0.5}), folder, {path: 0.5}, changed=count(folder, EVERY_LAYER))
 
 
-def test_two_add_up(tiny_model: Path, tmp_path: Path) -> None:
+def test_two_add_up(tiny_model: Path, tmp_path: Path, fused_by_diffusers: Fuse) -> None:
     weights = components(tiny_model)
     one = written(tmp_path / "one.safetensors", weights, kohya, {"unet": ATTENTION}, lambda module: 1.0)
     two = written(tmp_path / "two.safetensors", weights, peft_style, {"unet": "attn2"})
-    same(tiny_model, {one: 0.75, two: -1.5}, changed=count(tiny_model, {"unet": ATTENTION}))
+    same(
+        fused_by_diffusers(tiny_model, {one: 0.75, two: -1.5}),
+        tiny_model,
+        {one: 0.75, two: -1.5},
+        changed=count(tiny_model, {"unet": ATTENTION}),
+    )
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_what_diffusers_saves_with_its_metadata(tiny_model: Path, tmp_path: Path, rslora: bool) -> None:
+def test_what_diffusers_saves_with_its_metadata(
+    tiny_model: Path, tmp_path: Path, rslora: bool, fused_by_diffusers: Fuse
+) -> None:
     """Made by peft, saved by diffusers: alpha is in the header alone."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    pipe = reference(tiny_model)
-    options = {"use_rslora": rslora, "lora_alpha": 6, "init_lora_weights": False}
-    configs = {
+    pipe = fused_by_diffusers(tiny_model, {})
+    options: dict[str, Any] = {"use_rslora": rslora, "lora_alpha": 6, "init_lora_weights": False}
+    configs: dict[str, Any] = {
         "unet": LoraConfig(r=3, target_modules=["to_q", "to_out.0"], alpha_pattern={"attn2.to_q": 5}, **options),
         "text_encoder": LoraConfig(r=2, target_modules=["q_proj", "fc1"], **options),
     }
@@ -229,7 +221,12 @@ def test_what_diffusers_saves_with_its_metadata(tiny_model: Path, tmp_path: Path
         weight_name="lora.safetensors",
     )
     expected = {"unet": r"to_q$|to_out\.0$", "text_encoder": "q_proj|fc1"}
-    same(tiny_model, {tmp_path / "lora.safetensors": 0.8}, changed=count(tiny_model, expected))
+    same(
+        fused_by_diffusers(tiny_model, {tmp_path / "lora.safetensors": 0.8}),
+        tiny_model,
+        {tmp_path / "lora.safetensors": 0.8},
+        changed=count(tiny_model, expected),
+    )
 
 
 def test_a_unet_alone_without_a_prefix(tiny_model: Path, tmp_path: Path) -> None:
