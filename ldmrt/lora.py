@@ -90,29 +90,28 @@ class Layer:
 
         return Layer(place(self.down), place(self.up), None if self.mid is None else place(self.mid), self.scale)
 
-    def added(self, weight: Tensor, scale: float) -> Tensor:
-        """A float32 weight with `scale` times the change, as a new tensor."""
+    def add_to(self, weight: Tensor, scale: float) -> None:
+        """Add `scale` times the change to a weight, float32 and contiguous, in place."""
         down = self.down
         if self.mid is not None:
             down = torch.einsum("rskl,si->rikl", self.mid, down.flatten(1))
-        changed = torch.addmm(weight.flatten(1), self.up.flatten(1), down.flatten(1), alpha=scale * self.scale)
-        return changed.view(weight.shape)
+        weight.flatten(1).addmm_(self.up.flatten(1), down.flatten(1), alpha=scale * self.scale)
 
 
 def fused(weight: Tensor, changes: Iterable[tuple[Layer, float]]) -> Tensor:
     """A weight with changes, each times its scale, summed in float32.
 
     Args:
-        weight: of any floating dtype.
+        weight: of any floating dtype; it stays as it is.
         changes: on the weight's device, in float32.
 
     Returns:
         float32, of the weight's shape.
     """
-    weight = weight.float()
+    changed = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     for layer, scale in changes:
-        weight = layer.added(weight, scale)
-    return weight
+        layer.add_to(changed, scale)
+    return changed
 
 
 def check_scale(scale: float) -> None:
@@ -271,7 +270,7 @@ def _scale(file: WeightFile, draft: _Draft, metadata: Mapping[str, Any], rank: i
             path = pattern.removeprefix("^")
             if draft.module == path or (path == pattern and draft.module.endswith(f".{path}")):
                 alpha = value
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
         raise BadRequest(
             f"{file.path}: the alpha of {draft.keys['down']} is {str(alpha)[:40]}, expected a number; copy it again",
             param="path",

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]
 Fuse = Callable[..., Any]
 
-# Both add products of rank 4 in float32; diffusers scales the product, we the sum's terms.
+# Both add products of rank 4 in float32, in another order.
 TOLERANCE = 1e-6
 ATTENTION = r"to_[qkv]$|to_out\.0$"
 TEXT = r"self_attn\.\w+$|mlp\.fc\d$"
@@ -271,9 +271,12 @@ def test_half_precision_is_summed_in_single(tmp_path: Path) -> None:
     layer = Lora.read(tmp_path / "lora.safetensors", {"unet": {"a.weight": (6, 5)}}).layers["unet"]["a.weight"]
     weight = torch.randn(6, 5, generator=generator).bfloat16()
     exact = weight.double() + 0.3 * up.double() @ down.double()
-    found = fused(weight, [(layer.on(CPU), 0.3)])
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
+    for one in (weight, weight.float(), weight.t().contiguous().t()):
+        before = one.clone()
+        found = fused(one, [(layer.on(CPU), 0.3)])
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
+        assert torch.equal(one, before)
 
 
 def test_every_layer_of_the_real_sdxl_has_its_original_name() -> None:
@@ -348,9 +351,10 @@ def test_files_that_do_not_fit(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "metadata", ["[]", "{", '{"unet.lora_alpha": "many"}', '{"unet.lora_alpha": Infinity}', '{"unet.lora_alpha": true}']
-)
+ALPHAS = ('"many"', "Infinity", "true", "null", "1" + "0" * 400)
+
+
+@pytest.mark.parametrize("metadata", ["[]", "{", *(f'{{"unet.lora_alpha": {alpha}}}' for alpha in ALPHAS)])
 def test_metadata_that_is_damaged(tmp_path: Path, metadata: str) -> None:
     save_file(pair(), tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": metadata})
     with pytest.raises(BadRequest, match="copy it again"):
