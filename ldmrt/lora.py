@@ -242,7 +242,8 @@ def _layer(file: WeightFile, draft: _Draft, metadata: Mapping[str, Any]) -> Laye
     mid = file[draft.keys["mid"]] if "mid" in draft.keys else None
     rank = down.shape[0] if down.dim() else 0
     fits = up.dim() >= 2 and up.shape[1] == rank > 0 and not any(size != 1 for size in up.shape[2:])
-    fits = fits and down.dim() in (2, 4) and all(tensor.is_floating_point() for tensor in (down, up))
+    fits = fits and down.dim() in (2, 4)
+    fits = fits and all(part.is_floating_point() for part in (down, up, mid) if part is not None)
     if mid is not None:
         fits = fits and mid.shape[:2] == (rank, rank) and mid.dim() == 4 and down[0, :1].numel() == 1
     if not fits:
