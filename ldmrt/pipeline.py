@@ -263,7 +263,9 @@ class Pipeline:
         return Result(images=images, latents=finals, seeds=job.seeds, timings=clock.seconds, job=job)
 
     def update_weights(self, component: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Change weights in place, as for another checkpoint of the same architecture. Nothing is compiled anew. LoRAs stay on them.
+        """Change weights in place, as for another checkpoint of the same architecture. Nothing is compiled anew.
+
+        LoRAs stay on the weights. The first values of those that change are kept, where they are used, for `restore_weights`.
 
         Args:
             component: `unet`, `text_encoder`, `text_encoder_2`, `decoder` or `encoder`. The last two share their file, not their
