@@ -22,6 +22,7 @@ from ldmrt.bundle import (
     Defaults,
     EngineRecord,
     FileRecord,
+    LoraRecord,
     Manifest,
     ModelRecord,
     engine_key,
@@ -59,6 +60,7 @@ def build_engines(
     targets: Sequence[str] = (),
     optimization_level: int | None = None,
     workspace: int | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
     on_progress: OnProgress | None = None,
 ) -> Bundle:
     """Compile a model into a bundle, or add engines to the bundle that is there.
@@ -76,6 +78,7 @@ def build_engines(
             uses Triton, if it is installed, when it runs on a GPU.
         optimization_level: how long TensorRT searches for fast kernels, 0 to 5; its own default if None.
         workspace: the most memory in bytes that a layer of a TensorRT plan may use besides its tensors; no limit if None.
+        loras: LoRA files to fuse into the weights, each with its scale. A bundle holds the weights of one set of LoRAs.
         on_progress: called with (what is being done, steps done, steps in all).
 
     Returns:
@@ -88,6 +91,8 @@ def build_engines(
     """
     _require("diffusers", "transformers")
     source = Source.open(Path(model))
+    if loras:
+        source = source.with_loras(loras)
     options = Options.resolve(
         source,
         engine=engine,
@@ -127,6 +132,7 @@ class _Build:
     options: Options
     on_progress: OnProgress
     source_files: tuple[FileRecord, ...] = ()
+    loras: tuple[LoraRecord, ...] = ()
     weights: dict[str, FileRecord] = field(default_factory=dict)
     engines: list[EngineRecord] = field(default_factory=list)
     kernels: tuple[FileRecord, ...] = ()
@@ -150,12 +156,26 @@ class _Build:
             components = list(architectures.components(self.source, self.options.sizes))
             self.total = 2 * len(components) + (3 if self.options.kernel_targets else 2)
             self.progress("reading the model")
+            if self.source.loras and self.in_place:
+                raise BuildError(
+                    f"{self.folder.path} is the model's own folder, whose weights are used where they lie and cannot hold a LoRA; "
+                    "choose another --out"
+                )
             self.folder.need(self.space())
             self.source_files = self.hash_source()
             old = self.folder.old
             if old is not None and old.source != self.source_files:
                 raise BuildError(
                     f"{self.folder.path} holds a bundle of another model ({old.model.name}), or the model has changed since; "
+                    "choose another --out, or remove it"
+                )
+            self.loras = tuple(
+                LoraRecord(file=lora.path.name, sha256=sha256(lora.path), scale=scale)
+                for lora, scale in self.source.loras
+            )
+            if old is not None and old.loras != self.loras:
+                raise BuildError(
+                    f"{self.folder.path} holds a bundle with {_named(old.loras)} fused, this build is with {_named(self.loras)}; "
                     "choose another --out, or remove it"
                 )
             for size, component, trials in components:
@@ -359,7 +379,9 @@ class _Build:
         expected = reference_outputs(architectures.reference(component, checkpoint), trials, component.outputs)
         library = "transformers" if component.folder in self.source.kind.tokenizers else "diffusers"
         name = type(component.original).__name__
-        reference = f"{library} {importlib.metadata.version(library)} {name}, float32"
+        reference = f"{library} {importlib.metadata.version(library)} {name}, float32" + (
+            ", LoRAs fused" if checkpoint.fused else ""
+        )
         made = [expected[number] for number in tried]
         certificates = {
             record.key: certify(record.label, record.dtype, shown, found[record.key], made, reference)
@@ -385,7 +407,6 @@ class _Build:
         bundle = Bundle(self.folder.path, self.manifest(()))
         plans = any(record.kind in LIBRARIES and not self.is_foreign(record) for record in records)
         device = torch.device("cuda" if plans else "cpu")
-
         named = {record.component: record for record in records}
 
         def load(record: EngineRecord, component: str) -> Engine:
@@ -521,6 +542,7 @@ class _Build:
                 ),
             ),
             source=self.source_files,
+            loras=self.loras,
             tokenizer_files=tokenizer_files,
             weights={**(old.weights if old else {}), **self.weights},
             engines=(*kept, *self.engines),
@@ -531,6 +553,11 @@ class _Build:
 
 def _slot(record: EngineRecord) -> tuple[Any, ...]:
     return record.component, record.kind, record.dtype, record.size, record.rows
+
+
+def _named(loras: tuple[LoraRecord, ...]) -> str:
+    """How to call a set of LoRAs in a message."""
+    return ", ".join(f"{lora.file}:{lora.scale:g}" for lora in loras) or "no LoRA"
 
 
 def _with_buffers(graph: Graph) -> Graph:

@@ -72,6 +72,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "format": manifest.format,
         "ldmrt": manifest.ldmrt,
         "model": manifest.model.model_dump(mode="json"),
+        "loras": [record.model_dump() for record in manifest.loras],
         "bytes": sum(sizes.values()),
         "weights": weights,
         "engines": engines,
@@ -120,8 +121,11 @@ def _print(bundle: Bundle, document: dict[str, Any]) -> None:
     typer.echo(f"{model.name} ({model.kind}), built by ldmrt {manifest.ldmrt}, {bytes_text(document['bytes'])}")
     typer.echo(
         f"defaults: {defaults.width}x{defaults.height}, {defaults.num_inference_steps} steps, guidance "
-        f"{defaults.guidance_scale:g}, {defaults.sampler}\n"
+        f"{defaults.guidance_scale:g}, {defaults.sampler}"
     )
+    for lora in manifest.loras:
+        typer.echo(f"fused: {lora.file}, scale {lora.scale:g} (SHA-256 {lora.sha256[:12]}...)")
+    typer.echo()
     rows = [
         [
             record["component"],
