@@ -81,14 +81,14 @@ class _Run:
         self.values |= {name: t.float() if t.dtype == torch.float16 else t for name, t in graph.constants.items()}
 
     def step(self, number: int, weights: Mapping[str, torch.Tensor]) -> float:
-        """Call the next node. Returns the largest finite magnitude of its tensor; 0 for a list."""
+        """Call the next node. Returns the largest finite magnitude of what it makes; 0 if that is no tensor of floats."""
         node, values = self.nodes[number], ChainMap(dict(weights), self.values)
         if node.op == "aten.view.default":
             # A view asks for an order in memory, which `layout` is still to settle.
             node = node.replace(op="aten.reshape.default")
         with torch.inference_mode():
             result = self.values[node.name] = call(node, values)
-            if not isinstance(result, torch.Tensor) or not result.numel():
+            if not isinstance(result, torch.Tensor) or not result.is_floating_point():
                 return 0.0
             largest = float(result.abs().nan_to_num(nan=0.0, posinf=0.0).max())
             return max(largest, _largest_score(node, values)) if node.op == _ATTENTION else largest

@@ -172,6 +172,8 @@ class _Build:
             fit=lambda graph: self.fit(_Draft(graph, size, None, precision), label, checkpoint, weights, trials),
         )
         self.passes[component.name] = dict(compiled.passes)
+        if precision == "float16":
+            self.passes[component.name]["widened"] = len(self.audits[-1].widened)
         drafts = [_Draft(*draft, precision) for draft in self.drafts(component, compiled.graphs, size)]
         keys = [self.key(draft, weights) for draft in drafts]
         reused = [self.made(draft) or self.reusable(key) for draft, key in zip(drafts, keys, strict=True)]
