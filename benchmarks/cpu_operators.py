@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from ldmrt.bench.ledger import append, summary
 from ldmrt.bench.measure import alternate, copy_rate, gemm_rate
-from ldmrt.export.verify import relative_error
 from ldmrt.graph import dtype_name
 from ldmrt.kernels import native
 from ldmrt.kernels.add_group_norm import add_group_norm_silu_native, add_group_norm_silu_reference
@@ -31,6 +30,7 @@ from ldmrt.kernels.group_norm import group_norm_silu_native, group_norm_silu_ref
 from ldmrt.kernels.layer_norm import add_layer_norm_native, add_layer_norm_reference
 from ldmrt.kernels.linear import arranged_gated, arranged_linear, linear
 from ldmrt.kernels.linear_geglu import linear_geglu
+from ldmrt.verify import relative_error
 
 LEDGER = Path(__file__).resolve().parent / "results" / "cpu_operators.jsonl"
 EPS, GROUPS = 1e-5, 32

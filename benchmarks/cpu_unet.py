@@ -35,8 +35,9 @@ from ldmrt.bench.flops import costs
 from ldmrt.bench.ledger import append, summary
 from ldmrt.bench.measure import gemm_rate
 from ldmrt.bundle import Bundle
-from ldmrt.export.verify import noise, relative_error
+from ldmrt.export.verify import noise
 from ldmrt.graph import dtype_of, specialize
+from ldmrt.verify import relative_error
 from original_layout import original
 from random_checkpoint import write_checkpoint
 

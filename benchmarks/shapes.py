@@ -16,9 +16,9 @@ import torch
 
 from ldmrt.bench.ledger import append, summary
 from ldmrt.bench.measure import alternate
-from ldmrt.export.verify import relative_error
 from ldmrt.kernels import native
 from ldmrt.pipeline import Pipeline, builtin_bundle
+from ldmrt.verify import relative_error
 
 LEDGER = Path(__file__).resolve().parent / "results" / "shapes.jsonl"
 PROMPT = "a red circle on a white background"

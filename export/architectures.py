@@ -21,8 +21,9 @@ from ldmrt.export.component import (
 )
 from ldmrt.export.passes.hoist import Kind
 from ldmrt.export.source import Checkpoint, Source
-from ldmrt.export.verify import Trial, noise, sample_picture
+from ldmrt.export.verify import noise, sample_picture
 from ldmrt.tokenizer import Tokenizer
+from ldmrt.verify import Trial
 
 # What text encoders are tried on: prompts as people write them, of different lengths.
 PROMPTS = (
@@ -47,6 +48,11 @@ def downscale(source: Source) -> int:
     return int(2 ** (len(source.configs["vae"]["block_out_channels"]) - 1))
 
 
+def tokens(source: Source) -> int:
+    """Length of a prompt in one window, which text encoders take and a network of fixed shapes is made for."""
+    return int(source.configs[next(iter(source.kind.tokenizers))]["max_position_embeddings"])
+
+
 def components(source: Source, sizes: Sequence[tuple[int, int]]) -> Iterator[Plan]:
     """The components of a model, each with the size it is made for and the inputs to try it on: `random` and `real` ones, which it is
     verified on, and `extreme` ones for `export.audit`.
@@ -68,8 +74,8 @@ def text_encoder(source: Source, folder: str) -> Component:
         wrapper = TextEncoder(module)
     else:
         wrapper = PenultimateTextEncoder(module, pooled=pooled)
-    tokens = int(source.configs[folder]["max_position_embeddings"])
-    inputs = (TensorSpec("input_ids", ("rows", tokens), torch.int64),)
+    length = int(source.configs[folder]["max_position_embeddings"])
+    inputs = (TensorSpec("input_ids", ("rows", length), torch.int64),)
     return Component(
         folder, folder, wrapper, inputs, ("hidden_states", "text_embeds") if pooled else ("hidden_states",)
     )

@@ -17,8 +17,8 @@ from ldmrt.engines.torch import call
 from ldmrt.errors import BuildError
 from ldmrt.export.passes.pattern import argument
 from ldmrt.export.passes.widen import in_float32
-from ldmrt.export.verify import Trial
 from ldmrt.graph import Graph, Node, specialize
+from ldmrt.verify import Trial
 
 LARGEST: Final = torch.finfo(torch.float16).max
 # The audit sees a few inputs of all that there are; what comes within a factor of two of the end is not trusted to stay there.

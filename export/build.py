@@ -8,7 +8,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from ldmrt.bundle import (
     ModelRecord,
     engine_key,
 )
-from ldmrt.engines.protocol import TensorSpec
+from ldmrt.engines.protocol import Engine, TensorSpec
+from ldmrt.engines.tensorrt import LIBRARIES, gpu_at_hand
 from ldmrt.errors import BuildError
 from ldmrt.export import architectures
 from ldmrt.export.audit import audit, too_large
@@ -38,10 +39,11 @@ from ldmrt.export.folder import BundleFolder
 from ldmrt.export.options import Options
 from ldmrt.export.passes.widen import widen
 from ldmrt.export.source import Checkpoint, Source
-from ldmrt.export.verify import Trial, certify, reference_outputs, run_denoiser, run_engine, run_rows
+from ldmrt.export.verify import reference_outputs
 from ldmrt.graph import Graph, dtype_of, rename_values, specialize, to_json
 from ldmrt.kernels.aot import write as write_cubins
 from ldmrt.schedule import NoiseSchedule
+from ldmrt.verify import Trial, certify, run_trials, unverified, write_trials
 from ldmrt.weights import WeightFile, sha256, write as write_weights
 
 OnProgress = Callable[[str, int, int], None]
@@ -58,6 +60,8 @@ def build_engines(
     batch_sizes: Sequence[int] = (1,),
     dtype: str = "auto",
     targets: Sequence[str] = (),
+    optimization_level: int | None = None,
+    workspace: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Bundle:
     """Compile a model into a bundle, or add engines to the bundle that is there.
@@ -65,12 +69,16 @@ def build_engines(
     Args:
         model: folder of a model in the diffusers layout.
         out: the bundle's folder. If it is the model's own, the weights are used where they lie and are not written again.
-        engine: `auto` (torch), `torch` or `onnxruntime` (CPU, float32).
+        engine: `auto` (torch), `torch`, `onnxruntime` (CPU, float32), `tensorrt` (for the GPU at hand) or `tensorrt-rtx` (for any of
+            its GPUs, whether it is there or not). `context` and `schedule` are on the torch engine in any case.
         sizes: (width, height) in pixels; the model's own size if None.
         batch_sizes: images per call to make engines for.
         dtype: precision; `auto` is float16 with targets, else bfloat16 on a CPU that computes in it, else float32.
-        targets: GPU architectures (`sm_89`) to compile the torch engine's kernels for. No GPU is needed, and on one of these
-            neither Triton nor a compiler will be. Without targets a GPU uses Triton, if it is installed, when it runs.
+        targets: GPU architectures (`sm_89`) to compile TensorRT plans and the torch engine's kernels for. No GPU is needed, and on one
+            of these neither Triton nor a compiler will be. Without targets plans are built for the GPU at hand, and the torch engine
+            uses Triton, if it is installed, when it runs on a GPU.
+        optimization_level: how long TensorRT searches for fast kernels, 0 to 5; its own default if None.
+        workspace: the most memory in bytes that a layer of a TensorRT plan may use besides its tensors; no limit if None.
         on_progress: called with (what is being done, steps done, steps in all).
 
     Returns:
@@ -78,14 +86,24 @@ def build_engines(
 
     Raises:
         BuildError: the model cannot be built; nothing of the failed build is left behind.
+        EngineMismatch: the engine's library is not installed, or is too old.
         BundleError: a weight file is damaged.
     """
     _require("diffusers", "transformers")
     source = Source.open(Path(model))
-    options = Options.resolve(source, engine=engine, sizes=sizes, batch_sizes=batch_sizes, dtype=dtype, targets=targets)
-    if options.targets:
+    options = Options.resolve(
+        source,
+        engine=engine,
+        sizes=sizes,
+        batch_sizes=batch_sizes,
+        dtype=dtype,
+        targets=targets,
+        optimization_level=optimization_level,
+        workspace=workspace,
+    )
+    if options.kernel_targets:
         _require("triton")
-    if options.engine == "onnxruntime":
+    if options.engine != "torch":
         _require("onnx", "onnxscript", "onnxruntime")
     build = _Build(source, BundleFolder(Path(out)), options, on_progress or (lambda _what, _done, _total: None))
     return build.run()
@@ -129,7 +147,7 @@ class _Build:
         """Build all components."""
         with self.folder.open():
             components = list(architectures.components(self.source, self.options.sizes))
-            self.total = 2 * len(components) + (3 if self.options.targets else 2)
+            self.total = 2 * len(components) + (3 if self.options.kernel_targets else 2)
             self.progress("reading the model")
             self.folder.need(self.space())
             self.source_files = self.hash_source()
@@ -210,7 +228,7 @@ class _Build:
             what = (
                 f"{label}: {count} values of up to {largest:.3g} are too large for float16, computing them in float32"
             )
-            self.on_progress(what, self.done, self.total)
+            self.on_progress(what, self.done - 1, self.total)
         return widen(draft.graph, found.widened)
 
     def precision(self, folder: str) -> str:
@@ -223,13 +241,17 @@ class _Build:
         self, component: Component, graphs: Sequence[Graph], size: tuple[int, int] | None
     ) -> list[tuple[Graph, tuple[int, int] | None, int | None]]:
         """The graphs to make engines of, each with its size and row count."""
-        if component.folder in self.source.kind.tokenizers:
+        text = component.folder in self.source.kind.tokenizers
+        if text and not self.options.is_tensorrt:
             return [(graph, size, None) for graph in graphs]
         *whole, last = graphs
+        if text:
+            return [(specialize(last, {"rows": 1}), size, 1)]
         # With guidance an image takes two rows of the denoising network, without it one.
         factors = (1, 2) if component.kinds else (1,)
         rows = sorted({factor * batch for batch in self.options.batch_sizes for factor in factors})
-        sized = [(specialize(last, {"rows": count}), size, count) for count in rows]
+        fixed = {"tokens": architectures.tokens(self.source)} if self.options.is_tensorrt and component.kinds else {}
+        sized = [(specialize(last, {"rows": count, **fixed}), size, count) for count in rows]
         return [*((graph, None, None) for graph in whole), *sized]
 
     def kind(self, component: str) -> str:
@@ -238,8 +260,9 @@ class _Build:
 
     def versions(self, kind: str) -> dict[str, str]:
         """The libraries that have a say in an engine."""
-        used = _LIBRARIES if kind == "onnxruntime" else _LIBRARIES[:3]
-        return {"ldmrt": ldmrt.__version__} | {name: importlib.metadata.version(name) for name in used}
+        used = _LIBRARIES[:3] if kind == "torch" else _LIBRARIES
+        versions = {"ldmrt": ldmrt.__version__} | {name: importlib.metadata.version(name) for name in used}
+        return versions | ({kind: str(LIBRARIES[kind].load().__version__)} if kind in LIBRARIES else {})
 
     def key(self, draft: _Draft, weights: str) -> str:
         """The engine's key."""
@@ -257,8 +280,19 @@ class _Build:
                 "size": draft.size,
                 "rows": draft.rows,
                 "versions": self.versions(kind),
+                **self.plan_options(kind),
             }
         )
+
+    def plan_options(self, kind: str) -> dict[str, Any]:
+        """What shapes a plan besides its graph; nothing for engines of other kinds, whose keys stay what they were."""
+        if kind not in LIBRARIES:
+            return {}
+        return {
+            "targets": self.options.targets,
+            "optimization_level": self.options.optimization_level,
+            "workspace": self.options.workspace,
+        }
 
     def made(self, draft: _Draft) -> EngineRecord | None:
         """The engine from this build that serves every size, if another size's component made it."""
@@ -274,7 +308,8 @@ class _Build:
     def reusable(self, key: str) -> EngineRecord | None:
         """The engine that is there already, if it is the same and undamaged."""
         old = self.folder.old.engines if self.folder.old is not None else ()
-        return next((e for e in old if e.key == key and all(self.folder.holds(item) for item in e.files)), None)
+        files = {e.key: [*e.files, *([e.trials] if e.trials else [])] for e in old}
+        return next((e for e in old if e.key == key and all(map(self.folder.holds, files[key]))), None)
 
     def write_engine(self, draft: _Draft, key: str, weights: str) -> EngineRecord:
         """Write an engine's files; the certificate is still to come."""
@@ -295,6 +330,8 @@ class _Build:
             file = WeightFile(self.folder.path / self.weights[weights].file)
             held = dict.fromkeys(graph.weights, file)
             files = [self.folder.write(f"{stem}.onnx", lambda path: write_onnx(graph, held, path))]
+            if kind in LIBRARIES:
+                files.insert(0, self.write_plan(kind, stem, graph.name))
         return EngineRecord(
             component=graph.name,
             kind=kind,
@@ -304,14 +341,40 @@ class _Build:
             key=key,
             files=tuple(files),
             weights=weights,
+            targets=self.options.targets if kind in LIBRARIES else (),
             versions=self.versions(kind),
             certificate=Certificate(status="unverified", reference="", relative_error={}, tolerance=0.0),
         )
 
+    def write_plan(self, kind: str, stem: str, component: str) -> FileRecord:
+        """Build the plan of the ONNX file that has been written."""
+        from ldmrt.export.tensorrt import build_plan
+
+        def show(phase: str, done: int, total: int) -> None:
+            self.on_progress(f"{component}: {kind}, {phase} {done}/{total}", self.done - 1, self.total)
+
+        def write(path: Path) -> str:
+            build_plan(
+                LIBRARIES[kind],
+                self.folder.path / f"{stem}.onnx",
+                path,
+                targets=self.options.targets,
+                optimization_level=self.options.optimization_level,
+                workspace=self.options.workspace,
+                on_phase=show,
+            )
+            return sha256(path)
+
+        return self.folder.write(f"plans/{stem}.plan", write)
+
     def verify(
         self, component: Component, checkpoint: Checkpoint, records: list[EngineRecord], trials: list[Trial]
     ) -> list[EngineRecord]:
-        """Run the engines as the runtime would and compare them with the original module."""
+        """Run the engines as the runtime would and compare them with the original module.
+
+        A plan for another GPU than the one at hand cannot run here: its ONNX stands in for it, on ONNX Runtime, and what the original
+        made is kept, so that `ldmrt verify` can complete its certificate where it runs.
+        """
         # Engines first, and gone before the original is loaded: the two never stand in memory together.
         found = self.outputs(records, trials)
         expected = reference_outputs(architectures.reference(component, checkpoint), trials, component.outputs)
@@ -325,41 +388,67 @@ class _Build:
         }
         # The parts of a network that run once per request are verified within the whole network.
         whole = next(iter(certificates.values()))
-        return [r.model_copy(update={"certificate": certificates.get(r.key, whole)}) for r in records]
+        records = [r.model_copy(update={"certificate": certificates.get(r.key, whole)}) for r in records]
+        if not any(self.is_foreign(record) for record in records):
+            return records
+        digest = hashlib.sha256("".join(sorted(record.key for record in records)).encode()).hexdigest()[:8]
+        name = f"trials/{component.name}-{digest}.safetensors"
+        kept = self.folder.write(name, lambda path: write_trials(path, trials, expected))
+        return [unverified(r, kept) if self.is_foreign(r) else r for r in records]
+
+    def is_foreign(self, record: EngineRecord) -> bool:
+        """Whether an engine is for another GPU than the one at hand."""
+        return record.kind in LIBRARIES and gpu_at_hand() not in record.targets
 
     def outputs(self, records: list[EngineRecord], trials: list[Trial]) -> dict[str, list[dict[str, torch.Tensor]]]:
         """What each engine makes of each trial, by the engine's key; `context` and `schedule` run within `step`."""
         bundle = Bundle(self.folder.path, self.manifest(()))
-        engines = {record.key: bundle.load(record, torch.device("cpu")) for record in records}
+        plans = any(record.kind in LIBRARIES and not self.is_foreign(record) for record in records)
+        device = torch.device("cuda" if plans else "cpu")
+
+        def load(record: EngineRecord) -> Engine:
+            if not self.is_foreign(record):
+                return bundle.load(record, device)
+            from ldmrt.engines.onnxruntime import OnnxRuntimeEngine
+
+            return OnnxRuntimeEngine(bundle.checked(record.files[1]), threads=torch.get_num_threads())
+
+        engines = {record.key: load(record) for record in records}
         named = {record.component: engines[record.key] for record in records}
-        found = {}
-        for record in records:
-            if record.component in ("context", "schedule"):
-                continue
-            run = partial(run_engine, engines[record.key])
-            if record.component == "step":
-                run = partial(run_denoiser, named["context"], named["schedule"], engines[record.key])
-            found[record.key] = [run_rows(run, trial, record.rows) for trial in trials]
-        return found
+        return {
+            record.key: run_trials(record, trials, {**named, record.component: engines[record.key]}.__getitem__, device)
+            for record in records
+            if record.component not in ("context", "schedule")
+        }
 
     def compile_kernels(self) -> None:
         """Compile the kernels of all the bundle's engines for the targets, and for those it has kernels for already."""
         old = self.folder.old
         self.kernels = old.kernels if old is not None else ()
-        if not self.options.targets:
+        if not self.options.kernel_targets:
             return
-        self.progress(f"kernels for {', '.join(self.options.targets)}: compiling")
+        self.progress(f"kernels for {', '.join(self.options.kernel_targets)}: compiling")
         bundle = Bundle(self.folder.path, self.manifest(()))
         graphs = [bundle.graph(record) for record in bundle.manifest.engines if record.kind == "torch"]
         there = bundle.cubins()
-        targets = {*self.options.targets, *(f"sm_{cubin.arch}" for cubin in there)}
-        cubins = compile_kernels(graphs, sorted(targets, key=architecture), there)
+        targets = {*self.options.kernel_targets, *(f"sm_{cubin.arch}" for cubin in there)}
+        cubins = compile_kernels(graphs, sorted(targets, key=architecture), there, self.latents_of_plans())
         digest = hashlib.sha256("".join(sorted(cubin.file_name for cubin in cubins)).encode()).hexdigest()[:8]
         with tempfile.TemporaryDirectory() as folder:
             files = write_cubins(Path(folder), cubins)
             self.kernels = tuple(
                 self.folder.write_bytes(f"kernels-{digest}/{path.name}", path.read_bytes()) for path in files
             )
+
+    def latents_of_plans(self) -> list[TensorSpec]:
+        """The latents of the steps that are plans."""
+        channels = int(self.source.configs["vae"].get("latent_channels", 4))
+        factor = architectures.downscale(self.source)
+        return [
+            TensorSpec("latents", (r.rows or 1, channels, r.size[1] // factor, r.size[0] // factor), dtype_of(r.dtype))
+            for r in self.manifest(()).engines
+            if r.component == "step" and r.kind in LIBRARIES and r.size is not None
+        ]
 
     # ------------------------------------------------------------------------------------------------ files
 

@@ -35,14 +35,18 @@ def architecture(target: str) -> int:
 
 
 def compile_kernels(
-    graphs: Iterable[Graph], targets: Sequence[str], there: Sequence[aot.Cubin] = ()
+    graphs: Iterable[Graph],
+    targets: Sequence[str],
+    there: Sequence[aot.Cubin] = (),
+    latents: Sequence[TensorSpec] = (),
 ) -> list[aot.Cubin]:
-    """The kernels of the torch engines of some graphs, compiled.
+    """The kernels of the torch engines of some graphs, and of samplers, compiled.
 
     Args:
         graphs: the engines' graphs.
         targets: such as `sm_89`.
         there: cubins that need not be compiled again.
+        latents: of steps that run on other engines; the sampler's part of them is ours.
 
     Raises:
         BuildError: Triton is not installed, or cannot compile a kernel for a target.
@@ -52,7 +56,7 @@ def compile_kernels(
     wanted = []
     for target in targets:
         arch = architecture(target)
-        for variant in variants(graphs, arch):
+        for variant in variants(graphs, arch, latents):
             cubin = have.get((variant.key(), arch))
             try:
                 wanted.append(cubin or aot.compile_variant(variant, arch))
@@ -61,8 +65,8 @@ def compile_kernels(
     return wanted
 
 
-def variants(graphs: Iterable[Graph], arch: int) -> list[Variant]:
-    """The kernels that the torch engines of some graphs launch on an architecture, each once."""
+def variants(graphs: Iterable[Graph], arch: int, latents: Sequence[TensorSpec] = ()) -> list[Variant]:
+    """The kernels that the torch engines of some graphs launch on an architecture, and samplers with some latents, each once."""
     with launch.recording(arch) as found, torch.inference_mode():
         for graph in graphs:
             free = {size for spec in graph.inputs for size in spec.shape if isinstance(size, str)}
@@ -70,6 +74,8 @@ def variants(graphs: Iterable[Graph], arch: int) -> list[Variant]:
                 rehearse(graph, {"rows": rows, "tokens": _TOKENS})
             if graph.name == "step":
                 _update(next(spec for spec in graph.inputs if spec.name == "latents"))
+        for spec in latents:
+            _update(spec)
     return list(found)
 
 

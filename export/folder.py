@@ -19,9 +19,11 @@ from ldmrt.weights import sha256
 _OURS = re.compile(
     r"(graphs/[a-z0-9_]+-[0-9a-z-]*-[0-9a-f]{8}\.(json|safetensors)"
     r"|[a-z0-9_]+-[0-9a-z-]*-[0-9a-f]{8}\.onnx"
+    r"|plans/[a-z0-9_]+-[0-9a-z-]*-[0-9a-f]{8}\.plan"
+    r"|trials/[a-z0-9_]+-[0-9a-f]{8}\.safetensors"
     r"|kernels-[0-9a-f]{8}/([0-9a-f]{32}-sm[0-9]+\.cubin|kernels\.json)"
     r"|weights/[a-z0-9_]+\.(float32|bfloat16|float16)\.safetensors"
-    r"|(graphs/|weights/)?\..*\.tmp)"
+    r"|(graphs/|weights/|plans/|trials/)?\..*\.tmp)"
 )
 
 
@@ -136,7 +138,8 @@ class BundleFolder:
                 if record.file not in named:
                     (self.path / record.file).unlink(missing_ok=True)
         kernels = [path for path in self.path.glob("kernels-*") if path.is_dir()]
-        for folder in (self.path, self.path / "graphs", self.path / "weights", *kernels):
+        folders = (self.path / name for name in ("graphs", "weights", "plans", "trials"))
+        for folder in (self.path, *folders, *kernels):
             for path in folder.glob("*"):
                 orphan = path.relative_to(self.path).as_posix()
                 if orphan not in named and _OURS.fullmatch(orphan):

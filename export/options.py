@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ldmrt.engines.tensorrt import LIBRARIES, Library, gpu_at_hand
 from ldmrt.errors import BuildError
 from ldmrt.export.architectures import downscale
-from ldmrt.export.cubins import architecture
+from ldmrt.export.cubins import TARGETS, architecture
 from ldmrt.export.source import Source
 
-ENGINES = ("auto", "torch", "onnxruntime")
+ENGINES = ("auto", "torch", "onnxruntime", *LIBRARIES)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # With guidance an image takes two rows, and modules are traced for at most 63.
@@ -29,7 +30,9 @@ class Options:
         dtype: the precision.
         sizes: (width, height) in pixels.
         batch_sizes: images per call, in order.
-        targets: GPU architectures to compile kernels for, such as `sm_89`.
+        targets: GPU architectures to compile for, such as `sm_89`.
+        optimization_level: how long TensorRT searches for fast kernels, 0 to 5; its own default if None.
+        workspace: the most memory in bytes that a layer of a TensorRT plan may use besides its tensors; no limit if None.
     """
 
     engine: str
@@ -37,6 +40,18 @@ class Options:
     sizes: tuple[tuple[int, int], ...]
     batch_sizes: tuple[int, ...]
     targets: tuple[str, ...] = ()
+    optimization_level: int | None = None
+    workspace: int | None = None
+
+    @property
+    def is_tensorrt(self) -> bool:
+        """Whether the engines are TensorRT plans, of either library: of fixed shapes, and with a copy of the weights."""
+        return self.engine in LIBRARIES
+
+    @property
+    def kernel_targets(self) -> tuple[str, ...]:
+        """The targets that our own kernels are compiled for."""
+        return tuple(target for target in self.targets if not self.is_tensorrt or target in TARGETS)
 
     @classmethod
     def resolve(
@@ -48,18 +63,25 @@ class Options:
         batch_sizes: Sequence[int],
         dtype: str,
         targets: Sequence[str] = (),
+        optimization_level: int | None = None,
+        workspace: int | None = None,
     ) -> Options:
         """Check what was asked and fill in what was not.
 
         Raises:
             BuildError: a value cannot be used.
+            EngineMismatch: the engine's library is not installed.
         """
         if engine not in ENGINES:
             raise BuildError(f"engine {engine!r} is not known; choose one of {', '.join(ENGINES)}")
         if dtype not in DTYPES:
             raise BuildError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
         engine = "torch" if engine == "auto" else engine
-        targets = sorted(set(targets), key=architecture)
+        if engine in LIBRARIES:
+            targets = _plan_targets(LIBRARIES[engine], targets)
+        else:
+            targets = sorted(set(targets), key=architecture)
+        _check_plan_options(engine, optimization_level, workspace)
         dtype = _precision(engine, dtype, targets)
         if sizes is None:
             side = int(source.configs["unet"].get("sample_size") or 64) * downscale(source)
@@ -83,7 +105,50 @@ class Options:
             tuple(dict.fromkeys(sizes)),
             tuple(sorted(set(batch_sizes))),
             tuple(targets),
+            optimization_level,
+            workspace,
         )
+
+
+def _check_plan_options(engine: str, optimization_level: int | None, workspace: int | None) -> None:
+    """Check what only TensorRT takes."""
+    if engine not in LIBRARIES and (optimization_level, workspace) != (None, None):
+        raise BuildError(
+            f"optimization level and workspace are TensorRT's, engine {engine} has neither; use --engine {' or '.join(LIBRARIES)}"
+        )
+    if optimization_level is not None and not 0 <= optimization_level <= 5:
+        raise BuildError(f"optimization level is {optimization_level}, expected 0 to 5")
+    if workspace is not None and workspace < 1 << 20:
+        raise BuildError(f"workspace is {workspace} bytes, expected at least {1 << 20} (1 MiB)")
+
+
+def _plan_targets(library: Library, targets: Sequence[str]) -> list[str]:
+    """The GPUs that plans are built for: those asked for, or the one at hand.
+
+    Raises:
+        BuildError: the library does not build for one of them.
+        EngineMismatch: the library is not installed.
+    """
+    library.load()
+    here = gpu_at_hand()
+    possible = library.targets or ((here,) if here else ())
+    if not possible:
+        raise BuildError(
+            f"engine {library.kind} builds only for the GPU at hand, and there is none here; build on the GPU's machine, "
+            "or use --engine tensorrt-rtx --target sm_89"
+        )
+    if not targets and here not in possible:
+        there = f"the GPU here is {here}" if here else "there is no GPU here"
+        raise BuildError(
+            f"engine {library.kind}: {there}; say what to build for: --target {' or --target '.join(possible)}"
+        )
+    for target in targets:
+        if target not in possible:
+            raise BuildError(
+                f"engine {library.kind} does not build for target {target!r}{'' if library.targets else ' here'}; "
+                f"choose among {', '.join(possible)}"
+            )
+    return [target for target in possible if target in (targets or (here,))]
 
 
 def _precision(engine: str, dtype: str, targets: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ pipe("a red circle on a white background").images[0].save("circle.png")
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ldmrt.errors import (
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from ldmrt.pipeline import Pipeline, Result
 
 __version__ = "0.1.0"
+
+logging.getLogger("ldmrt").addHandler(logging.NullHandler())  # what is logged is shown where the application says so
 
 # What is heavy is imported when it is first used; `build_engines` needs the packages of `ldmrt[export]`.
 _LAZY = {

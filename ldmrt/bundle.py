@@ -55,7 +55,7 @@ class Certificate(_Record):
     """What is known of an engine's correctness.
 
     Attributes:
-        status: `verified`, or why not.
+        status: `verified`, or `unverified` and why; what was verified in its stead is then in `reference`.
         reference: what it was compared with.
         relative_error: relative L2 error of the outputs, by kind of input (`random`, `real`).
         tolerance: the largest error that the build accepts.
@@ -82,10 +82,11 @@ class EngineRecord(_Record):
         targets: the GPU architectures it was compiled for; empty where that says nothing.
         versions: the libraries that made it.
         certificate: how it was verified.
+        trials: inputs, and what the original module made of them, for an engine that is still to be verified on its target.
     """
 
     component: str
-    kind: str = Field(pattern="^(torch|onnxruntime)$")
+    kind: str = Field(pattern="^(torch|onnxruntime|tensorrt|tensorrt-rtx)$")
     dtype: str = Field(pattern="^(float32|bfloat16|float16)$")
     size: tuple[Pixels, Pixels] | None
     rows: int | None = Field(ge=1)
@@ -95,6 +96,7 @@ class EngineRecord(_Record):
     targets: tuple[str, ...] = ()
     versions: dict[str, str]
     certificate: Certificate
+    trials: FileRecord | None = None
 
     @property
     def label(self) -> str:
@@ -250,6 +252,8 @@ class Bundle:
         yield from self.manifest.kernels
         for engine in self.manifest.engines:
             yield from engine.files
+            if engine.trials is not None:
+                yield engine.trials
 
     def locate(self, name: str) -> Path:
         """The path of a file of the bundle.

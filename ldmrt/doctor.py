@@ -54,6 +54,8 @@ def engine_kinds() -> dict[str, str | None]:
     return {
         "torch": _torch()["missing"],
         "onnxruntime": None if onnxruntime else "onnxruntime is not installed: pip install 'ldmrt[onnxruntime]'",
+        "tensorrt": _tensorrt("tensorrt"),
+        "tensorrt-rtx": _tensorrt("tensorrt-rtx"),
     }
 
 
@@ -136,6 +138,19 @@ def _cuda(no_torch: str | None) -> dict[str, Any]:
     else:
         missing = f"there is an NVIDIA driver, but torch's CUDA {torch.version.cuda} cannot use it: update the driver"
     return {"version": torch.version.cuda, "gpus": [], "missing": missing}
+
+
+def _tensorrt(kind: str) -> str | None:
+    if (no_torch := _torch()["missing"]) is not None:
+        return str(no_torch)
+    from ldmrt.engines.tensorrt import LIBRARIES, gpu_at_hand
+    from ldmrt.errors import EngineMismatch
+
+    try:
+        LIBRARIES[kind].load()
+    except EngineMismatch as error:
+        return str(error)
+    return None if gpu_at_hand() else f"engine {kind} runs on an NVIDIA GPU, and there is none here"
 
 
 def _native(no_torch: str | None) -> str | None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ldmrt.engines.protocol import Engine
 from ldmrt.errors import BadRequest
 from ldmrt.request import Job
+from ldmrt.rows import run_rows
 from ldmrt.tokenizer import Tokenizer
 
 Ids = NDArray[np.int64]
@@ -152,7 +153,9 @@ class PromptEncoder:
         """Windows through each encoder; the pooled embedding is the first window's."""
         states, pooled = [], None
         for model, windows in zip(self._models, ids, strict=True):
-            found = model.engine.run({"input_ids": torch.from_numpy(windows).to(self._device)})
+            inputs = {"input_ids": torch.from_numpy(windows).to(self._device)}
+            rows = model.engine.inputs["input_ids"].shape[0]
+            found = run_rows(model.engine.run, inputs, rows if isinstance(rows, int) else None)
             states.append(found["hidden_states"][clip_skip].flatten(0, 1))
             if "text_embeds" in found:
                 pooled = found["text_embeds"][0]

@@ -18,9 +18,9 @@ from gpu_suite.timing import loop_times
 from ldmrt.bench.ledger import summary
 from ldmrt.denoise import Denoiser
 from ldmrt.export.component import Decoder, UNet, UNetTextTime
-from ldmrt.export.verify import TOLERANCE, relative_error, run_denoiser
 from ldmrt.graph import dtype_name
 from ldmrt.image import to_uint8
+from ldmrt.verify import TOLERANCE, relative_error, run_denoiser
 
 BATCHES = {"sd15": (1, 4, 8), "sdxl": (1,)}
 

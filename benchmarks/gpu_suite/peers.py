@@ -17,7 +17,7 @@ from gpu_suite.results import Figures
 from gpu_suite.session import Session
 from gpu_suite.timing import loop_times
 from ldmrt.denoise import Denoiser
-from ldmrt.export.verify import relative_error, run_denoiser
+from ldmrt.verify import relative_error, run_denoiser
 
 # Compiling with max-autotune takes minutes; less time than this is not worth beginning with.
 _LEAST_TO_COMPILE = 100.0

@@ -15,6 +15,7 @@ from ldmrt.cli.generate import generate
 from ldmrt.cli.inspect import inspect
 from ldmrt.cli.options import Verbose
 from ldmrt.cli.tune import tune
+from ldmrt.cli.verify import verify
 
 app = typer.Typer(
     name="ldmrt",
@@ -30,6 +31,7 @@ app.command("generate")(generate)
 app.command("build-engines")(build_engines)
 app.command("tune")(tune)
 app.command("inspect")(inspect)
+app.command("verify")(verify)
 app.command("doctor")(doctor)
 
 

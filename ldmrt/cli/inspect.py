@@ -44,6 +44,7 @@ def inspect(
 def describe(bundle: Bundle) -> dict[str, Any]:
     """The contents of a bundle as one JSON-safe document."""
     from ldmrt.doctor import engine_kinds
+    from ldmrt.engines.tensorrt import gpu_at_hand
 
     manifest, missing = bundle.manifest, engine_kinds()
 
@@ -52,11 +53,14 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         return {**record.model_dump(), "bytes": path.stat().st_size if path.is_file() else None}
 
     def engine(record: EngineRecord) -> dict[str, Any]:
+        lacking = missing[record.kind]
+        if lacking is None and record.targets and gpu_at_hand() not in record.targets:
+            lacking = f"{record.label} is for {', '.join(record.targets)}, and the GPU here is {gpu_at_hand()}"
         return {
             **record.model_dump(mode="json"),
             "files": [file(item) for item in record.files],
-            "runs_here": missing[record.kind] is None,
-            "missing_here": missing[record.kind],
+            "runs_here": lacking is None,
+            "missing_here": lacking,
         }
 
     weights = {name: file(record) for name, record in manifest.weights.items()}
@@ -126,6 +130,7 @@ def _print(bundle: Bundle, document: dict[str, Any]) -> None:
             record["dtype"],
             size_text(record["size"]),
             str(record["rows"] or "any"),
+            ", ".join(record["targets"]) or "any",
             record["key"][:8],
             _size_of(record["files"]),
             record["weights"],
@@ -135,7 +140,10 @@ def _print(bundle: Bundle, document: dict[str, Any]) -> None:
         for record in document["engines"]
     ]
     if rows:
-        table(rows, ["component", "engine", "dtype", "size", "rows", "key", "file", "weights", "error", "runs here"])
+        table(
+            rows,
+            ["component", "engine", "dtype", "size", "rows", "targets", "key", "file", "weights", "error", "runs here"],
+        )
     for reason in dict.fromkeys(record["missing_here"] for record in document["engines"] if record["missing_here"]):
         typer.echo(reason)
     if document["weights"]:
@@ -213,5 +221,5 @@ def _size_of(files: list[dict[str, Any]]) -> str:
 def _certificate(certificate: dict[str, Any]) -> str:
     errors = certificate["relative_error"].values()
     if certificate["status"] != "verified" or not errors:
-        return str(certificate["status"])
+        return str(certificate["status"]).split(":")[0]
     return f"{max(errors):.1e} of {certificate['tolerance']:.0e}"

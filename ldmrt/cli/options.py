@@ -67,3 +67,5 @@ class EngineChoice(StrEnum):
     auto = "auto"
     torch = "torch"
     onnxruntime = "onnxruntime"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"

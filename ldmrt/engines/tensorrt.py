@@ -10,6 +10,8 @@ import importlib.util
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
+
 from ldmrt.errors import EngineMismatch
 
 
@@ -61,7 +63,8 @@ class Library:
         return module
 
 
-# TensorRT for RTX finishes a plan on the GPU that runs it, so it needs none to build one. It has no kernels for sm_90 and sm_100.
+# TensorRT for RTX finishes a plan on the GPU that runs it, so it needs none to build one. It has none of the
+# data centre's (sm_90, sm_100), and for Turing's (sm_75) its builder fails on networks as large as a U-Net.
 LIBRARIES = {
     library.kind: library
     for library in (
@@ -71,8 +74,16 @@ LIBRARIES = {
             ("tensorrt_rtx_bindings", "tensorrt_rtx"),
             "tensorrt-rtx",
             (1, 4),
-            ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"),
+            ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121"),
             compiles_at_run_time=True,
         ),
     )
 }
+
+
+def gpu_at_hand() -> str | None:
+    """The architecture of the GPU here, such as `sm_89`, or None."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"

@@ -11,7 +11,7 @@ from ldmrt.export.capture import capture
 from ldmrt.export.passes.clean import clean
 from ldmrt.export.passes.hoist import hoist
 from ldmrt.export.source import Source
-from ldmrt.export.verify import relative_error
+from ldmrt.verify import relative_error
 
 SIZE = (64, 64)
 

@@ -30,8 +30,8 @@ from ldmrt.export.component import Component
 from ldmrt.export.onnx import write_onnx
 from ldmrt.export.passes.widen import widen
 from ldmrt.export.source import Checkpoint, Source
-from ldmrt.export.verify import Trial, relative_error
 from ldmrt.graph import Dim, Graph, Node, Ref, specialize
+from ldmrt.verify import Trial, relative_error
 from ldmrt.weights import WeightFile, sha256, write
 
 F16, F32 = torch.float16, torch.float32

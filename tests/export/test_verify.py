@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import ldmrt
 from ldmrt.errors import BuildError
-from ldmrt.export import verify
-from ldmrt.export.verify import TOLERANCE, Trial, certify, relative_error, run_rows, sample_picture
+from ldmrt.export.verify import sample_picture
+from ldmrt.verify import TOLERANCE, Trial, certify, relative_error
 
 
 def test_relative_error() -> None:
@@ -76,19 +76,6 @@ def test_an_original_of_nan_certifies_nothing() -> None:
         certify("x", "float32", TRIAL, outputs(math.nan), outputs(math.nan), "")
 
 
-@pytest.mark.parametrize("rows", [None, 1, 2, 3, 4, 7])
-def test_trials_are_cut_to_the_engines_rows(rows: int | None) -> None:
-    seen = []
-
-    def engine(inputs: Any) -> dict[str, torch.Tensor]:
-        seen.append(len(inputs["x"]))
-        return {"y": inputs["x"] * 2}
-
-    x = torch.arange(5.0)[:, None]
-    assert torch.equal(run_rows(engine, Trial("random", {"x": x}), rows)["y"], 2 * x)
-    assert set(seen) == {rows or 5}
-
-
 def test_the_sample_picture_is_a_picture() -> None:
     picture = sample_picture(24, 16)
     assert picture.shape == (1, 3, 16, 24)
@@ -139,4 +126,4 @@ def test_a_model_that_makes_nan_is_not_built(tiny_model: Path, tmp_path: Path) -
 
 
 def test_tolerances_are_ordered_by_precision() -> None:
-    assert verify.TOLERANCE["float32"] < verify.TOLERANCE["float16"] < verify.TOLERANCE["bfloat16"] <= 3e-2
+    assert TOLERANCE["float32"] < TOLERANCE["float16"] < TOLERANCE["bfloat16"] <= 3e-2

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import random
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_a_block_serves_smaller_needs_unless_half_of_it_would_lie_idle() -> None
 def test_together_the_blocks_never_exceed_the_most_that_was_lent() -> None:
     pool, most = Pool(), 0
     draw = random.Random(1)
-    held = []
+    held: list[Any] = []
     for _ in range(500):
         if held and draw.random() < 0.5:
             held.pop(draw.randrange(len(held)))

@@ -21,8 +21,8 @@ from ldmrt.export.passes.clean import clean
 from ldmrt.export.passes.fuse import Fused, fuse
 from ldmrt.export.passes.hoist import Kind, hoist
 from ldmrt.export.passes.layout import layout
-from ldmrt.export.verify import relative_error
 from ldmrt.graph import Graph, Node, from_json, to_json
+from ldmrt.verify import relative_error
 
 F64 = torch.float64
 TOLERANCE = 1e-10
