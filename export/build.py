@@ -8,7 +8,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,11 @@ class _Build:
         """Whether the bundle is the model's own folder."""
         return self.folder.path.resolve() == self.source.path.resolve()
 
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance that the model is used with."""
+        return float(self.source.defaults.get("guidance_scale", self.source.kind.guidance_scale))
+
     def run(self) -> Bundle:
         """Build all components."""
         with self.folder.open():
@@ -249,6 +254,10 @@ class _Build:
             return [(specialize(last, {"rows": 1}), size, 1)]
         # With guidance an image takes two rows of the denoising network, without it one.
         factors = (1, 2) if component.kinds else (1,)
+        if component.kinds and self.options.is_tensorrt:
+            # Each plan holds the weights again: one for each batch size, for the guidance that the model is used with. One for guidance
+            # also serves without, two images at a time.
+            factors = (2,) if self.guidance_scale > 1 else (1,)
         rows = sorted({factor * batch for batch in self.options.batch_sizes for factor in factors})
         fixed = {"tokens": architectures.tokens(self.source)} if self.options.is_tensorrt and component.kinds else {}
         sized = [(specialize(last, {"rows": count, **fixed}), size, count) for count in rows]
@@ -372,24 +381,28 @@ class _Build:
     ) -> list[EngineRecord]:
         """Run the engines as the runtime would and compare them with the original module.
 
-        A plan for another GPU than the one at hand cannot run here: its ONNX stands in for it, on ONNX Runtime, and what the original
-        made is kept, so that `ldmrt verify` can complete its certificate where it runs.
+        A plan for another GPU than the one at hand cannot run here: its ONNX stands in for it, on ONNX Runtime and on real inputs, and
+        what the original made of all of them is kept, so that `ldmrt verify` can complete its certificate where it runs.
         """
         # Engines first, and gone before the original is loaded: the two never stand in memory together.
-        found = self.outputs(records, trials)
+        foreign = any(self.is_foreign(record) for record in records)
+        tried = [number for number, trial in enumerate(trials) if trial.kind == "real" or not foreign]
+        shown = [trials[number] for number in tried]
+        found = self.outputs(records, shown)
         expected = reference_outputs(architectures.reference(component, checkpoint), trials, component.outputs)
         library = "transformers" if component.folder in self.source.kind.tokenizers else "diffusers"
         name = type(component.original).__name__
         reference = f"{library} {importlib.metadata.version(library)} {name}, float32"
+        made = [expected[number] for number in tried]
         certificates = {
-            record.key: certify(record.label, record.dtype, trials, found[record.key], expected, reference)
+            record.key: certify(record.label, record.dtype, shown, found[record.key], made, reference)
             for record in records
             if record.key in found
         }
         # The parts of a network that run once per request are verified within the whole network.
         whole = next(iter(certificates.values()))
         records = [r.model_copy(update={"certificate": certificates.get(r.key, whole)}) for r in records]
-        if not any(self.is_foreign(record) for record in records):
+        if not foreign:
             return records
         digest = hashlib.sha256("".join(sorted(record.key for record in records)).encode()).hexdigest()[:8]
         name = f"trials/{component.name}-{digest}.safetensors"
@@ -406,17 +419,19 @@ class _Build:
         plans = any(record.kind in LIBRARIES and not self.is_foreign(record) for record in records)
         device = torch.device("cuda" if plans else "cpu")
 
-        def load(record: EngineRecord) -> Engine:
+        named = {record.component: record for record in records}
+
+        def load(record: EngineRecord, component: str) -> Engine:
+            record = record if component == record.component else named[component]
             if not self.is_foreign(record):
                 return bundle.load(record, device)
             from ldmrt.engines.onnxruntime import OnnxRuntimeEngine
 
-            return OnnxRuntimeEngine(bundle.checked(record.files[1]), threads=torch.get_num_threads())
+            return OnnxRuntimeEngine(bundle.checked(record.files[1]), threads=torch.get_num_threads(), arena=False)
 
-        engines = {record.key: load(record) for record in records}
-        named = {record.component: engines[record.key] for record in records}
+        # One engine after the other: several of a large network do not fit into memory together.
         return {
-            record.key: run_trials(record, trials, {**named, record.component: engines[record.key]}.__getitem__, device)
+            record.key: run_trials(record, trials, partial(load, record), device)
             for record in records
             if record.component not in ("context", "schedule")
         }
@@ -536,7 +551,7 @@ class _Build:
                     width=width,
                     height=height,
                     num_inference_steps=int(given.get("num_inference_steps", 50)),
-                    guidance_scale=float(given.get("guidance_scale", self.source.kind.guidance_scale)),
+                    guidance_scale=self.guidance_scale,
                 ),
             ),
             source=self.source_files,
