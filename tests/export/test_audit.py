@@ -212,22 +212,38 @@ def test_a_decoder_that_fits_is_left_as_it_is(tiny_model: Path, fused: bool) -> 
     assert whole == compiled(tiny_model, fused=fused, audited=False)[0]
 
 
+def as_onnx(model: Path, folder: Path) -> Path:
+    """The widened decoder, unfused, as ONNX."""
+    whole, found = compiled(model, fused=False)
+    assert found
+    file, path = folder / "w.safetensors", folder / "decoder.onnx"
+    write(file, list(whole.weights.values()), weights(model, whole).__getitem__)
+    write_onnx(whole, dict.fromkeys(whole.weights, WeightFile(file)), path)
+    return path
+
+
 def test_the_widened_decoder_as_onnx(
     large_model: Path, tmp_path: Path, assert_strictly_typed: Callable[[Path], None]
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    whole, found = compiled(large_model, fused=False)
-    assert found
-    held = weights(large_model, whole)
-    write(tmp_path / "w.safetensors", list(whole.weights.values()), held.__getitem__)
-    path = tmp_path / "decoder.onnx"
-    write_onnx(whole, dict.fromkeys(whole.weights, WeightFile(tmp_path / "w.safetensors")), path)
+    path = as_onnx(large_model, tmp_path)
     assert_strictly_typed(path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for item, picture in zip(decoder(large_model)[2], expected(large_model), strict=True):
         (image,) = session.run(None, {name: value.to(F16).numpy() for name, value in item.inputs.items()})
         assert image.dtype == np.float16
         assert relative_error(torch.from_numpy(image).float(), picture) < 1e-2
+
+
+@pytest.mark.rtx
+def test_tensorrt_for_rtx_reads_the_widened_decoder(large_model: Path, tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx_bindings")
+    logger = trt.Logger(trt.Logger.ERROR)
+    network = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    read = parser.parse_from_file(str(as_onnx(large_model, tmp_path)))
+    assert read, [parser.get_error(number).desc() for number in range(parser.num_errors)]
+    assert network.get_output(0).dtype == trt.float16
 
 
 # ---------------------------------------------------------------------------------------------------- builds
