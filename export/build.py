@@ -8,7 +8,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import ldmrt
 from ldmrt.bundle import (
     FORMAT,
+    AuditRecord,
     Bundle,
     Certificate,
     Defaults,
@@ -31,11 +32,13 @@ from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.engines.tensorrt import LIBRARIES, gpu_at_hand
 from ldmrt.errors import BuildError
 from ldmrt.export import architectures
+from ldmrt.export.audit import audit, too_large
 from ldmrt.export.compile import compile_component
 from ldmrt.export.component import PREFIX, Component
 from ldmrt.export.cubins import architecture, compile_kernels
 from ldmrt.export.folder import BundleFolder
 from ldmrt.export.options import Options
+from ldmrt.export.passes.widen import widen
 from ldmrt.export.source import Checkpoint, Source
 from ldmrt.export.verify import reference_outputs
 from ldmrt.graph import Graph, dtype_of, rename_values, specialize, to_json
@@ -137,6 +140,7 @@ class _Build:
     engines: list[EngineRecord] = field(default_factory=list)
     kernels: tuple[FileRecord, ...] = ()
     passes: dict[str, dict[str, int]] = field(default_factory=dict)
+    audits: list[AuditRecord] = field(default_factory=list)
     done: int = 0
     total: int = 0
 
@@ -201,15 +205,19 @@ class _Build:
         self.progress(f"{label}: compiling")
         precision = self.precision(component.folder)
         checkpoint = Checkpoint(self.source, component.folder, component.original)
+        weights = self.weights_for(component.folder, checkpoint)
+        trials = cache(trials)
         compiled = compile_component(
             component,
             dtype_of(precision),
             fused=self.options.engine == "torch",
             prepare=lambda graph: _with_file_keys(_with_buffers(graph), checkpoint),
+            fit=lambda graph: self.fit(_Draft(graph, size, None, precision), label, checkpoint, weights, trials),
         )
         self.passes[component.name] = dict(compiled.passes)
+        if precision == "float16":
+            self.passes[component.name]["widened"] = len(self.audits[-1].widened)
         drafts = [_Draft(*draft, precision) for draft in self.drafts(component, compiled.graphs, size)]
-        weights = self.weights_for(component.folder, checkpoint)
         keys = [self.key(draft, weights) for draft in drafts]
         reused = [self.made(draft) or self.reusable(key) for draft, key in zip(drafts, keys, strict=True)]
         if all(reused):
@@ -221,7 +229,32 @@ class _Build:
             for draft, key, record in zip(drafts, keys, reused, strict=True)
         ]
         self.progress(f"{label}: verifying")
-        self.keep(self.verify(component, checkpoint, records, trials()))
+        self.keep(self.verify(component, checkpoint, records, [t for t in trials() if t.kind != "extreme"]))
+
+    def fit(
+        self, draft: _Draft, label: str, checkpoint: Checkpoint, weights: str, trials: Callable[[], list[Trial]]
+    ) -> Graph:
+        """A component's graph with what an audit finds too large for float16 in float32; says and records what that is."""
+        if draft.dtype != "float16":
+            return draft.graph
+        key = self.key(draft, weights)
+        old = self.folder.old.audits if self.folder.old is not None else ()
+        found = next((record for record in old if record.key == key), None)
+        if found is None:
+            files = {name: file for file, name in checkpoint.keys.values()}
+            ranges = audit(draft.graph, lambda name: files[name][name].float(), trials())
+            widened = {name: float(f"{largest:.3g}") for name, largest in too_large(ranges).items()}
+            found = AuditRecord(
+                component=draft.graph.name, kind=self.options.engine, size=draft.size, key=key, widened=widened
+            )
+        self.audits.append(found)
+        if found.widened:
+            count, largest = len(found.widened), max(found.widened.values())
+            what = (
+                f"{label}: {count} values of up to {largest:.3g} are too large for float16, computing them in float32"
+            )
+            self.on_progress(what, self.done - 1, self.total)
+        return widen(draft.graph, found.widened)
 
     def precision(self, folder: str) -> str:
         """The precision of a component. Stable Diffusion XL's VAE overflows float16; its makers run it in float32."""
@@ -518,6 +551,7 @@ class _Build:
         """The manifest: the new engines, and the old ones that none of them replaces."""
         old = self.folder.old
         replaced = {_slot(engine) for engine in self.engines}
+        audited = {(audit.component, audit.kind, audit.size) for audit in self.audits}
         kept = [engine for engine in (old.engines if old else ()) if _slot(engine) not in replaced]
         width, height = self.options.sizes[0]
         if old is not None:
@@ -548,6 +582,10 @@ class _Build:
             engines=(*kept, *self.engines),
             kernels=self.kernels,
             passes={**(old.passes if old else {}), **self.passes},
+            audits=(
+                *(a for a in (old.audits if old else ()) if (a.component, a.kind, a.size) not in audited),
+                *self.audits,
+            ),
         )
 
 

@@ -113,6 +113,24 @@ class EngineRecord(_Record):
         return f"{self.component} ({', '.join(parts)})"
 
 
+class AuditRecord(_Record):
+    """What a component's float16 engines compute in float32, because float16 does not hold it (`ldmrt.export.audit`).
+
+    Attributes:
+        component: `text_encoder`, `text_encoder_2`, `unet`, `decoder` or `encoder`.
+        kind: the kind of the engines.
+        size: width and height in pixels, or None if the component does not depend on them.
+        key: hash of what was audited.
+        widened: the largest magnitude of each value that float16 does not hold, by name.
+    """
+
+    component: str
+    kind: str
+    size: tuple[Pixels, Pixels] | None
+    key: str
+    widened: dict[str, float]
+
+
 class Defaults(_Record):
     """What a request gets where it says nothing: this model's own habits."""
 
@@ -161,6 +179,7 @@ class Manifest(_Record):
         engines: the compiled components.
         kernels: compiled kernels of the torch engines for GPUs, with their index, `kernels.json`; all in one folder.
         passes: per component, what the compiler found and did (for `ldmrt inspect`).
+        audits: of the components built in float16, which of their values are in float32.
     """
 
     format: int
@@ -173,6 +192,7 @@ class Manifest(_Record):
     engines: tuple[EngineRecord, ...]
     kernels: tuple[FileRecord, ...] = ()
     passes: dict[str, dict[str, int]] = {}
+    audits: tuple[AuditRecord, ...] = ()
 
     def to_json(self) -> str:
         """The text of the file."""
