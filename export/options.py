@@ -77,6 +77,7 @@ class Options:
         if dtype not in DTYPES:
             raise BuildError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
         engine = "torch" if engine == "auto" else engine
+        targets = tuple(targets)
         if engine in LIBRARIES:
             targets = _plan_targets(LIBRARIES[engine], targets)
         else:
@@ -165,6 +166,11 @@ def _precision(engine: str, dtype: str, targets: Sequence[str]) -> str:
         if targets:
             raise BuildError(f"engine onnxruntime runs on the CPU, not on {targets[0]}; use --engine torch")
         return "float32"
+    if engine in LIBRARIES and dtype == "bfloat16" and gpu_at_hand() not in targets:
+        raise BuildError(
+            f"engine {engine} in bfloat16 cannot be tried here: ONNX Runtime, which stands in for an absent GPU, has no bfloat16 convolution; "
+            "use --dtype float16 or float32, or build on the GPU's machine"
+        )
     if dtype != "auto":
         return dtype
     if targets:

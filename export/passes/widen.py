@@ -40,11 +40,11 @@ def widen(graph: Graph, names: Collection[str]) -> Graph:
     return _Widening(graph, names).graph() if names else graph
 
 
-def in_float32(node: Node) -> Node:
-    """The node, computing in float32 where it computed in float16; what it reads must be in float32, too."""
+def in_dtype(node: Node, dtype: torch.dtype) -> Node:
+    """The node, computing in `dtype` where it computed in float16; what it reads must be in it, too."""
 
     def wider(argument: Argument) -> Argument:
-        return _FLOAT if argument is _HALF else argument
+        return dtype if argument is _HALF else argument
 
     return node.replace(
         args=tuple(map(wider, node.args)),
@@ -78,7 +78,7 @@ class _Widening:
             change = self.widened if node.op == CAST and node.dtype == _FLOAT else self.narrowed
             self.nodes.append(_reading(node, change))
             return
-        made = _reading(in_float32(node), self.widened)
+        made = _reading(in_dtype(node, _FLOAT), self.widened)
         if node.dtype == _HALF:
             self.wide[node.name] = self.index.fresh(f"{node.name}.float32")
             made = made.replace(name=self.wide[node.name])

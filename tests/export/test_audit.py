@@ -71,7 +71,8 @@ def test_the_largest_magnitude_of_all_trials() -> None:
         # Of one row and of two; beyond float16 on the way.
         [trial(1.0), trial(-1e5, 10.0)],
     )
-    assert found == {"scaled": pytest.approx(3e5), "layer": pytest.approx(1.2e6)}
+    # Within bfloat16's rounding, which the audit may run in.
+    assert found == {"scaled": pytest.approx(3e5, rel=1e-2), "layer": pytest.approx(1.2e6, rel=1e-2)}
     assert too_large(found) == found
 
 
@@ -105,7 +106,7 @@ def test_scores_of_an_attention_that_is_not_fused_count() -> None:
     scores = (inputs["x"] @ inputs["x"].transpose(-1, -2)).abs().max() * 4**-0.5
     assert scores > LARGEST > F.scaled_dot_product_attention(inputs["x"], inputs["x"], inputs["x"]).abs().max()
     # Of equal queries and keys the longest meets itself.
-    assert found == pytest.approx(float(scores), rel=1e-5)
+    assert found == pytest.approx(float(scores), rel=1e-2)  # in bfloat16, where that is quicker
 
 
 @pytest.mark.parametrize("bad", [7e4, math.inf, math.nan])

@@ -1,0 +1,171 @@
+"""Plans of TensorRT for RTX, really built, for GPUs that are not there."""
+
+from __future__ import annotations
+
+import _thread
+import logging
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ldmrt
+from ldmrt.bundle import MANIFEST, Bundle
+from ldmrt.engines.tensorrt import LIBRARIES
+from ldmrt.errors import BuildError
+from ldmrt.export.tensorrt import build_plan
+from ldmrt.verify import read_trials, waiting
+
+pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'ldmrt[tensorrt-rtx]'", exc_type=ImportError)
+pytestmark = pytest.mark.rtx
+
+RTX = LIBRARIES["tensorrt-rtx"]
+TARGETS = ("sm_86", "sm_89", "sm_120")
+
+
+@pytest.fixture(scope="module")
+def rtx_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model` in float16 for three GPUs. Do not write to it."""
+    out = tmp_path_factory.mktemp("bundles") / "rtx"
+    bundle: Bundle = ldmrt.build_engines(tiny_model, out, engine="tensorrt-rtx", targets=TARGETS)
+    return bundle.path
+
+
+def test_what_a_bundle_holds(rtx_bundle: Path) -> None:
+    bundle = Bundle.open(rtx_bundle)
+    plans = [record for record in bundle.manifest.engines if record.kind == "tensorrt-rtx"]
+    assert [(r.component, r.rows) for r in plans] == [("text_encoder", 1), ("step", 2), ("decoder", 1), ("encoder", 1)]
+    for record in plans:
+        assert record.targets == TARGETS
+        assert record.dtype == "float16"
+        assert record.versions["tensorrt-rtx"] == RTX.load().__version__
+        assert record.certificate.status.startswith("unverified: target absent")
+        assert 0 < max(record.certificate.relative_error.values()) < record.certificate.tolerance
+        plan = bundle.checked(record.files[0])
+        assert plan.suffix == ".plan"
+        assert plan.stat().st_size > 1000
+    others = {record.component: record for record in bundle.manifest.engines if record.kind == "torch"}
+    assert others.keys() == {"context", "schedule"}
+    assert all(record.certificate.status == "verified" for record in others.values())
+    assert {cubin.arch for cubin in bundle.cubins()} == {86, 89, 120}  # the sampler's kernels
+
+
+def test_what_the_target_needs_to_verify_is_kept(rtx_bundle: Path) -> None:
+    bundle = Bundle.open(rtx_bundle)
+    for record, kept in waiting(bundle):
+        trials, expected = read_trials(bundle.checked(kept))
+        assert [trial.kind for trial in trials] == ["random", "real"]
+        assert all(outputs and all(t.isfinite().all() for t in outputs.values()) for outputs in expected)
+        assert record.component != "decoder" or expected[0]["image"].shape[1] == 3
+
+
+def test_the_same_build_again_reuses_the_plans(rtx_bundle: Path, tiny_model: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in rtx_bundle.rglob("*.plan")}
+    ldmrt.build_engines(tiny_model, rtx_bundle, engine="tensorrt-rtx", targets=reversed(TARGETS))  # type: ignore[arg-type]
+    assert {path: path.stat().st_mtime_ns for path in rtx_bundle.rglob("*.plan")} == before
+
+
+def onnx_of(bundle: Path, component: str) -> Path:
+    return next(bundle.glob(f"{component}-*.onnx"))
+
+
+def test_builds_repeat_to_the_byte(rtx_bundle: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        build_plan(RTX, onnx_of(rtx_bundle, "decoder"), tmp_path / name, targets=["sm_89"])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_progress_and_the_log(rtx_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    phases: list[tuple[str, int, int]] = []
+    with caplog.at_level(logging.DEBUG, "ldmrt.tensorrt"):
+        build_plan(
+            RTX,
+            onnx_of(rtx_bundle, "encoder"),
+            tmp_path / "plan",
+            targets=["sm_89"],
+            optimization_level=1,
+            workspace=1 << 28,
+            on_phase=lambda *phase: phases.append(phase),
+        )
+    assert phases
+    assert all(0 <= done <= total for _, done, total in phases)
+    assert any(record.name == "ldmrt.tensorrt" for record in caplog.records)
+
+
+def test_what_is_no_graph_is_refused_with_the_reason(tmp_path: Path) -> None:
+    broken = tmp_path / "step.onnx"
+    broken.write_bytes(b"nothing of the kind")
+    with pytest.raises(BuildError, match=r"tensorrt-rtx cannot read step.onnx: .*; use --engine torch"):
+        build_plan(RTX, broken, tmp_path / "plan", targets=["sm_89"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step.onnx"]
+
+
+def test_a_graph_of_free_shapes_is_refused(tiny_bundle_onnx: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"cannot build text_encoder-.* for sm_89: .*optimization profile"):
+        build_plan(RTX, onnx_of(tiny_bundle_onnx, "text_encoder"), tmp_path / "plan", targets=["sm_89"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_stops_the_build_and_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    def interrupt(what: str, _done: int, _total: int) -> None:
+        if "tensorrt-rtx" in what:
+            _thread.interrupt_main()
+
+    with pytest.raises(KeyboardInterrupt):
+        ldmrt.build_engines(
+            tiny_model, tmp_path / "out", engine="tensorrt-rtx", targets=["sm_89"], on_progress=interrupt
+        )
+    assert not (tmp_path / "out").exists()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ldmrt-")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"targets": ["sm_90"]}, r"does not build for target 'sm_90'; choose among sm_80, sm_86"),
+        ({"targets": ["ampere"]}, r"does not build for target 'ampere'"),
+        ({"targets": ["sm_89"], "optimization_level": 6}, r"optimization level is 6, expected 0 to 5"),
+        ({"targets": ["sm_89"], "dtype": "bfloat16"}, r"in bfloat16 cannot be tried here: ONNX Runtime"),
+        ({"targets": ["sm_89"], "workspace": 5}, r"workspace is 5 bytes, expected at least"),
+    ],
+)
+def test_options_that_cannot_be(tiny_model: Path, tmp_path: Path, arguments: Any, message: str) -> None:
+    with pytest.raises(BuildError, match=message):
+        ldmrt.build_engines(tiny_model, tmp_path / "out", engine="tensorrt-rtx", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_gpu_and_without_a_target(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldmrt.export.options.gpu_at_hand", lambda: None)
+    with pytest.raises(BuildError, match=r"there is no GPU here; say what to build for: --target sm_80 or "):
+        ldmrt.build_engines(tiny_model, tmp_path / "out", engine="tensorrt-rtx")
+
+
+@pytest.mark.slow
+def test_a_build_killed_at_any_moment_leaves_the_bundle_as_it_was_or_whole(tiny_model: Path, tmp_path: Path) -> None:
+    """Kill -9, 30 times, at moments spread over a whole build."""
+    out = tmp_path / "out"
+    ldmrt.build_engines(tiny_model, out, engine="torch", dtype="float32")
+    first = (out / MANIFEST).read_bytes()
+    command = [sys.executable, "-P", "-m", "ldmrt", "build-engines", str(tiny_model), "--out", str(out)]
+    command += ["--engine", "tensorrt-rtx", "--target", "sm_89"]
+    start = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    seconds = time.monotonic() - start
+    complete = {(e.component, e.kind) for e in Bundle.open(out).manifest.engines}
+    for number in range(30):
+        (out / MANIFEST).write_bytes(first)
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            time.sleep(seconds * (number + 1) / 31)
+            process.kill()
+        bundle = Bundle.open(out)
+        engines = {(e.component, e.kind) for e in bundle.manifest.engines}
+        assert (out / MANIFEST).read_bytes() == first or engines == complete
+        for record in bundle.records():
+            bundle.checked(record)
+    subprocess.run(command, check=True, capture_output=True)
+    assert not list(out.rglob("*.tmp"))
