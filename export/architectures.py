@@ -31,6 +31,11 @@ PROMPTS = (
     "a photograph of an astronaut riding a horse, highly detailed, 35mm",
 )
 
+# The shortest prompt there is, and one that fills the window.
+EXTREME_PROMPTS = ("", ", ".join(PROMPTS * 8))
+# How much wider than the noise it was trained on a network's latents are taken to grow: strong guidance overshoots.
+OVERSHOOT = 2.0
+
 Trials = Callable[[], list[Trial]]
 Plan = tuple[tuple[int, int] | None, Component, Trials]
 
@@ -49,7 +54,9 @@ def tokens(source: Source) -> int:
 
 
 def components(source: Source, sizes: Sequence[tuple[int, int]]) -> Iterator[Plan]:
-    """The components of a model, each with the size it is made for and the inputs to verify it on."""
+    """The components of a model, each with the size it is made for and the inputs to try it on: `random` and `real` ones, which it is
+    verified on, and `extreme` ones for `export.audit`.
+    """
     for folder in source.kind.tokenizers:
         yield None, text_encoder(source, folder), partial(_text_trials, source, folder)
     for size in sizes:
@@ -116,16 +123,21 @@ def _latent_shape(source: Source, size: tuple[int, int]) -> tuple[int, int, int]
 # ---------------------------------------------------------------------------------------------------- trials
 
 
-def _prompt_ids(source: Source, folder: str) -> torch.Tensor:
+def _prompt_ids(source: Source, folder: str, prompts: Sequence[str]) -> torch.Tensor:
     tokenizer = Tokenizer.from_folder(source.path / source.kind.tokenizers[folder])
-    return torch.cat([torch.from_numpy(tokenizer.windows(prompt, 1).ids) for prompt in PROMPTS])
+    return torch.cat([torch.from_numpy(tokenizer.windows(prompt, 1).ids) for prompt in prompts])
 
 
 def _text_trials(source: Source, folder: str) -> list[Trial]:
-    vocabulary, ids = int(source.configs[folder]["vocab_size"]), _prompt_ids(source, folder)
+    vocabulary, ids = int(source.configs[folder]["vocab_size"]), _prompt_ids(source, folder, PROMPTS)
     generator = torch.Generator("cpu").manual_seed(1)
     random = torch.randint(0, vocabulary, tuple(ids.shape), generator=generator)
-    return [Trial("random", {"input_ids": random}), Trial("real", {"input_ids": ids})]
+    extreme = _prompt_ids(source, folder, EXTREME_PROMPTS)
+    return [
+        Trial("random", {"input_ids": random}),
+        Trial("real", {"input_ids": ids}),
+        Trial("extreme", {"input_ids": extreme}),
+    ]
 
 
 def _unet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
@@ -134,17 +146,26 @@ def _unet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
     for folder in source.kind.tokenizers:
         original = _original(source, text_encoder(source, folder))
         with torch.inference_mode():
-            found, *more = original(_prompt_ids(source, folder))
+            found, *more = original(_prompt_ids(source, folder, (*PROMPTS, *EXTREME_PROMPTS)))
         states.append(found[0])
         pooled = more[0] if more else pooled
-    text = torch.cat(states, dim=-1)
+    text, extreme_text = torch.cat(states, dim=-1).chunk(2)
     random = {"latents": noise(2, 2, *shape), "timesteps": steps, "encoder_hidden_states": noise(3, *text.shape)}
     real = {"latents": noise(4, 2, *shape), "timesteps": steps.flip(0), "encoder_hidden_states": text}
+    # A sampler scales what it feeds to the variance of the training noise, whatever the noise level; its ends are the first and
+    # the last timestep.
+    extreme = {
+        "latents": OVERSHOOT * noise(8, 2, *shape),
+        "timesteps": torch.tensor([999.0, 0.0]),
+        "encoder_hidden_states": extreme_text,
+    }
     if pooled is not None:
+        pooled, extreme_pooled = pooled.chunk(2)
         ids = torch.tensor([[size[1], size[0], 0, 0, size[1], size[0]]] * 2, dtype=F32)
         random |= {"text_embeds": noise(7, *pooled.shape), "time_ids": ids.flip(0)}
         real |= {"text_embeds": pooled, "time_ids": ids}
-    return [Trial("random", random), Trial("real", real)]
+        extreme |= {"text_embeds": extreme_pooled, "time_ids": ids}
+    return [Trial("random", random), Trial("real", real), Trial("extreme", extreme)]
 
 
 def _decoder_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
@@ -153,15 +174,22 @@ def _decoder_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
     # What a sampler hands over has unit variance: that is what the scaling factor is for. It holds for weights that were
     # never trained only if it is seen to; a single latent is its own mean.
     spread = mean.std() if mean.numel() > 1 else torch.tensor(1.0)
+    shape = (1, *_latent_shape(source, size))
     return [
-        Trial("random", {"latents": noise(5, 1, *_latent_shape(source, size))}),
+        Trial("random", {"latents": noise(5, *shape)}),
         Trial("real", {"latents": mean / spread}),
+        Trial("extreme", {"latents": OVERSHOOT * noise(9, *shape)}),
     ]
 
 
 def _encoder_trials(size: tuple[int, int]) -> list[Trial]:
     shape = (1, 3, size[1], size[0])
-    return [Trial("random", {"image": noise(6, *shape).clamp(-1, 1)}), Trial("real", {"image": sample_picture(*size)})]
+    # All pixels at an end of their range: no picture has more contrast.
+    return [
+        Trial("random", {"image": noise(6, *shape).clamp(-1, 1)}),
+        Trial("real", {"image": sample_picture(*size)}),
+        Trial("extreme", {"image": noise(10, *shape).sign()}),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- modules

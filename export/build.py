@@ -8,7 +8,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import torch
 import ldmrt
 from ldmrt.bundle import (
     FORMAT,
+    AuditRecord,
     Bundle,
     Certificate,
     Defaults,
     EngineRecord,
     FileRecord,
+    LoraRecord,
     Manifest,
     ModelRecord,
     engine_key,
@@ -30,11 +32,13 @@ from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.engines.tensorrt import LIBRARIES, gpu_at_hand
 from ldmrt.errors import BuildError
 from ldmrt.export import architectures
+from ldmrt.export.audit import audit, too_large
 from ldmrt.export.compile import compile_component
 from ldmrt.export.component import PREFIX, Component
 from ldmrt.export.cubins import architecture, compile_kernels
 from ldmrt.export.folder import BundleFolder
 from ldmrt.export.options import Options
+from ldmrt.export.passes.widen import widen
 from ldmrt.export.source import Checkpoint, Source
 from ldmrt.export.verify import reference_outputs
 from ldmrt.graph import Graph, dtype_of, rename_values, specialize, to_json
@@ -59,6 +63,7 @@ def build_engines(
     targets: Sequence[str] = (),
     optimization_level: int | None = None,
     workspace: int | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
     on_progress: OnProgress | None = None,
 ) -> Bundle:
     """Compile a model into a bundle, or add engines to the bundle that is there.
@@ -76,6 +81,7 @@ def build_engines(
             uses Triton, if it is installed, when it runs on a GPU.
         optimization_level: how long TensorRT searches for fast kernels, 0 to 5; its own default if None.
         workspace: the most memory in bytes that a layer of a TensorRT plan may use besides its tensors; no limit if None.
+        loras: LoRA files to fuse into the weights, each with its scale. A bundle holds the weights of one set of LoRAs.
         on_progress: called with (what is being done, steps done, steps in all).
 
     Returns:
@@ -88,6 +94,8 @@ def build_engines(
     """
     _require("diffusers", "transformers")
     source = Source.open(Path(model))
+    if loras:
+        source = source.with_loras(loras)
     options = Options.resolve(
         source,
         engine=engine,
@@ -127,10 +135,12 @@ class _Build:
     options: Options
     on_progress: OnProgress
     source_files: tuple[FileRecord, ...] = ()
+    loras: tuple[LoraRecord, ...] = ()
     weights: dict[str, FileRecord] = field(default_factory=dict)
     engines: list[EngineRecord] = field(default_factory=list)
     kernels: tuple[FileRecord, ...] = ()
     passes: dict[str, dict[str, int]] = field(default_factory=dict)
+    audits: list[AuditRecord] = field(default_factory=list)
     done: int = 0
     total: int = 0
 
@@ -139,18 +149,37 @@ class _Build:
         """Whether the bundle is the model's own folder."""
         return self.folder.path.resolve() == self.source.path.resolve()
 
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance that the model is used with."""
+        return float(self.source.defaults.get("guidance_scale", self.source.kind.guidance_scale))
+
     def run(self) -> Bundle:
         """Build all components."""
         with self.folder.open():
             components = list(architectures.components(self.source, self.options.sizes))
             self.total = 2 * len(components) + (3 if self.options.kernel_targets else 2)
             self.progress("reading the model")
+            if self.source.loras and self.in_place:
+                raise BuildError(
+                    f"{self.folder.path} is the model's own folder, whose weights are used where they lie and cannot hold a LoRA; "
+                    "choose another --out"
+                )
             self.folder.need(self.space())
             self.source_files = self.hash_source()
             old = self.folder.old
             if old is not None and old.source != self.source_files:
                 raise BuildError(
                     f"{self.folder.path} holds a bundle of another model ({old.model.name}), or the model has changed since; "
+                    "choose another --out, or remove it"
+                )
+            self.loras = tuple(
+                LoraRecord(file=lora.path.name, sha256=sha256(lora.path), scale=scale)
+                for lora, scale in self.source.loras
+            )
+            if old is not None and old.loras != self.loras:
+                raise BuildError(
+                    f"{self.folder.path} holds a bundle with {_named(old.loras)} fused, this build is with {_named(self.loras)}; "
                     "choose another --out, or remove it"
                 )
             for size, component, trials in components:
@@ -176,15 +205,19 @@ class _Build:
         self.progress(f"{label}: compiling")
         precision = self.precision(component.folder)
         checkpoint = Checkpoint(self.source, component.folder, component.original)
+        weights = self.weights_for(component.folder, checkpoint)
+        trials = cache(trials)
         compiled = compile_component(
             component,
             dtype_of(precision),
             fused=self.options.engine == "torch",
             prepare=lambda graph: _with_file_keys(_with_buffers(graph), checkpoint),
+            fit=lambda graph: self.fit(_Draft(graph, size, None, precision), label, checkpoint, weights, trials),
         )
         self.passes[component.name] = dict(compiled.passes)
+        if precision == "float16":
+            self.passes[component.name]["widened"] = len(self.audits[-1].widened)
         drafts = [_Draft(*draft, precision) for draft in self.drafts(component, compiled.graphs, size)]
-        weights = self.weights_for(component.folder, checkpoint)
         keys = [self.key(draft, weights) for draft in drafts]
         reused = [self.made(draft) or self.reusable(key) for draft, key in zip(drafts, keys, strict=True)]
         if all(reused):
@@ -196,7 +229,32 @@ class _Build:
             for draft, key, record in zip(drafts, keys, reused, strict=True)
         ]
         self.progress(f"{label}: verifying")
-        self.keep(self.verify(component, checkpoint, records, trials()))
+        self.keep(self.verify(component, checkpoint, records, [t for t in trials() if t.kind != "extreme"]))
+
+    def fit(
+        self, draft: _Draft, label: str, checkpoint: Checkpoint, weights: str, trials: Callable[[], list[Trial]]
+    ) -> Graph:
+        """A component's graph with what an audit finds too large for float16 in float32; says and records what that is."""
+        if draft.dtype != "float16":
+            return draft.graph
+        key = self.key(draft, weights)
+        old = self.folder.old.audits if self.folder.old is not None else ()
+        found = next((record for record in old if record.key == key), None)
+        if found is None:
+            files = {name: file for file, name in checkpoint.keys.values()}
+            ranges = audit(draft.graph, lambda name: files[name][name].float(), trials())
+            widened = {name: float(f"{largest:.3g}") for name, largest in too_large(ranges).items()}
+            found = AuditRecord(
+                component=draft.graph.name, kind=self.options.engine, size=draft.size, key=key, widened=widened
+            )
+        self.audits.append(found)
+        if found.widened:
+            count, largest = len(found.widened), max(found.widened.values())
+            what = (
+                f"{label}: {count} values of up to {largest:.3g} are too large for float16, computing them in float32"
+            )
+            self.on_progress(what, self.done - 1, self.total)
+        return widen(draft.graph, found.widened)
 
     def precision(self, folder: str) -> str:
         """The precision of a component. Stable Diffusion XL's VAE overflows float16; its makers run it in float32."""
@@ -216,6 +274,10 @@ class _Build:
             return [(specialize(last, {"rows": 1}), size, 1)]
         # With guidance an image takes two rows of the denoising network, without it one.
         factors = (1, 2) if component.kinds else (1,)
+        if component.kinds and self.options.is_tensorrt:
+            # Each plan holds the weights again: one for each batch size, for the guidance that the model is used with. One for guidance
+            # also serves without, two images at a time.
+            factors = (2,) if self.guidance_scale > 1 else (1,)
         rows = sorted({factor * batch for batch in self.options.batch_sizes for factor in factors})
         fixed = {"tokens": architectures.tokens(self.source)} if self.options.is_tensorrt and component.kinds else {}
         sized = [(specialize(last, {"rows": count, **fixed}), size, count) for count in rows]
@@ -339,24 +401,30 @@ class _Build:
     ) -> list[EngineRecord]:
         """Run the engines as the runtime would and compare them with the original module.
 
-        A plan for another GPU than the one at hand cannot run here: its ONNX stands in for it, on ONNX Runtime, and what the original
-        made is kept, so that `ldmrt verify` can complete its certificate where it runs.
+        A plan for another GPU than the one at hand cannot run here: its ONNX stands in for it, on ONNX Runtime and on real inputs, and
+        what the original made of all of them is kept, so that `ldmrt verify` can complete its certificate where it runs.
         """
         # Engines first, and gone before the original is loaded: the two never stand in memory together.
-        found = self.outputs(records, trials)
+        foreign = any(self.is_foreign(record) for record in records)
+        tried = [number for number, trial in enumerate(trials) if trial.kind == "real" or not foreign]
+        shown = [trials[number] for number in tried]
+        found = self.outputs(records, shown)
         expected = reference_outputs(architectures.reference(component, checkpoint), trials, component.outputs)
         library = "transformers" if component.folder in self.source.kind.tokenizers else "diffusers"
         name = type(component.original).__name__
-        reference = f"{library} {importlib.metadata.version(library)} {name}, float32"
+        reference = f"{library} {importlib.metadata.version(library)} {name}, float32" + (
+            ", LoRAs fused" if checkpoint.fused else ""
+        )
+        made = [expected[number] for number in tried]
         certificates = {
-            record.key: certify(record.label, record.dtype, trials, found[record.key], expected, reference)
+            record.key: certify(record.label, record.dtype, shown, found[record.key], made, reference)
             for record in records
             if record.key in found
         }
         # The parts of a network that run once per request are verified within the whole network.
         whole = next(iter(certificates.values()))
         records = [r.model_copy(update={"certificate": certificates.get(r.key, whole)}) for r in records]
-        if not any(self.is_foreign(record) for record in records):
+        if not foreign:
             return records
         digest = hashlib.sha256("".join(sorted(record.key for record in records)).encode()).hexdigest()[:8]
         name = f"trials/{component.name}-{digest}.safetensors"
@@ -372,18 +440,19 @@ class _Build:
         bundle = Bundle(self.folder.path, self.manifest(()))
         plans = any(record.kind in LIBRARIES and not self.is_foreign(record) for record in records)
         device = torch.device("cuda" if plans else "cpu")
+        named = {record.component: record for record in records}
 
-        def load(record: EngineRecord) -> Engine:
+        def load(record: EngineRecord, component: str) -> Engine:
+            record = record if component == record.component else named[component]
             if not self.is_foreign(record):
                 return bundle.load(record, device)
             from ldmrt.engines.onnxruntime import OnnxRuntimeEngine
 
-            return OnnxRuntimeEngine(bundle.checked(record.files[1]), threads=torch.get_num_threads())
+            return OnnxRuntimeEngine(bundle.checked(record.files[1]), threads=torch.get_num_threads(), arena=False)
 
-        engines = {record.key: load(record) for record in records}
-        named = {record.component: engines[record.key] for record in records}
+        # One engine after the other: several of a large network do not fit into memory together.
         return {
-            record.key: run_trials(record, trials, {**named, record.component: engines[record.key]}.__getitem__, device)
+            record.key: run_trials(record, trials, partial(load, record), device)
             for record in records
             if record.component not in ("context", "schedule")
         }
@@ -482,6 +551,7 @@ class _Build:
         """The manifest: the new engines, and the old ones that none of them replaces."""
         old = self.folder.old
         replaced = {_slot(engine) for engine in self.engines}
+        audited = {(audit.component, audit.kind, audit.size) for audit in self.audits}
         kept = [engine for engine in (old.engines if old else ()) if _slot(engine) not in replaced]
         width, height = self.options.sizes[0]
         if old is not None:
@@ -502,20 +572,30 @@ class _Build:
                     width=width,
                     height=height,
                     num_inference_steps=int(given.get("num_inference_steps", 50)),
-                    guidance_scale=float(given.get("guidance_scale", self.source.kind.guidance_scale)),
+                    guidance_scale=self.guidance_scale,
                 ),
             ),
             source=self.source_files,
+            loras=self.loras,
             tokenizer_files=tokenizer_files,
             weights={**(old.weights if old else {}), **self.weights},
             engines=(*kept, *self.engines),
             kernels=self.kernels,
             passes={**(old.passes if old else {}), **self.passes},
+            audits=(
+                *(a for a in (old.audits if old else ()) if (a.component, a.kind, a.size) not in audited),
+                *self.audits,
+            ),
         )
 
 
 def _slot(record: EngineRecord) -> tuple[Any, ...]:
     return record.component, record.kind, record.dtype, record.size, record.rows
+
+
+def _named(loras: tuple[LoraRecord, ...]) -> str:
+    """How to call a set of LoRAs in a message."""
+    return ", ".join(f"{lora.file}:{lora.scale:g}" for lora in loras) or "no LoRA"
 
 
 def _with_buffers(graph: Graph) -> Graph:

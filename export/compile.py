@@ -15,6 +15,7 @@ from ldmrt.export.passes.fuse import fuse
 from ldmrt.export.passes.hoist import hoist
 from ldmrt.export.passes.layout import layout
 from ldmrt.export.passes.merge_linears import merge_linears
+from ldmrt.export.passes.promote import promote
 from ldmrt.graph import Graph
 
 # Inputs that are no activations keep their precision.
@@ -41,6 +42,7 @@ def compile_component(
     *,
     fused: bool,
     prepare: Callable[[Graph], Graph] = lambda graph: graph,
+    fit: Callable[[Graph], Graph] = lambda graph: graph,
 ) -> Compiled:
     """Capture a component and run the passes over it.
 
@@ -49,12 +51,13 @@ def compile_component(
         dtype: the precision to compile for.
         fused: for the torch engine: with the fused operators, channels last. ONNX Runtime fuses in its own way.
         prepare: a change to the captured graph before the passes.
+        fit: a change to the fused graph before it is cut in three: what the precision does not hold, in another.
 
     Raises:
         BuildError: the module cannot be captured, or uses an operator that the runtime does not run.
     """
     captured = capture(component.name, component.module.to(dtype), _cast(component.inputs, dtype), component.outputs)
-    graph = clean(prepare(captured))
+    graph = clean(promote(prepare(captured)))
     passes = {"captured": len(captured.nodes), "clean": len(graph.nodes)}
     if fused:
         result = fuse(graph)
@@ -64,6 +67,7 @@ def compile_component(
     elif component.kinds:
         # Merged for every engine, so that all of a bundle's engines take the same values from `context` and `schedule`.
         graph = merge_linears(graph).graph
+    graph = fit(graph)
     if not component.kinds:
         return Compiled((layout(graph) if fused else graph,), passes)
     hoisted = hoist(graph, component.kinds)

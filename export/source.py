@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ldmrt.errors import BuildError
+from ldmrt.errors import BadRequest, BuildError
+from ldmrt.lora import Lora, check_scale, fused
 from ldmrt.weights import Entry, WeightFile
 
 
@@ -84,6 +85,7 @@ class Source:
         configs: the JSON config of each component and of the noise schedule (`scheduler`).
         defaults: what the model's maker recommends (optional file `ldmrt-defaults.json`).
         zero_empty_negative: whether an empty negative prompt means embeddings of zeros (`force_zeros_for_empty_prompt`).
+        loras: LoRAs that its weights are to be taken with, each with its scale.
     """
 
     path: Path
@@ -91,6 +93,7 @@ class Source:
     configs: Mapping[str, Mapping[str, Any]]
     defaults: Mapping[str, Any]
     zero_empty_negative: bool = False
+    loras: tuple[tuple[Lora, float], ...] = ()
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -143,6 +146,32 @@ class Source:
                 raise BuildError(f"{path} has no folder {folder}; copy the model again")
         return cls(path, kind, configs, defaults, bool(index.get("force_zeros_for_empty_prompt", False)))
 
+    def with_loras(self, loras: Sequence[tuple[str | Path, float]]) -> Source:
+        """The same model with LoRAs fused into its weights.
+
+        Args:
+            loras: (file, scale), each added to the ones before.
+
+        Raises:
+            BuildError: a file is no LoRA, or one for another architecture, or a scale is not finite.
+        """
+        shapes = {
+            folder: {
+                name: entry.shape
+                for path in self.weight_files(folder)
+                for name, entry in WeightFile(path).entries.items()
+            }
+            for folder in ("unet", *self.kind.tokenizers)
+        }
+        read = []
+        try:
+            for path, scale in loras:
+                check_scale(scale)
+                read.append((Lora.read(Path(path), shapes), scale))
+        except BadRequest as error:
+            raise BuildError(str(error)) from error
+        return replace(self, loras=tuple(read))
+
     def weight_files(self, folder: str) -> list[Path]:
         """The safetensors files of a component: one, or several when sharded.
 
@@ -185,6 +214,7 @@ class Checkpoint:
             BuildError: a tensor is missing, or there is one too many, or one has the wrong shape.
             BundleError: a file is damaged.
         """
+        self._changes = [(lora.layers.get(folder, {}), scale) for lora, scale in source.loras]
         self.files = [WeightFile(path) for path in source.weight_files(folder)]
         found: dict[str, WeightFile] = {name: file for file in self.files for name in file}
         self.keys: dict[str, tuple[WeightFile, str]] = {}
@@ -209,9 +239,15 @@ class Checkpoint:
             raise BuildError(_list_keys(source.path / folder, "has, and its config.json does not know,", extra))
 
     def load(self, name: str) -> torch.Tensor:
-        """A tensor by the module's name, in the file's dtype."""
+        """A tensor by the module's name, in the file's dtype; in float32 where a LoRA changes it."""
         file, key = self.keys[name]
-        return file[key]
+        changes = [(layers[key].on(torch.device("cpu")), scale) for layers, scale in self._changes if key in layers]
+        return fused(file[key], changes) if changes else file[key]
+
+    @property
+    def fused(self) -> bool:
+        """Whether LoRAs change any of it."""
+        return any(layers for layers, _ in self._changes)
 
     def dtype(self) -> torch.dtype:
         """The dtype that most of the weights are stored in."""

@@ -22,7 +22,7 @@ from ldmrt.files import replacing
 from ldmrt.graph import Graph, from_json
 from ldmrt.kernels import aot, launch
 from ldmrt.parameters import Parameters
-from ldmrt.weights import WeightFile, sha256
+from ldmrt.weights import WeightFile, read_header, sha256
 
 FORMAT = 1
 MANIFEST = "ldmrt.json"
@@ -49,6 +49,12 @@ class FileRecord(_Record):
 
     file: str
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class LoraRecord(FileRecord):
+    """A LoRA that was fused into the weights: its file's name and SHA-256 (the file is not in the bundle), and its scale."""
+
+    scale: float
 
 
 class Certificate(_Record):
@@ -107,6 +113,24 @@ class EngineRecord(_Record):
         return f"{self.component} ({', '.join(parts)})"
 
 
+class AuditRecord(_Record):
+    """What a component's float16 engines compute in float32, because float16 does not hold it (`ldmrt.export.audit`).
+
+    Attributes:
+        component: `text_encoder`, `text_encoder_2`, `unet`, `decoder` or `encoder`.
+        kind: the kind of the engines.
+        size: width and height in pixels, or None if the component does not depend on them.
+        key: hash of what was audited.
+        widened: the largest magnitude of each value that float16 does not hold, by name.
+    """
+
+    component: str
+    kind: str
+    size: tuple[Pixels, Pixels] | None
+    key: str
+    widened: dict[str, float]
+
+
 class Defaults(_Record):
     """What a request gets where it says nothing: this model's own habits."""
 
@@ -149,22 +173,26 @@ class Manifest(_Record):
         ldmrt: version of ldmrt that wrote it.
         model: see `ModelRecord`.
         source: files that the bundle was made from, with their hashes.
+        loras: LoRAs that were fused into the weights.
         tokenizer_files: files of the tokenizer.
         weights: weight files by name (`unet.bfloat16`).
         engines: the compiled components.
         kernels: compiled kernels of the torch engines for GPUs, with their index, `kernels.json`; all in one folder.
         passes: per component, what the compiler found and did (for `ldmrt inspect`).
+        audits: of the components built in float16, which of their values are in float32.
     """
 
     format: int
     ldmrt: str
     model: ModelRecord
     source: tuple[FileRecord, ...]
+    loras: tuple[LoraRecord, ...] = ()
     tokenizer_files: tuple[FileRecord, ...]
     weights: dict[str, FileRecord]
     engines: tuple[EngineRecord, ...]
     kernels: tuple[FileRecord, ...] = ()
     passes: dict[str, dict[str, int]] = {}
+    audits: tuple[AuditRecord, ...] = ()
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -362,6 +390,15 @@ class Bundle:
         if len(folders) > 1:
             raise BundleError(f"{self.path / MANIFEST} names kernels in several folders; build the bundle again")
         return next(iter(folders), None)
+
+    def shapes(self, weights: str) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of a weight file of the manifest, by name.
+
+        Raises:
+            BundleError: the file is missing or damaged.
+        """
+        entries, _ = read_header(self.checked(self._weights_record(weights)))
+        return {name: entry.shape for name, entry in entries.items()}
 
     def parameters(self, weights: str, device: torch.device) -> Parameters:
         """The weights of a file of the manifest, on a device: one `Parameters` for all engines that read them.

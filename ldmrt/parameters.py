@@ -7,7 +7,7 @@ what was made of them, so that a captured CUDA graph stays valid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from ldmrt.errors import EngineMismatch
 Load = Callable[[TensorSpec], Tensor | None]
 Release = Callable[[TensorSpec], None]
 Make = Callable[[Mapping[str, Tensor]], Tensor]
+Adjust = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Parameters:
         self._specs: dict[str, TensorSpec] = {}
         self._originals: dict[str, Tensor] = {}
         self._changed: dict[str, Tensor] = {}
+        self._adjustments: dict[str, Adjust] = {}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Parameters:
@@ -109,35 +111,57 @@ class Parameters:
                 raise EngineMismatch(f"there is no weight {name!r} to change: no engine that is loaded reads one")
             if tuple(value.shape) != spec.shape:
                 raise EngineMismatch(f"weight {name!r} is {tuple(value.shape)}, expected {spec.shape}")
-        for name, value in changes.items():
-            if name not in self._originals:
-                self._originals[name] = self._now(self._specs[name]).to("cpu", copy=True)
-            self._changed[name] = value
+        self._keep(changes)
+        self._changed |= changes
         self._rewrite(set(changes))
 
     @torch.inference_mode()
     def restore(self) -> None:
-        """Give every weight the value it was loaded with, to the bit."""
+        """Take back every `update`: weights have the values they were loaded with, to the bit, and their adjustments."""
         names = set(self._changed)
-        self._changed = dict(self._originals)
+        self._changed = {}
         self._rewrite(names)
-        self._changed, self._originals = {}, {}
+
+    @torch.inference_mode()
+    def adjust(self, adjustments: Mapping[str, Adjust | None]) -> None:
+        """Put functions of some weights in their place, as for a LoRA.
+
+        Args:
+            adjustments: by name: from the weight, on the device, as it was loaded or as `update` left it, to what engines are to read,
+                of the same shape and any floating dtype, rounded once. It replaces the one before; None takes it away, after which
+                the weight is as it was, to the bit. A weight that no engine reads may be named.
+        """
+        self._keep(adjustments)
+        for name, adjustment in adjustments.items():
+            if adjustment is None:
+                self._adjustments.pop(name, None)
+            else:
+                self._adjustments[name] = adjustment
+        self._rewrite(set(adjustments))
+
+    def _keep(self, names: Iterable[str]) -> None:
+        """Keep the first values of weights that are about to be written over."""
+        for name in names:
+            if name in self._specs and name not in self._changed and name not in self._adjustments:
+                self._originals[name] = self._now(self._specs[name]).clone()
 
     def _rewrite(self, names: set[str]) -> None:
-        """Write the changed values into all that is held or was made of them."""
+        """Write the present values of some weights into all that is held or was made of them."""
         if not names:
             return
-        for (name, _), held in self._held.items():
+        for (name, dtype), held in self._held.items():
             if name in names:
-                held.copy_(self._changed[name])
+                held.copy_(self._value(TensorSpec(name, tuple(held.shape), dtype)))
         for derived in self._derived.values():
             if any(spec.name in names for spec in derived.reads):
                 derived.value.copy_(derived.make(self._gather(derived.reads)))
+        for name in names - self._changed.keys() - self._adjustments.keys():
+            self._originals.pop(name, None)
         self.generation += 1
 
     def _let_go(self, value: Tensor, reads: Sequence[TensorSpec], tensors: Mapping[str, Tensor]) -> None:
         """Give back the memory of weights that were read to make a value of them, unless something is still in it."""
-        if self._release is None or self._changed:
+        if self._release is None or self._changed or self._adjustments:
             return
         for spec in reads:
             held = (spec.name, spec.dtype) in self._held
@@ -150,11 +174,16 @@ class Parameters:
     def _now(self, spec: TensorSpec) -> Tensor:
         """A weight's present value, held or not."""
         held = self._held.get((spec.name, spec.dtype))
-        if held is not None:
-            return held
-        if spec.name in self._changed:
-            return self._changed[spec.name].to(device=self.device, dtype=spec.dtype)
-        return fitting("weight", spec, self._load(spec))
+        return self._value(spec) if held is None else held
+
+    def _value(self, spec: TensorSpec) -> Tensor:
+        """What a weight is to be."""
+        base = self._changed.get(spec.name, self._originals.get(spec.name))
+        if base is None:
+            base = fitting("weight", spec, self._load(spec))
+        adjustment = self._adjustments.get(spec.name)
+        value = base.to(self.device)
+        return (value if adjustment is None else adjustment(value)).to(spec.dtype)
 
 
 def _shared(a: Tensor, b: Tensor) -> bool:

@@ -14,13 +14,15 @@ from typing import Any, Literal
 import torch
 
 from ldmrt import choices, image as pixels
-from ldmrt.bundle import Bundle
+from ldmrt.adapters import Adapters
+from ldmrt.bundle import Bundle, EngineRecord
 from ldmrt.capture import Recorder
 from ldmrt.config import parse_device
 from ldmrt.decoding import Decoding
 from ldmrt.denoise import Denoiser
 from ldmrt.errors import BadRequest, EngineMismatch, NumericalError
 from ldmrt.loader import EngineLoader
+from ldmrt.lora import Lora
 from ldmrt.noise import Generators, draw
 from ldmrt.parameters import Parameters
 from ldmrt.request import Defaults, Job, LongPrompt, Request, resolve
@@ -90,6 +92,7 @@ class Pipeline:
         self._denoisers: dict[tuple[int, ...], Denoiser] = {}
         self._decodings: dict[Denoiser, Decoding] = {}
         self._capture = capture
+        self._adapters = Adapters(self._weights)
         self._lock = threading.Lock()
 
     @classmethod
@@ -260,7 +263,9 @@ class Pipeline:
         return Result(images=images, latents=finals, seeds=job.seeds, timings=clock.seconds, job=job)
 
     def update_weights(self, component: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Change weights in place, as for a LoRA or another checkpoint of the same architecture. Nothing is compiled anew.
+        """Change weights in place, as for another checkpoint of the same architecture. Nothing is compiled anew.
+
+        LoRAs stay on the weights. The first values of those that change are kept, where they are used, for `restore_weights`.
 
         Args:
             component: `unet`, `text_encoder`, `text_encoder_2`, `decoder` or `encoder`. The last two share their file, not their
@@ -275,7 +280,7 @@ class Pipeline:
             self._parameters(component).update(tensors)
 
     def restore_weights(self, component: str) -> None:
-        """Give a component the weights of the bundle back, to the bit.
+        """Give a component the weights of the bundle back, to the bit. LoRAs that are loaded stay on them.
 
         Raises:
             BadRequest: there is no such component.
@@ -283,6 +288,52 @@ class Pipeline:
         """
         with self._lock:
             self._parameters(component).restore()
+
+    def load_lora(self, path: str | os.PathLike[str], scale: float = 1.0, name: str | None = None) -> None:
+        """Add a LoRA to the weights, in place: nothing is compiled or captured anew. Several add up.
+
+        Args:
+            path: a safetensors file in the format of diffusers, peft or kohya, for the U-Net, the text encoders, or both.
+            scale: how much of it.
+            name: what to call it from now on; None for the file's name without its ending.
+
+        Raises:
+            BadRequest: the file is no LoRA, or one for another architecture; the name is taken; the scale is not finite.
+            EngineMismatch: the engine kind embeds its weights.
+        """
+        if self.kind != "torch":
+            raise EngineMismatch(
+                f"{self.kind} engines hold weights of their own, which no LoRA can be added to: build again with "
+                f"`ldmrt build-engines ... --lora {os.fspath(path)}:{scale:g}`, or use the torch engine"
+            )
+        with self._lock:
+            components = ("unet", *self.bundle.manifest.model.tokenizers)
+            shapes = {component: self.bundle.shapes(self._record(component).weights) for component in components}
+            lora = Lora.read(Path(path), shapes)
+            self._adapters.add(name or lora.path.stem, lora, scale)
+
+    def set_lora_scale(self, name: str, scale: float) -> None:
+        """Change how much of a LoRA is added; at 0 the weights are as without it.
+
+        Raises:
+            BadRequest: no LoRA of that name is loaded, or the scale is not finite.
+        """
+        with self._lock:
+            self._adapters.set_scale(name, scale)
+
+    def unload_lora(self, name: str) -> None:
+        """Take a LoRA off the weights. Without any they are what they were, to the bit.
+
+        Raises:
+            BadRequest: no LoRA of that name is loaded.
+        """
+        with self._lock:
+            self._adapters.remove(name)
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """The loaded LoRAs: name -> scale."""
+        return self._adapters.scales
 
     def _parameters(self, component: str) -> Parameters:
         """A component's weights, all of its engines loaded, so that their names are known."""
@@ -296,10 +347,16 @@ class Pipeline:
             raise EngineMismatch(
                 f"{self.kind} engines hold weights of their own, which cannot be changed in place: use the torch engine"
             )
-        records = [self._loader.records(part)[0] for part in parts]
-        for record in records:
-            self._loader.load(record)
-        return self.bundle.parameters(records[-1].weights, self.device)
+        for part in parts:
+            self._loader.load(self._loader.records(part)[0])
+        return self._weights(component)
+
+    def _record(self, component: str) -> EngineRecord:
+        """An engine that reads a component's weights."""
+        return self._loader.records("step" if component == "unet" else component)[0]
+
+    def _weights(self, component: str) -> Parameters:
+        return self.bundle.parameters(self._record(component).weights, self.device)
 
     @property
     def kind(self) -> str:

@@ -30,7 +30,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Trial:
-    """Inputs in float32 (token ids in int64), by name, and what kind of inputs they are (`random`, `real`)."""
+    """Inputs in float32 (token ids in int64), by name, and what kind of inputs they are (`random`, `real`, `extreme`)."""
 
     kind: str
     inputs: Tensors
@@ -60,6 +60,16 @@ def certify(
     """
     errors: dict[str, float] = {}
     for trial, ours, theirs in zip(trials, found, expected, strict=True):
+        if not _is_finite(theirs):
+            raise BuildError(
+                f"{label}: the original model itself gives NaN or infinity on {trial.kind} inputs in float32; its weights are "
+                "damaged: copy the model again"
+            )
+        if not _is_finite(ours):
+            raise BuildError(
+                f"{label} gives NaN or infinity on {trial.kind} inputs, the original model in float32 does not; "
+                f"build with --dtype {'bfloat16 or float32' if dtype == 'float16' else 'float32'}"
+            )
         worst = max(relative_error(ours[name], theirs[name]) for name in theirs)
         errors[trial.kind] = max(errors.get(trial.kind, 0.0), worst)
     limit = TOLERANCE[dtype]
@@ -75,6 +85,10 @@ def certify(
         relative_error={kind: float(f"{error:.2e}") for kind, error in errors.items()},
         tolerance=limit,
     )
+
+
+def _is_finite(tensors: Tensors) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
 def unverified(record: EngineRecord, trials: FileRecord) -> EngineRecord:

@@ -53,13 +53,18 @@ class WeightFile(Mapping[str, torch.Tensor]):
 
     The mapping is private: writing into a tensor never changes the file.
 
+    Attributes:
+        path: the file.
+        entries: where each tensor lies.
+        metadata: what the header says beside the tensors.
+
     Raises:
         BundleError: the file is missing, is not safetensors, or its header does not describe it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.entries = read_header(path)
+        self.entries, self.metadata = read_header(path)
         self._mapped: mmap.mmap | None = None
         self._memory: torch.Tensor | None = None
 
@@ -96,8 +101,8 @@ class WeightFile(Mapping[str, torch.Tensor]):
         return self._memory
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """Read and check the header of a safetensors file: tensor name -> `Entry`.
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Read and check the header of a safetensors file: tensor name -> `Entry`, and its metadata.
 
     Raises:
         BundleError: see `WeightFile`.
@@ -124,7 +129,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         table = json.loads(header)
         if not isinstance(table, dict):
             raise ValueError("not an object")
-        table.pop("__metadata__", None)
+        metadata = table.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is not text")
         if len(table) > MAX_TENSORS:
             raise ValueError(f"{len(table)} tensors, the limit is {MAX_TENSORS}")
         entries = {name: _entry(name, value, 8 + length) for name, value in table.items()}
@@ -143,7 +150,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise BundleError(
             f"{path} is cut short or padded: it has {size} bytes, its header describes {end}; copy it again"
         )
-    return entries
+    return entries, metadata
 
 
 def write(path: Path, specs: Iterable[TensorSpec], load: Callable[[str], torch.Tensor]) -> str:

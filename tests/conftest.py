@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import ldmrt
 from ldmrt.bundle import Bundle
@@ -117,6 +118,52 @@ def _built(model: Path, factory: pytest.TempPathFactory, engine: str, batch_size
     out = factory.mktemp("bundles") / f"{model.name}-{engine}"
     bundle: Bundle = ldmrt.build_engines(model, out, engine=engine, dtype="float32", batch_sizes=batch_sizes)
     return bundle.path
+
+
+# ---------------------------------------------------------------------------------------------------- LoRAs
+
+
+@pytest.fixture(scope="session")
+def write_lora() -> Callable[..., Path]:
+    """`write_lora(path, model, seed=0, modules=...)` writes random changes of the projections of those names, in all of a model's
+    attentions, as diffusers names them, and returns the path.
+    """
+
+    def write(path: Path, model: Path, seed: int = 0, modules: tuple[str, ...] = ("to_q", "to_v", "q_proj")) -> Path:
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for folder in sorted(model.glob("unet")) + sorted(model.glob("text_encoder*")):
+            for name, weight in load_file(next(folder.glob("*.safetensors"))).items():
+                module = name.removesuffix(".weight")
+                if weight.dim() == 2 and module.rpartition(".")[2] in modules:
+                    out, inner = weight.shape
+                    tensors[f"{folder.name}.{module}.lora_A.weight"] = 0.3 * torch.randn(2, inner, generator=generator)
+                    tensors[f"{folder.name}.{module}.lora_B.weight"] = 0.3 * torch.randn(out, 2, generator=generator)
+        save_file(tensors, path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def fused_by_diffusers() -> Callable[[Path, Mapping[Path, float]], Any]:
+    """`fused_by_diffusers(model, {lora: scale})` gives the pipeline of diffusers with LoRAs fused one after the other, on DDIM."""
+
+    def fuse(model: Path, loras: Mapping[Path, float]) -> Any:
+        from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+        xl = (model / "text_encoder_2").is_dir()
+        options = {"add_watermarker": False} if xl else {}
+        pipe: Any = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline).from_pretrained(model, **options)
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=True)
+        for path, scale in loras.items():
+            pipe.load_lora_weights(path)
+            pipe.fuse_lora(components=["unet", "text_encoder", *["text_encoder_2"] * xl], lora_scale=scale)
+            pipe.unload_lora_weights()
+        return pipe
+
+    return fuse
 
 
 # ---------------------------------------------------------------------------------------------------- the models

@@ -25,6 +25,7 @@ import ldmrt
 from ldmrt.bundle import MANIFEST, Bundle
 from ldmrt.cli import app, failures
 from ldmrt.cli.inspect import damage
+from ldmrt.cli.options import parse_lora
 from ldmrt.errors import BuildError
 from ldmrt.export.folder import BundleFolder
 from ldmrt.image import parse_parameters, read_parameters
@@ -324,8 +325,22 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(ldmrt, "build_engines", build, raising=False)
     sizes, target = ["--size", "512x768", "--size", "64X64"], ["--target", "sm_89"]
+    loras = ["--lora", "a.safetensors", "--lora", "b.safetensors:0.5"]
     ended = run(
-        "build-engines", "m", "--out", "o", *sizes, "--batch", 2, "--batch", 3, "--dtype", "bfloat16", *target, "--json"
+        "build-engines",
+        "m",
+        "--out",
+        "o",
+        *sizes,
+        "--batch",
+        2,
+        "--batch",
+        3,
+        "--dtype",
+        "bfloat16",
+        *target,
+        *loras,
+        "--json",
     )
     assert given == {
         "args": (Path("m"), Path("o")),
@@ -334,6 +349,7 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         "batch_sizes": [2, 3],
         "dtype": "bfloat16",
         "targets": ["sm_89"],
+        "loras": [(Path("a.safetensors"), 1.0), (Path("b.safetensors"), 0.5)],
     }
     assert ended.err == ""
     document = json.loads(ended.out)
@@ -342,7 +358,50 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         engine.key for engine in Bundle.open(tiny_bundle).manifest.engines
     }
     run("build-engines", "m", "--out", "o")
-    assert (given["sizes"], given["batch_sizes"]) == (None, (1,))
+    assert (given["sizes"], given["batch_sizes"], given["loras"]) == (None, (1,), ())
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "scale"),
+    [
+        ("style.safetensors", "style.safetensors", 1.0),
+        ("a/style.safetensors:0.8", "a/style.safetensors", 0.8),
+        ("style.safetensors:-1", "style.safetensors", -1.0),
+        ("a:1/style.safetensors", "a:1/style.safetensors", 1.0),
+        ("a:1/style.safetensors:.5", "a:1/style.safetensors", 0.5),
+    ],
+)
+def test_how_a_lora_is_named(text: str, path: str, scale: float) -> None:
+    assert parse_lora(text) == (Path(path), scale)
+
+
+def test_generate_with_loras(generate: Run, tiny_model: Path, tmp_path: Path, write_lora: Callable[..., Path]) -> None:
+    one = write_lora(tmp_path / "one.safetensors", tiny_model, seed=1)
+    two = write_lora(tmp_path / "two.safetensors", tiny_model, seed=2)
+    found = {}
+    cases: dict[str, list[object]] = {"without": [], "one": [one], "both": [one, f"{two}:0.5"]}
+    for name, args in cases.items():
+        ended = generate(
+            "--seed", 1, "--out", f"{name}.png", "--json", *(part for arg in args for part in ("--lora", arg))
+        )
+        assert ended.code == 0, ended.err
+        found[name] = json.loads(ended.out)
+    assert found["without"]["settings"]["loras"] == {}
+    assert found["both"]["settings"]["loras"] == {"one": 1.0, "two": 0.5}
+    assert len({document["images"][0]["sha256"] for document in found.values()}) == 3
+    settings = parse_parameters(read_parameters(tmp_path / "both.png") or "").settings
+    assert settings["LoRAs"] == "one: 1, two: 0.5"
+    refused(generate("--lora", "none.safetensors"), "no such LoRA: none.safetensors")
+
+
+def test_inspect_shows_what_was_fused(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tiny_bundle, tmp_path / "fused"))
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["loras"] = [{"file": "a.safetensors", "sha256": "ab" * 32, "scale": 0.8}]
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    assert "fused: a.safetensors, scale 0.8 (SHA-256 abababababab...)" in run("inspect", path).out
+    assert json.loads(run("inspect", path, "--json").out)["loras"] == manifest["loras"]
+    assert "fused:" not in run("inspect", tiny_bundle).out
 
 
 def test_build_refuses(run: Run, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,19 @@ def test_weights_changed_under_a_captured_step(tiny_bundle: Path) -> None:
     fresh.update_weights("unet", {names[0]: value})
     assert torch.equal(changed("a test", **ARGUMENTS).latents, fresh("a test", **ARGUMENTS).latents)
     changed.restore_weights("unet")
+    assert torch.equal(changed("a test", **ARGUMENTS).latents, before)
+
+
+def test_a_lora_under_a_captured_step(
+    tiny_bundle: Path, tiny_model: Path, tmp_path: Path, write_lora: Callable[..., Path]
+) -> None:
+    path = write_lora(tmp_path / "lora.safetensors", tiny_model)
+    changed, fresh = (Pipeline.from_bundle(tiny_bundle, device="cuda") for _ in range(2))
+    before = changed("a test", **ARGUMENTS).latents
+    changed.load_lora(path, 0.8)
+    fresh.load_lora(path, 0.8)  # before anything is captured
+    assert torch.equal(changed("a test", **ARGUMENTS).latents, fresh("a test", **ARGUMENTS).latents)
+    changed.unload_lora("lora")
     assert torch.equal(changed("a test", **ARGUMENTS).latents, before)
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BuildError
+from ldmrt.export.passes.promote import CAST
 from ldmrt.graph import Dim, Graph, Node, prune, rename_values
 from ldmrt.operators import VIEWS
 
@@ -59,7 +60,8 @@ def hoist(graph: Graph, kinds: Mapping[str, Kind]) -> Hoisted:
     inputs = {spec.name: spec for spec in graph.inputs}
 
     # Start from the nodes that need the latents, and follow what they read back to the cut. Views are free, so the cut goes
-    # below them: what crosses is then a dense tensor as a layer made it. What is not one row per row stays in the step.
+    # below them, and below casts: what crosses is then a dense tensor as a layer made it, whatever reads it. What is not one
+    # row per row stays in the step.
     step = {name for name, kind in classes.items() if kind == "step" and name in nodes}
     crossing: dict[str, Kind] = {}
     pending = [name for node in graph.nodes if node.name in step for name in node.refs()]
@@ -69,7 +71,7 @@ def hoist(graph: Graph, kinds: Mapping[str, Kind]) -> Hoisted:
         if name not in nodes or name in step or name in crossing:
             continue
         node, kind = nodes[name], classes[name]
-        if kind == "const" or node.op in VIEWS or not node.shape or node.shape[0] != Dim("rows"):
+        if kind == "const" or node.op in VIEWS or node.op == CAST or not node.shape or node.shape[0] != Dim("rows"):
             step.add(name)
             pending += node.refs()
         else:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ldmrt.cli.options import Dtype, EngineChoice, Json, Size, Verbose, parse_size
+from ldmrt.cli.options import Dtype, EngineChoice, Json, LoraChoice, Size, Verbose, parse_lora, parse_size
 from ldmrt.cli.output import print_json, progress_bar, size_text, table
 
 
@@ -41,6 +41,14 @@ def build_engines(
             help="GPU architecture to compile kernels for, such as sm_89; repeatable. Needs Triton here, but no GPU.",
         ),
     ] = None,
+    lora: Annotated[
+        list[LoraChoice] | None,
+        typer.Option(
+            metavar="PATH[:SCALE]",
+            parser=parse_lora,
+            help="LoRA to fuse into the weights, and how much of it (default: 1); repeatable.",
+        ),
+    ] = None,
     json: Json = False,
     _verbose: Verbose = False,
 ) -> None:
@@ -58,6 +66,7 @@ def build_engines(
             batch_sizes=batch or (1,),
             dtype=dtype.value,
             targets=target or (),
+            loras=lora or (),
             on_progress=lambda what, done, total: update(description=what, completed=done, total=total),
         )
     seconds = time.perf_counter() - started

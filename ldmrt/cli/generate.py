@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ldmrt.cli.options import Dtype, EngineChoice, Json, Size, Verbose, parse_device, parse_size
+from ldmrt.cli.options import (
+    Dtype,
+    EngineChoice,
+    Json,
+    LoraChoice,
+    Size,
+    Verbose,
+    parse_device,
+    parse_lora,
+    parse_size,
+)
 from ldmrt.cli.output import print_json, progress_bar, shown_warnings
 from ldmrt.errors import BadRequest
 
@@ -54,6 +64,14 @@ def generate(
     long_prompt: Annotated[
         LongPromptChoice, typer.Option(help="A prompt beyond the text encoder's window: in several windows, or cut.")
     ] = LongPromptChoice.chunk,
+    lora: Annotated[
+        list[LoraChoice] | None,
+        typer.Option(
+            metavar="PATH[:SCALE]",
+            parser=parse_lora,
+            help="LoRA to add to the weights, and how much of it (default: 1); repeatable.",
+        ),
+    ] = None,
     engine: Annotated[
         EngineChoice, typer.Option(help="Which engines to use where the bundle has several kinds.")
     ] = EngineChoice.auto,
@@ -116,6 +134,8 @@ def generate(
         ),
         pipe.defaults,
     )
+    for path, scale in lora or ():
+        pipe.load_lora(path, scale)
     timings = {"load": time.perf_counter() - started}
     with shown_warnings():
         pictures = _draw(pipe, job, destination, timings)
@@ -187,6 +207,8 @@ def _parameters(pipe: Pipeline, job: Job, number: int) -> str:
     extra: dict[str, object] = {"Eta": f"{job.eta:g}"} if job.eta else {}
     if job.clip_skip:
         extra["Clip skip"] = job.clip_skip + 1  # AUTOMATIC1111 counts from 1
+    if pipe.loras:
+        extra["LoRAs"] = ", ".join(f"{name}: {scale:g}" for name, scale in pipe.loras.items())
     return parameters_text(
         job.prompts[0],
         job.negative_prompts[0],
@@ -215,6 +237,7 @@ def _settings(pipe: Pipeline, job: Job) -> dict[str, Any]:
         "height": job.height,
         "clip_skip": job.clip_skip,
         "long_prompt": job.long_prompt,
+        "loras": pipe.loras,
         "model": pipe.bundle.manifest.model.name,
         "bundle": str(pipe.bundle.path.resolve()),
         "engine": pipe.kind,

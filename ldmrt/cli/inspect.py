@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,7 @@ from ldmrt.cli.output import bytes_text, print_json, size_text, table
 from ldmrt.errors import BundleError
 
 if TYPE_CHECKING:
-    from ldmrt.bundle import Bundle, EngineRecord, FileRecord
+    from ldmrt.bundle import AuditRecord, Bundle, EngineRecord, FileRecord
 
 
 def inspect(
@@ -72,10 +72,12 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "format": manifest.format,
         "ldmrt": manifest.ldmrt,
         "model": manifest.model.model_dump(mode="json"),
+        "loras": [record.model_dump() for record in manifest.loras],
         "bytes": sum(sizes.values()),
         "weights": weights,
         "engines": engines,
         "passes": manifest.passes,
+        "audits": [record.model_dump(mode="json") for record in manifest.audits],
         "kernels": _kernels(bundle),
     }
 
@@ -120,8 +122,11 @@ def _print(bundle: Bundle, document: dict[str, Any]) -> None:
     typer.echo(f"{model.name} ({model.kind}), built by ldmrt {manifest.ldmrt}, {bytes_text(document['bytes'])}")
     typer.echo(
         f"defaults: {defaults.width}x{defaults.height}, {defaults.num_inference_steps} steps, guidance "
-        f"{defaults.guidance_scale:g}, {defaults.sampler}\n"
+        f"{defaults.guidance_scale:g}, {defaults.sampler}"
     )
+    for lora in manifest.loras:
+        typer.echo(f"fused: {lora.file}, scale {lora.scale:g} (SHA-256 {lora.sha256[:12]}...)")
+    typer.echo()
     rows = [
         [
             record["component"],
@@ -152,6 +157,7 @@ def _print(bundle: Bundle, document: dict[str, Any]) -> None:
             ["weights", "file", "size"],
         )
     _print_passes(manifest.passes)
+    _print_audits(manifest.audits)
     _print_kernels(document["kernels"])
 
 
@@ -175,6 +181,18 @@ def _print_passes(passes: Mapping[str, Mapping[str, int]]) -> None:
             for component, counts in passes.items()
         ]
         table(rows, ["fused of found", *names])
+
+
+def _print_audits(audits: Sequence[AuditRecord]) -> None:
+    """Which values of float16 engines are computed in float32, and how large they are."""
+    rows = [
+        [record.component, record.kind, size_text(record.size), name, f"{largest:.3g}"]
+        for record in audits
+        for name, largest in record.widened.items()
+    ]
+    if rows:
+        typer.echo()
+        table(rows, ["component", "engine", "size", "float32 instead of float16", "up to"])
 
 
 def _print_kernels(kernels: list[dict[str, Any]]) -> None:

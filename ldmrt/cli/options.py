@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
@@ -40,6 +41,22 @@ def parse_size(text: str) -> Size:
     if found is None:
         raise typer.BadParameter(f"{text!r} is no size, expected WIDTHxHEIGHT in pixels, such as 512x512")
     return Size(int(found[1]), int(found[2]))
+
+
+class LoraChoice(NamedTuple):
+    """A LoRA's file, and how much of it."""
+
+    path: Path
+    scale: float
+
+
+def parse_lora(text: str) -> LoraChoice:
+    """Read `style.safetensors` or `style.safetensors:0.8`."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        return LoraChoice(Path(path if colon else text), float(scale) if colon else 1.0)
+    except ValueError:  # the colon is part of the path
+        return LoraChoice(Path(text), 1.0)
 
 
 def parse_device(text: str) -> str:

@@ -56,8 +56,8 @@ def test_the_time_path_of_xl_reads_the_request(tiny_model_xl: Path) -> None:
 def test_trials_fit_their_components(request: pytest.FixtureRequest, model: str) -> None:
     for _, component, trials in architectures.components(Source.open(request.getfixturevalue(model)), [SIZE]):
         found = trials()
-        assert [trial.kind for trial in found] == ["random", "real"]
-        first, second = (trial.inputs for trial in found)
+        assert [trial.kind for trial in found] == ["random", "real", "extreme"]
+        first, second, _ = (trial.inputs for trial in found)
         assert relative_error(first[component.inputs[0].name], second[component.inputs[0].name]) > 0.1
         for trial in found:
             assert list(trial.inputs) == [spec.name for spec in component.inputs]
@@ -75,4 +75,18 @@ def test_decoders_are_tried_on_latents_of_unit_variance(tiny_model: Path) -> Non
     plans = architectures.components(Source.open(tiny_model), [SIZE])
     trials = next(trials for _, component, trials in plans if component.name == "decoder")
     for trial in trials():
-        assert trial.inputs["latents"].std() == pytest.approx(1.0, abs=0.1)
+        expected = architectures.OVERSHOOT if trial.kind == "extreme" else 1.0
+        assert trial.inputs["latents"].std() == pytest.approx(expected, rel=0.1)
+
+
+def test_extremes_are_the_ends_of_what_people_ask_for(tiny_model: Path) -> None:
+    plans = {
+        component.name: trials for _, component, trials in architectures.components(Source.open(tiny_model), [SIZE])
+    }
+    extremes = {name: trials()[-1].inputs for name, trials in plans.items()}
+    ids = extremes["text_encoder"]["input_ids"]
+    end = ids[0, 1]
+    assert (ids[0, 1:] == end).all(), "the first prompt is empty"
+    assert (ids[1, 1:-1] != end).all(), "the second one fills the window"
+    assert extremes["unet"]["timesteps"].tolist() == [999.0, 0.0]
+    assert extremes["encoder"]["image"].abs().eq(1).all()

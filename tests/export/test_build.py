@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,56 @@ def test_a_folder_that_cannot_be_made(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BuildError, match="cannot make the folder"):
         ldmrt.build_engines(tiny_model, tmp_path / "file" / "out", dtype="float32")
+
+
+# ---------------------------------------------------------------------------------------------------- LoRAs
+
+
+def test_a_bundle_with_a_lora(
+    tiny_model: Path,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    write_lora: Callable[..., Path],
+    fused_by_diffusers: Callable[..., Any],
+) -> None:
+    path = write_lora(tmp_path / "style.safetensors", tiny_model)
+    made = ldmrt.build_engines(tiny_model, tmp_path / "out", dtype="float32", loras=[(path, 0.8)])
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert [record.model_dump() for record in made.manifest.loras] == [
+        {"file": "style.safetensors", "sha256": digest, "scale": 0.8}
+    ]
+    old = {slot(record): record for record in Bundle.open(tiny_bundle).manifest.engines}
+    for record in made.manifest.engines:
+        fused = record.component not in ("decoder", "encoder")
+        assert (record.key != old[slot(record)].key) == fused
+        assert record.certificate.reference.endswith("float32, LoRAs fused" if fused else "float32")
+        assert max(record.certificate.relative_error.values()) < 1e-5
+    prompt: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": 3, "guidance_scale": 5.0}
+    ours = Pipeline.from_bundle(made.path, device="cpu")(**prompt, seed=0, output_type="latent").latents
+    generator = torch.Generator().manual_seed(0)
+    theirs = fused_by_diffusers(tiny_model, {path: 0.8})(**prompt, generator=generator, output_type="latent").images
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5  # as in tests/test_parity.py
+    # The same weights as those that a LoRA is added to in place.
+    pipe = Pipeline.from_bundle(tiny_bundle, device="cpu")
+    pipe.load_lora(path, 0.8)
+    assert torch.equal(pipe(**prompt, seed=0, output_type="latent").latents, ours)
+
+    before = contents(made.path)
+    for loras, message in (
+        ([], r"with style\.safetensors:0\.8 fused, this build is with no LoRA"),
+        ([(path, 0.5)], r"with style\.safetensors:0\.8 fused, this build is with style\.safetensors:0\.5"),
+    ):
+        with pytest.raises(BuildError, match=message):
+            ldmrt.build_engines(tiny_model, made.path, dtype="float32", loras=loras)
+    assert contents(made.path) == before
+
+
+def test_a_lora_in_the_models_own_folder_is_refused(tiny_model: Path, tmp_path: Path, write_lora: Any) -> None:
+    path = write_lora(tmp_path / "style.safetensors", tiny_model)
+    before = contents(tiny_model)
+    with pytest.raises(BuildError, match="cannot hold a LoRA; choose another --out"):
+        ldmrt.build_engines(tiny_model, tiny_model, dtype="float32", loras=[(path, 1.0)])
+    assert contents(tiny_model) == before
 
 
 # ---------------------------------------------------------------------------------------------------- keys

@@ -202,3 +202,39 @@ def test_damaged_configs_are_named(model: Path, file: str, content: str | None, 
         (model / file).write_text(content)
     with pytest.raises(BuildError, match=message):
         Source.open(model)
+
+
+@pytest.mark.parametrize("name", ["tiny_model", "tiny_model_xl"])
+def test_loras_are_fused_as_by_diffusers(
+    name: str,
+    tmp_path: Path,
+    write_lora: Callable[..., Path],
+    fused_by_diffusers: Callable[..., Any],
+    request: pytest.FixtureRequest,
+) -> None:
+    model = request.getfixturevalue(name)
+    loras = {
+        write_lora(tmp_path / "one.safetensors", model, seed=1): 0.8,
+        write_lora(tmp_path / "two.safetensors", model, seed=2, modules=("to_q", "k_proj", "q_proj")): -0.5,
+    }
+    source, pipe = Source.open(model).with_loras(list(loras.items())), fused_by_diffusers(model, loras)
+    for folder in source.folders:
+        found = Checkpoint(source, folder, instantiate(source, folder))
+        plain = checkpoint(model, folder)
+        expected = getattr(pipe, folder).state_dict()
+        assert found.fused == (folder != "vae")
+        for key in found.keys:
+            # Both sum in float32, in another order.
+            torch.testing.assert_close(found.load(key), expected[key], rtol=1e-5, atol=1e-6)
+        changed = sum(not torch.equal(found.load(key), plain.load(key)) for key in found.keys)
+        assert (changed > 0) == (folder != "vae")
+
+
+def test_loras_that_cannot_be_fused(tiny_model: Path, tiny_model_xl: Path, tmp_path: Path, write_lora: Any) -> None:
+    path = write_lora(tmp_path / "lora.safetensors", tiny_model_xl)
+    with pytest.raises(
+        BuildError, match=r"another architecture: text_encoder_2\.\S+ is of no layer of this model \(and"
+    ):
+        Source.open(tiny_model).with_loras([(path, 1.0)])
+    with pytest.raises(BuildError, match="scale is nan"):
+        Source.open(tiny_model_xl).with_loras([(path, float("nan"))])

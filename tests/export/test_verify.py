@@ -62,9 +62,18 @@ def test_the_worst_output_of_the_worst_trial_counts() -> None:
     assert certificate.relative_error == {"random": pytest.approx(5e-5, rel=0.01), "real": 0.0}
 
 
-def test_nan_does_not_pass() -> None:
-    with pytest.raises(BuildError, match="relative error inf"):
-        certify("x", "bfloat16", TRIAL, outputs(math.nan), outputs(1.0), "")
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("dtype", "cure"), [("float16", "bfloat16 or float32"), ("bfloat16", "float32"), ("float32", "float32")]
+)
+def test_nan_and_infinity_do_not_pass(bad: float, dtype: str, cure: str) -> None:
+    with pytest.raises(BuildError, match=f"^x gives NaN or infinity on random inputs, .* --dtype {cure}$"):
+        certify("x", dtype, TRIAL, outputs(bad), outputs(1.0), "")
+
+
+def test_an_original_of_nan_certifies_nothing() -> None:
+    with pytest.raises(BuildError, match=r"the original model itself gives NaN or infinity .* copy the model again"):
+        certify("x", "float32", TRIAL, outputs(math.nan), outputs(math.nan), "")
 
 
 def test_the_sample_picture_is_a_picture() -> None:
@@ -112,7 +121,7 @@ def test_a_model_that_makes_nan_is_not_built(tiny_model: Path, tmp_path: Path) -
     tensors = load_file(path)
     next(tensor for name, tensor in tensors.items() if "final_layer_norm.weight" in name)[0] = math.nan
     save_file(tensors, path)
-    with pytest.raises(BuildError, match=r"text_encoder .* relative error inf"):
+    with pytest.raises(BuildError, match=r"text_encoder .* original model itself gives NaN"):
         ldmrt.build_engines(model, tmp_path / "out", engine="torch", dtype="float32")
 
 
