@@ -8,18 +8,28 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldmrt.config import cache_folder
 from ldmrt.files import replacing
 
 _log = logging.getLogger("ldmrt.tensorrt")
 
 
-def cache_file(folder: Path, gpu: str, version: str, plan: Path) -> Path:
-    """The file of a plan on a GPU of this name, with this version of the library."""
+def folder(environ: Mapping[str, str]) -> Path | None:
+    """Where the files lie; None where there is no cache, and no home for one."""
+    try:
+        return cache_folder(environ) / "tensorrt"
+    except RuntimeError:
+        return None
+
+
+def cache_file(place: Path, gpu: str, version: str, plan: Path) -> Path:
+    """The file in a folder, of a plan on a GPU of this name, with this version of the library."""
     machine = re.sub("[^a-z0-9.]+", "-", f"{gpu} {version}".lower()).strip("-")
-    return folder / machine / f"{plan.stem}.cache"
+    return place / machine / f"{plan.stem}.cache"
 
 
 class RuntimeCache:

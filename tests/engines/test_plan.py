@@ -10,15 +10,23 @@ from typing import Any
 import pytest
 import torch
 
+import ldmrt.slots
+from ldmrt.bundle import Bundle
+from ldmrt.decoding import Decoding
+from ldmrt.denoise import Denoiser
 from ldmrt.engines.activation import ActivationMemory
 from ldmrt.engines.gpu import Gpu
 from ldmrt.engines.plan import TensorRtEngine
-from ldmrt.engines.protocol import TensorSpec
+from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.engines.tensorrt import LIBRARIES, Library
 from ldmrt.errors import BundleError, EngineMismatch
+from ldmrt.kernels import native
+from ldmrt.kernels.sampler import sampler_step_reference
+from ldmrt.schedule import NoiseSchedule, ddim
 from tests.engines.fake_tensorrt import calls, violations, write_plan
 from tests.engines.tensorrt_gpu import RTX, TENSORRT, CapturingRecorder, FakeGpu
 
+CPU = torch.device("cpu")
 SHAPES: dict[str, Any] = {"inputs": {"x": (2, 3), "t": (3,)}, "outputs": {"y": (2, 3)}}
 
 Load = Callable[..., TensorRtEngine]
@@ -163,6 +171,52 @@ def test_a_plan_that_cannot_be_captured_runs_without(load: Load) -> None:
     ):
         CapturingRecorder().record(engine.enqueue)
     engine.enqueue()
+
+
+@pytest.mark.usefixtures("operators_only")
+def test_the_sampling_loop_and_the_decoder_in_one_graph(load: Load, tiny_bundle: Path) -> None:
+    """Over plans as step and decoder, what is captured gives what runs call by call, for a second image too."""
+    bundle = Bundle.open(tiny_bundle)
+    context, schedule = (bundle.load(bundle.find(part)[0], CPU) for part in ("context", "schedule"))
+    table = ddim(NoiseSchedule.from_dict(bundle.manifest.model.schedule), 3)
+    generator = torch.Generator().manual_seed(0)
+    cond = {"encoder_hidden_states": torch.randn(77, 32, generator=generator)}
+    hoisted = {**context.run({name: state[None] for name, state in cond.items()}), **_scheduled(schedule)}
+    step_inputs = {"latents": (1, 4, 8, 8)} | {name: tuple(tensor.shape) for name, tensor in hoisted.items()}
+
+    def loop(recorder: CapturingRecorder | None) -> tuple[Denoiser, Decoding]:
+        step = load(inputs=step_inputs, outputs={"noise": (1, 4, 8, 8)}, scale=0.1, memory=4096)
+        decoder = load(inputs={"latents": (1, 4, 8, 8)}, outputs={"image": (1, 3, 64, 64)}, memory=1 << 17)
+        made = Denoiser(
+            context, schedule, step, capacity=1, tokens=77, evaluations=4, with_noise=False, device=CPU,
+            recorder=recorder,  # type: ignore[arg-type]
+        )  # fmt: skip
+        return made, Decoding(decoder, made.slots.x)
+
+    captured, decoding = loop(CapturingRecorder())
+    captured.capture(3, decoding.work)
+    plain, reference = loop(None)
+    for _ in range(2):
+        latents = torch.randn(4, 8, 8, generator=generator)
+        for denoiser, pictures in ((captured, decoding), (plain, reference)):
+            denoiser.admit(0, latents=latents, table=table, guidance_scale=1.0, cond=cond, uncond=None)
+            denoiser.steps(3, pictures.work)
+            denoiser.release(0)
+        assert not torch.equal(plain.latents(0), latents)
+        assert torch.equal(captured.latents(0), plain.latents(0))
+        assert torch.equal(decoding.images, reference.images)
+        assert torch.equal(decoding.images.view(-1)[:256], captured.latents(0).view(-1))
+
+
+def _scheduled(schedule: Engine) -> dict[str, torch.Tensor]:
+    return schedule.run({"timesteps": torch.ones(1, dtype=schedule.inputs["timesteps"].dtype)})
+
+
+@pytest.fixture
+def operators_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorder sees torch's operators, not the native library's."""
+    monkeypatch.setattr(ldmrt.slots, "sampler_step", sampler_step_reference)
+    monkeypatch.setattr(native, "serves", lambda x: False)
 
 
 def test_what_dies_in_which_order(load: Load, tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from ldmrt.engines.runtime_cache import RuntimeCache, cache_file
+from ldmrt.engines.runtime_cache import RuntimeCache, cache_file, folder
 from tests.engines.fake_tensorrt import Cuda, IRuntimeCache
 
 
@@ -34,6 +35,16 @@ def other_driver() -> Iterator[None]:
     Cuda.driver = 610
     yield
     Cuda.driver = before
+
+
+def test_the_folder_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert folder({"LDMRT_CACHE": "/own", "LDMRT_THREADS": "many"}) == Path("/own/tensorrt")
+
+    def fail() -> NoReturn:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+    assert folder({}) is None
 
 
 def test_each_gpu_version_and_plan_has_a_file_of_its_own(file: Path, tmp_path: Path) -> None:
