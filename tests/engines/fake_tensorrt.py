@@ -297,7 +297,7 @@ class IExecutionContext:
         if self._memory == (0, 0) or self._addresses.keys() != engine._shapes.keys():
             raise AssertionError("there is no activation memory, or a tensor without an address")
         if self._plan.get("fails"):
-            engine._runtime()._logger.log(ILogger.Severity.ERROR, "an illegal memory access")  # type: ignore[union-attr]
+            engine._runtime()._logger.log(ILogger.Severity.ERROR, self._plan["fails"])  # type: ignore[union-attr]
             return False
         calls.append("execute_async_v3")
         self._compute(engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from ldmrt.engines.activation import ActivationMemory
 from ldmrt.engines.gpu import Gpu
 from ldmrt.engines.plan import TensorRtEngine
 from ldmrt.engines.protocol import Engine, TensorSpec
-from ldmrt.engines.tensorrt import LIBRARIES, Library
+from ldmrt.engines.tensorrt import LIBRARIES, Library, log
 from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.kernels import native
 from ldmrt.kernels.sampler import sampler_step_reference
 from ldmrt.schedule import NoiseSchedule, ddim
+from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import calls, violations, write_plan
 from tests.engines.tensorrt_gpu import RTX, TENSORRT, CapturingRecorder, FakeGpu
 
@@ -115,6 +117,14 @@ def test_a_run_between_two_steps_does_not_move_the_bound_buffers(load: Load) -> 
     buffers["x"].zero_()
     engine.enqueue()
     assert torch.equal(buffers["y"], buffers["t"].expand(2, 3))
+
+
+def test_a_run_keeps_neither_what_was_given_nor_what_was_made(load: Load) -> None:
+    engine, inputs = load(), values()
+    given, made = weakref.ref(inputs["x"]), weakref.ref(engine.run(inputs)["y"])
+    inputs.clear()
+    assert given() is None
+    assert made() is None
 
 
 def test_binding_again(load: Load) -> None:
@@ -346,10 +356,17 @@ def test_a_file_that_is_no_plan(memory: ActivationMemory, tmp_path: Path, conten
 def test_what_the_library_fails_at(load: Load) -> None:
     with pytest.raises(EngineMismatch, match=r"cannot be made ready \(no reason given\)"):
         load(unfit=True)
-    engine = load(fails=True)
-    for _ in range(2):
-        with pytest.raises(EngineMismatch, match=r"fails \(an illegal memory access\); see `ldmrt doctor`, or use"):
+    engine = load()
+    for reason in ("an illegal address", "no memory"):
+        engine._engine._plan["fails"] = reason
+        with pytest.raises(EngineMismatch, match=rf"fails \({reason}\); see `ldmrt doctor`, or use --engine torch"):
             engine.run(values())
+
+
+def test_an_error_that_did_no_harm_is_no_reason(load: Load) -> None:
+    log(TENSORRT).log(fake_tensorrt.ILogger.Severity.ERROR, "an old story")
+    with pytest.raises(EngineMismatch, match="Serialization assertion failed"):
+        load(TENSORRT, version="10.13.2.6")
 
 
 # ---------------------------------------------------------------------------------------------------- the library itself
