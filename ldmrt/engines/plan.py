@@ -65,7 +65,7 @@ class TensorRtEngine:
 
     def __del__(self) -> None:
         # A context uses its cache and its engine to the end, and the library keeps neither for it.
-        for name in ("_context", "_cache", "_unsaved", "_config", "_engine", "_runtime"):
+        for name in ("_context", "_config", "_unsaved", "_cache", "_engine", "_runtime"):
             self.__dict__.pop(name, None)
 
     @property
@@ -79,7 +79,11 @@ class TensorRtEngine:
         return self._outputs
 
     def bind(self, buffers: Tensors) -> None:
-        """Bind one tensor to every input and output: contiguous, on the engine's GPU."""
+        """Bind one tensor to every input and output: contiguous, on the engine's GPU.
+
+        Raises:
+            EngineMismatch: one is missing, or is of another shape or dtype, or elsewhere.
+        """
         specs = (*self._inputs.values(), *self._outputs.values())
         self._bound = {spec.name: self._placed("buffer", spec, buffers.get(spec.name)) for spec in specs}
         self._address(self._bound)
@@ -96,7 +100,11 @@ class TensorRtEngine:
         self._execute()
 
     def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
-        """Run on `inputs`, return new tensors, which the current stream fills."""
+        """Run on `inputs`, return new tensors, which the current stream fills.
+
+        Raises:
+            EngineMismatch: an input does not fit, or the library fails.
+        """
         specs = self._inputs.values()
         given = {spec.name: self._placed("input", spec, inputs.get(spec.name), copy=True) for spec in specs}
         made = {
@@ -174,6 +182,7 @@ class TensorRtEngine:
         if self._block is None:
             self._block = self._memory.block()
             self._context.set_device_memory(self._block.data_ptr(), len(self._block))
+        self._addressed = None  # some are, if one is refused
         for name, tensor in tensors.items():
             if not self._context.set_tensor_address(name, tensor.data_ptr()):
                 raise self._failure(f"does not take the address of {name!r}")

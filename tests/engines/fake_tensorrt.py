@@ -233,6 +233,10 @@ class IRuntimeConfig:
         self._strategy = ExecutionContextAllocationStrategy.STATIC
         self._cache: weakref.ref[IRuntimeCache] | None = None
 
+    def __del__(self) -> None:
+        if self._cache is not None and self._cache() is None:
+            violations.append("the cache died before its config")
+
     def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
         self._strategy = strategy
 
