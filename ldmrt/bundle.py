@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ldmrt.engines.protocol import Engine, TensorSpec
-from ldmrt.errors import BundleError, EngineMismatch
+from ldmrt.errors import BundleError
 from ldmrt.files import replacing
 from ldmrt.graph import Graph, from_json
 from ldmrt.kernels import aot, launch
@@ -351,10 +351,9 @@ class Bundle:
             return _as_agreed(record, TorchEngine(self.graph(record), self.parameters(record.weights, device), device))
         from ldmrt.engines.onnxruntime import OnnxRuntimeEngine
 
-        if device.type != "cpu":
-            raise EngineMismatch(f"{record.label} was built for the CPU, the device is {device}: use --device cpu")
         self.checked(self._weights_record(record.weights))
-        engine = OnnxRuntimeEngine(self.checked(record.files[0]), threads=torch.get_num_threads())
+        path = self.checked(record.files[0])
+        engine = OnnxRuntimeEngine(path, threads=torch.get_num_threads(), device=device)
         return _as_agreed(record, engine)
 
     def _weights_record(self, weights: str) -> FileRecord:
