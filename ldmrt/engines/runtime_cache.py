@@ -59,7 +59,8 @@ class RuntimeCache:
 
     def save(self) -> None:
         """Write the file, whole or not at all, if there is anything new in the cache."""
-        data = bytes(memoryview(self.native.serialize()))
+        serialized = self.native.serialize()  # None if the library fails, which it has logged then
+        data = self._kept if serialized is None else bytes(memoryview(serialized))
         if data == self._kept:
             return
         try:

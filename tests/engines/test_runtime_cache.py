@@ -84,6 +84,15 @@ def test_a_file_of_another_driver_is_written_over(file: Path, caplog: pytest.Log
     assert kernels(file) == ["softmax"]
 
 
+def test_what_the_library_cannot_serialize_leaves_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(file)
+    cache = RuntimeCache(IRuntimeCache(), file)
+    with monkeypatch.context() as patched:
+        patched.setattr(IRuntimeCache, "serialize", lambda self: None)
+        cache.save()
+    assert kernels(file) == ["softmax"]
+
+
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "taken").write_text("a file", encoding="utf-8")
     filled(tmp_path / "taken" / "step.cache")
