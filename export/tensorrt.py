@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldmrt.engines.tensorrt import Library
+from ldmrt.engines.tensorrt import Library, log
 from ldmrt.errors import BuildError
 from ldmrt.files import replacing
 
 OnPhase = Callable[[str, int, int], None]
-
-_log = logging.getLogger("ldmrt.tensorrt")
-
-
-class _Stopped(Exception):
-    """The build was asked to stop."""
 
 
 def build_plan(
@@ -48,10 +41,11 @@ def build_plan(
         BuildError: the library refuses the graph, or a target; says the first reason that it gave.
     """
     trt = library.load()
-    log = _make_log(trt)
-    builder = trt.Builder(log)
+    messages = log(library)
+    messages.errors.clear()
+    builder = trt.Builder(messages)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)
+    parser = trt.OnnxParser(network, messages)
     if not parser.parse_from_file(str(onnx)):
         reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)] or ["no reason given"]
         raise BuildError(f"{library.kind} cannot read {onnx.name}: {_one_line(reasons[0])}; use --engine torch")
@@ -76,7 +70,9 @@ def build_plan(
     built = _in_a_thread(lambda: builder.build_serialized_network(network, config), stop)
     if built is None:
         where = f" for {', '.join(targets)}" if targets else ""
-        raise BuildError(f"{library.kind} cannot build {onnx.name}{where}: {_one_line(log.last)}; use --engine torch")
+        raise BuildError(
+            f"{library.kind} cannot build {onnx.name}{where}: {messages.errors[-1][:300] if messages.errors else 'no reason given'}; use --engine torch"
+        )
     with replacing(plan) as file:
         file.write(memoryview(built))
 
@@ -97,30 +93,6 @@ def _in_a_thread(work: Callable[[], Any], stop: threading.Event) -> Any:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:300]
-
-
-def _make_log(trt: Any) -> Any:
-    """The library's messages through `logging`; `last` is the last error."""
-    severity = trt.ILogger.Severity
-    levels = {
-        severity.INTERNAL_ERROR: logging.ERROR,
-        severity.ERROR: logging.ERROR,
-        severity.WARNING: logging.WARNING,
-        severity.INFO: logging.DEBUG,
-        severity.VERBOSE: logging.DEBUG - 5,
-    }
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.last = "no reason given"
-
-        def log(self, severity: Any, message: str) -> None:
-            if levels[severity] >= logging.ERROR:
-                self.last = message
-            _log.log(levels[severity], "%s", message)
-
-    return Log()
 
 
 def _make_monitor(trt: Any, stop: threading.Event, on_phase: OnPhase) -> Any:

@@ -16,8 +16,10 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ldmrt.engines.activation import ActivationMemory
 from ldmrt.engines.protocol import Engine, TensorSpec
-from ldmrt.errors import BundleError, EngineMismatch
+from ldmrt.engines.tensorrt import LIBRARIES, check
+from ldmrt.errors import BundleError
 from ldmrt.files import replacing
 from ldmrt.graph import Graph, from_json
 from ldmrt.kernels import aot, launch
@@ -213,6 +215,7 @@ class Bundle:
         self._checked: set[str] = set()
         self._registered = False
         self._parameters: dict[tuple[str, torch.device], Parameters] = {}
+        self._memories: dict[torch.device, ActivationMemory] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -349,13 +352,28 @@ class Bundle:
             if device.type == "cuda":
                 self._register_kernels()
             return _as_agreed(record, TorchEngine(self.graph(record), self.parameters(record.weights, device), device))
+        if record.kind in LIBRARIES:
+            return _as_agreed(record, self._plan(record, device))
         from ldmrt.engines.onnxruntime import OnnxRuntimeEngine
 
-        if device.type != "cpu":
-            raise EngineMismatch(f"{record.label} was built for the CPU, the device is {device}: use --device cpu")
         self.checked(self._weights_record(record.weights))
-        engine = OnnxRuntimeEngine(self.checked(record.files[0]), threads=torch.get_num_threads())
+        path = self.checked(record.files[0])
+        engine = OnnxRuntimeEngine(path, threads=torch.get_num_threads(), device=device)
         return _as_agreed(record, engine)
+
+    def _plan(self, record: EngineRecord, device: torch.device) -> Engine:
+        from ldmrt.engines import runtime_cache
+        from ldmrt.engines.gpu import Gpu
+        from ldmrt.engines.plan import TensorRtEngine
+
+        library = LIBRARIES[record.kind]
+        here = Gpu(device).architecture if device.type == "cuda" else None
+        check(record.label, library, record.targets, record.versions, here)
+        gpu = Gpu(device)
+        if gpu.device not in self._memories:
+            self._memories[gpu.device] = ActivationMemory(gpu)
+        plan, cache = self.checked(record.files[0]), runtime_cache.folder(os.environ)
+        return TensorRtEngine(plan, library, self._memories[gpu.device], label=record.label, cache=cache)
 
     def _weights_record(self, weights: str) -> FileRecord:
         if weights not in self.manifest.weights:

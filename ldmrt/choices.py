@@ -21,7 +21,7 @@ from typing import Annotated, Any, get_type_hints
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ldmrt.config import from_env
+from ldmrt.config import cache_folder
 from ldmrt.files import replacing
 from ldmrt.kernels import (
     add_group_norm,
@@ -56,7 +56,6 @@ OPERATORS: dict[str, tuning.Operator[Any, Any]] = {
 _LARGEST = 16 << 20  # bytes of a file that is read: hundreds of times what a bundle has
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 _SIZES = range(1, 1 << 31)
-_VARIABLES = ("LDMRT_CACHE", "XDG_CACHE_HOME", "HOME")
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +114,7 @@ def folder(environ: Mapping[str, str]) -> Path:
     Raises:
         RuntimeError: the environment names no cache, and there is no home folder.
     """
-    return from_env({name: environ[name] for name in _VARIABLES if name in environ}).cache / "kernels"
+    return cache_folder(environ) / "kernels"
 
 
 def file(place: Path, machine: Machine) -> Path:

@@ -32,7 +32,7 @@ def from_env(environ: Mapping[str, str]) -> Config:
         BadRequest: a value cannot be understood; the variable is named.
     """
     return Config(
-        cache=_cache(environ),
+        cache=cache_folder(environ),
         device=parse_device(environ.get("LDMRT_DEVICE") or "auto", param="LDMRT_DEVICE"),
         threads=_count(environ, "LDMRT_THREADS"),
     )
@@ -50,7 +50,12 @@ def parse_device(text: str, *, param: str = "device") -> str:
     return device
 
 
-def _cache(environ: Mapping[str, str]) -> Path:
+def cache_folder(environ: Mapping[str, str]) -> Path:
+    """`Config.cache`, whatever else the environment says.
+
+    Raises:
+        RuntimeError: the environment names no folder, and there is no home.
+    """
     if own := environ.get("LDMRT_CACHE"):
         return Path(own).expanduser().absolute()
     base = Path(environ.get("XDG_CACHE_HOME", ""))

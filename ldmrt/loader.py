@@ -23,7 +23,7 @@ class EngineLoader:
         bundle: the opened bundle.
         device: where the engines run.
         kind: the engine kind.
-        recorder: what captures CUDA graphs, or None.
+        recorder: what captures CUDA graphs, or None where the engine kind cannot be captured.
 
     Args:
         bundle: the opened bundle.
@@ -48,7 +48,7 @@ class EngineLoader:
         kinds = sorted({record.kind for record in bundle.manifest.engines if record.component == "step"})
         self.bundle, self.device, self._dtype = bundle, device, dtype
         self.kind = kind or ("torch" if "torch" in kinds or not kinds else kinds[0])
-        self.recorder = recorder
+        self.recorder = None if self.kind == "onnxruntime" else recorder  # it allocates while it runs
         self._engines: dict[str, Engine] = {}
         if self.kind not in kinds:
             raise EngineMismatch(

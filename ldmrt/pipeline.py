@@ -20,6 +20,7 @@ from ldmrt.capture import Recorder
 from ldmrt.config import parse_device
 from ldmrt.decoding import Decoding
 from ldmrt.denoise import Denoiser
+from ldmrt.engines.protocol import Engine
 from ldmrt.errors import BadRequest, EngineMismatch, NumericalError
 from ldmrt.loader import EngineLoader
 from ldmrt.lora import Lora
@@ -406,6 +407,7 @@ class Pipeline:
             r for r in self._loader.records("step", (job.width, job.height)) if (r.rows or 1) // per_image >= images
         ]
         record = records[0]
+        _check_tokens(self._loader.load(record), tokens)
         capacity = (record.rows or 1) // per_image
         evaluations = max(64, 1 << (table.evaluations - 1).bit_length())
         key = (job.width, job.height, record.rows or 1, capacity, tokens, evaluations, table.uses_noise)
@@ -491,6 +493,17 @@ def conditioning(embedding: Embedding, job: Job) -> dict[str, torch.Tensor]:
         sizes = (job.height, job.width, 0, 0, job.height, job.width)
         inputs["time_ids"] = torch.tensor(sizes, dtype=torch.float32, device=embedding.states.device)
     return inputs
+
+
+def _check_tokens(step: Engine, tokens: int) -> None:
+    """Check that a prompt's length is the engine's, if that is fixed: a dimension of a step's text inputs is free but in TensorRT plans."""
+    for spec in step.inputs.values():
+        if len(spec.shape) == 3 and isinstance(spec.shape[1], int) and spec.shape[1] != tokens:
+            raise BadRequest(
+                f'the prompt takes {tokens} tokens, and this engine is made for {spec.shape[1]}: shorten it, use long_prompt="cut", '
+                "or build with --engine torch",
+                param="prompt",
+            )
 
 
 class _Clock:

@@ -76,9 +76,9 @@ def test_graphs_are_portable_text(tiny_bundle: Path) -> None:
     assert str(tiny_bundle) not in (tiny_bundle / MANIFEST).read_text()
 
 
-def test_loading_onto_a_device_it_was_not_built_for(tiny_bundle_onnx: Path) -> None:
+def test_loading_onto_a_device_that_the_library_has_no_provider_for(tiny_bundle_onnx: Path) -> None:
     bundle = Bundle.open(tiny_bundle_onnx)
-    with pytest.raises(EngineMismatch, match="was built for the CPU, the device is cuda:0"):
+    with pytest.raises(EngineMismatch, match="is for the CPU alone, the device is cuda:0"):
         bundle.load(bundle.find("decoder", kind="onnxruntime")[0], torch.device("cuda:0"))
 
 

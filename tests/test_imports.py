@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "triton")
+HEAVY = (
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "tensorrt_rtx_bindings",
+    "triton",
+)
 
 # Put before a script, it makes those packages look as if they were not installed.
 BLOCK = f"""
@@ -32,7 +42,7 @@ def python(code: str) -> str:
 
 @pytest.mark.parametrize(
     "module",
-    ["ldmrt", "ldmrt.pipeline", "ldmrt.bundle", "ldmrt.engines.onnxruntime", "ldmrt.cli"],
+    ["ldmrt", "ldmrt.pipeline", "ldmrt.bundle", "ldmrt.engines.onnxruntime", "ldmrt.engines.plan", "ldmrt.cli"],
 )
 def test_the_runtime_imports_no_package_of_the_build(module: str) -> None:
     # torch imports triton by itself where it is installed; torch is loaded first so as to see what we add.

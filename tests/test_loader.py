@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ldmrt.bundle import Bundle, EngineRecord
+from ldmrt.capture import Recorder
 from ldmrt.errors import EngineMismatch
 from ldmrt.loader import EngineLoader
 
@@ -39,6 +40,12 @@ def test_the_best_precision_of_the_device(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     assert only(EngineLoader(bundle, CPU, None, None).records("step")) == ("torch", dtype)
+
+
+def test_what_cannot_be_captured_is_not(bundle: Bundle) -> None:
+    recorder = Recorder(torch.device("cuda"))
+    assert EngineLoader(bundle, CPU, "onnxruntime", None, recorder).recorder is None
+    assert EngineLoader(bundle, CPU, "torch", None, recorder).recorder is recorder
 
 
 def test_a_gpu_takes_the_narrow_one(bundle: Bundle) -> None:

@@ -7,12 +7,28 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from ldmrt.errors import EngineMismatch
+
+_log = logging.getLogger("ldmrt.tensorrt")
+
+# What the library calls information is for those who look for a fault in it.
+_LEVELS = {
+    "INTERNAL_ERROR": logging.ERROR,
+    "ERROR": logging.ERROR,
+    "WARNING": logging.WARNING,
+    "INFO": logging.DEBUG,
+    "VERBOSE": logging.DEBUG - 5,
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +42,7 @@ class Library:
         least: the oldest version that is known to work, (major, minor).
         targets: the architectures it builds for whatever GPU is there, or None if it builds for the GPU at hand alone.
         compiles_at_run_time: whether a plan is finished on the GPU that runs it, and what was compiled there is worth keeping (its
-            runtime cache).
+            runtime cache). Such a library also captures CUDA graphs by itself, and knows which plans cannot be captured.
     """
 
     kind: str
@@ -62,6 +78,11 @@ class Library:
             )
         return module
 
+    @property
+    def rebuild(self) -> str:
+        """What cures a plan that does not fit."""
+        return f"build it again with `ldmrt build-engines MODEL --out DIR --engine {self.kind}`"
+
 
 # TensorRT for RTX finishes a plan on the GPU that runs it, so it needs none to build one. It has none of the
 # data centre's (sm_90, sm_100), and for Turing's (sm_75) its builder fails on networks as large as a U-Net.
@@ -79,6 +100,68 @@ LIBRARIES = {
         ),
     )
 }
+
+
+@cache
+def log(library: Library) -> Any:
+    """The one `ILogger` of a library in this process. It logs to `ldmrt.tensorrt`, and keeps the last errors in `errors`.
+
+    Raises:
+        EngineMismatch: the library cannot be used here.
+    """
+
+    class Log(library.load().ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: deque[str] = deque(maxlen=8)
+
+        def log(self, severity: Any, msg: str) -> None:
+            level = _LEVELS[severity.name]
+            if level >= logging.ERROR:
+                self.errors.append(" ".join(msg.split()))
+            _log.log(level, "%s", msg)
+
+    return Log()
+
+
+@cache
+def runtime(library: Library) -> Any:
+    """The one `Runtime` of a library in this process.
+
+    Raises:
+        EngineMismatch: the library cannot be used here.
+    """
+    return library.load().Runtime(log(library))
+
+
+def check(
+    label: str, library: Library, targets: Sequence[str], versions: Mapping[str, str], architecture: str | None
+) -> None:
+    """Check that a plan can run here, before it is read.
+
+    Args:
+        label: how to call it in a message.
+        library: what runs it.
+        targets: the GPU architectures that it was built for, such as `sm_89`.
+        versions: of the libraries that made it.
+        architecture: of the GPU that is to run it, or None for a CPU.
+
+    Raises:
+        EngineMismatch: there is no GPU or another one, or another version of the library, or none.
+    """
+    built_for = ", ".join(targets)
+    if architecture is None:
+        raise EngineMismatch(f"{label} was built for GPUs ({built_for}), the device is a CPU: use --engine torch")
+    if architecture not in targets:
+        possible = library.targets is None or architecture in library.targets
+        cure = f"{library.rebuild[:-1]} --target {architecture}`" if possible else "use --engine torch"
+        raise EngineMismatch(f"{label} was built for {built_for}, the GPU here is {architecture}: {cure}")
+    found, built = str(library.load().__version__), versions.get(library.kind, "unknown")
+    if found != built:
+        raise EngineMismatch(
+            f"{label} was built with {library.kind} {built}, {found} is installed, and a plan runs with its own version alone: "
+            f"{library.rebuild}, or install {built}"
+        )
 
 
 def gpu_at_hand() -> str | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from ldmrt.engines.onnxruntime import OnnxRuntimeEngine
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.engines.torch import TorchEngine
 from ldmrt.errors import BundleError, EngineMismatch
@@ -16,8 +18,7 @@ from ldmrt.export.onnx import write_onnx
 from ldmrt.graph import Dim, Graph, Node, Ref
 from ldmrt.weights import WeightFile, write
 
-pytest.importorskip("onnxruntime")
-from ldmrt.engines.onnxruntime import OnnxRuntimeEngine
+onnxruntime = pytest.importorskip("onnxruntime")
 
 F32 = torch.float32
 ROWS = Dim("rows")
@@ -127,3 +128,52 @@ def test_without_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(EngineMismatch, match=r"pip install 'ldmrt\[onnxruntime\]'"):
         OnnxRuntimeEngine(tmp_path / "any.onnx", threads=1)
+
+
+# ---------------------------------------------------------------------------------------------------- on a GPU
+
+CUDA = "CUDAExecutionProvider"
+
+
+def test_without_the_cuda_provider(tmp_path: Path) -> None:
+    if CUDA in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime-gpu is installed")
+    with pytest.raises(EngineMismatch, match=r"for the CPU alone, the device is cuda:0: `pip install 'ldmrt\[onnx"):
+        OnnxRuntimeEngine(tmp_path / "any.onnx", threads=1, device=torch.device("cuda:0"))
+
+
+def test_what_the_cuda_provider_is_told_and_that_it_must_not_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session that is really made runs on the CPU, as one whose provider cannot be loaded."""
+    written(tmp_path, 3)
+    asked: list[Any] = []
+    session = onnxruntime.InferenceSession
+
+    def made(path: str, options: Any, providers: list[Any]) -> Any:
+        asked.extend(providers)
+        return session(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", made)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=1234))
+    with pytest.raises(EngineMismatch, match="fell back to the CPU, expected cuda:1"):
+        OnnxRuntimeEngine(tmp_path / "layer.onnx", threads=1, device=torch.device("cuda:1"))
+    assert asked == [(CUDA, {"device_id": "1", "user_compute_stream": "1234"}), "CPUExecutionProvider"]
+
+
+@pytest.mark.gpu
+def test_on_the_gpu(tmp_path: Path) -> None:
+    if CUDA not in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime-gpu is not installed")
+    _, reference = written(tmp_path, "rows")
+    engine = OnnxRuntimeEngine(tmp_path / "layer.onnx", threads=1, device=torch.device("cuda"))
+    for rows in (3, 5):
+        given = {name: value.cuda() for name, value in values(rows).items()}
+        expected = reference.run(values(rows))["result"]
+        # Four products a sum, perhaps rounded to TF32's 10 bits.
+        torch.testing.assert_close(engine.run(given)["result"].cpu(), expected, rtol=0, atol=2e-2)
+        buffers = {**given, "result": torch.zeros(rows, 6, device="cuda")}
+        engine.bind(buffers)
+        engine.enqueue()
+        torch.testing.assert_close(buffers["result"].cpu(), expected, rtol=0, atol=2e-2)
