@@ -1,5 +1,6 @@
 # make demo    a fresh machine with Python 3.11 to 3.13 -> a picture
 # make test    a fresh machine -> the test suite (without slow, gpu, rtx and browser)
+# make test-rtx  the tests marked rtx
 # make check   format, lint, types
 # make builtin compiles the built-in model again
 # make sanitize  the C++ operators' tests under the address and undefined behaviour sanitizers
@@ -17,7 +18,7 @@ MARKS  ?= not slow and not gpu and not rtx and not browser
 # Python files are not listed: the install is editable, so they are used as they are.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: demo test check format-check lint types check-native sanitize format builtin clean
+.PHONY: demo test test-rtx check format-check lint types check-native sanitize format builtin clean
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/ldmrt generate "a red circle on a white background" --seed 2 --out demo.png
@@ -25,6 +26,10 @@ demo: $(VENV)/.stamp-demo
 
 test: $(VENV)/.stamp-test
 	@$(BIN)/python -m pytest -m "$(MARKS)" $(ARGS)
+
+# Builds TensorRT plans for GPUs that are not there; installs TensorRT for RTX (100 MB).
+test-rtx: $(VENV)/.stamp-rtx
+	@$(BIN)/python -m pytest -m "rtx and not slow and not gpu" $(ARGS)
 
 check: format-check lint types
 
@@ -77,6 +82,10 @@ $(VENV)/.stamp-test: $(SOURCES) | $(VENV)/.stamp-venv
 	$(INSTALL) --editable ".[export,onnxruntime,triton]" --group test
 	@$(BIN)/python -c "import ldmrt.kernels"
 	@touch $@ $(VENV)/.stamp-demo
+
+$(VENV)/.stamp-rtx: $(VENV)/.stamp-test
+	$(INSTALL) --editable ".[tensorrt-rtx]"
+	@touch $@
 
 $(VENV)/.stamp-lint: $(VENV)/.stamp-test
 	$(INSTALL) --group lint

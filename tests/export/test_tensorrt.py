@@ -14,10 +14,16 @@ from typing import Any
 import pytest
 
 import ldmrt
-from ldmrt.bundle import MANIFEST, Bundle
+from ldmrt.bundle import MANIFEST, Bundle, FileRecord
 from ldmrt.engines.tensorrt import LIBRARIES
-from ldmrt.errors import BuildError
+from ldmrt.errors import BuildError, EngineMismatch
+from ldmrt.export.build import _Build, _Draft
+from ldmrt.export.folder import BundleFolder
+from ldmrt.export.options import Options
+from ldmrt.export.source import Source
 from ldmrt.export.tensorrt import build_plan
+from ldmrt.graph import Graph
+from ldmrt.pipeline import Pipeline
 from ldmrt.verify import read_trials, waiting
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'ldmrt[tensorrt-rtx]'", exc_type=ImportError)
@@ -67,6 +73,28 @@ def test_the_same_build_again_reuses_the_plans(rtx_bundle: Path, tiny_model: Pat
     before = {path: path.stat().st_mtime_ns for path in rtx_bundle.rglob("*.plan")}
     ldmrt.build_engines(tiny_model, rtx_bundle, engine="tensorrt-rtx", targets=reversed(TARGETS))  # type: ignore[arg-type]
     assert {path: path.stat().st_mtime_ns for path in rtx_bundle.rglob("*.plan")} == before
+
+
+def test_a_plan_does_not_run_on_a_cpu(rtx_bundle: Path) -> None:
+    with pytest.raises(EngineMismatch, match=r"was built for GPUs \(sm_86, sm_89, sm_120\), the device is a CPU"):
+        Pipeline.from_bundle(rtx_bundle, device="cpu")("a cat", num_inference_steps=1)
+
+
+def test_the_key_changes_with_what_shapes_a_plan(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(targets: tuple[str, ...] = ("sm_89",), level: int | None = None, workspace: int | None = None) -> str:
+        options = Options("tensorrt-rtx", "float16", ((64, 64),), (1,), targets, level, workspace)
+        build = _Build(Source.open(tiny_model), BundleFolder(tmp_path), options, lambda _what, _done, _total: None)
+        build.weights = {"vae": FileRecord(file="weights/vae", sha256="0" * 64)}
+        graph = Graph(name="decoder", inputs=(), weights={}, constants={}, nodes=(), outputs={})
+        return build.key(_Draft(graph, (64, 64), 1, "float16"), "vae")
+
+    keys = [key(), key(("sm_86",)), key(("sm_86", "sm_89")), key(level=3), key(level=4), key(workspace=1 << 30)]
+    assert keys[0] == key()
+    monkeypatch.setattr(RTX.load(), "__version__", "1.99.0")
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
 
 
 def onnx_of(bundle: Path, component: str) -> Path:
