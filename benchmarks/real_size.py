@@ -1,7 +1,9 @@
 """Build a model of real size and make a picture from it: seconds and peak memory, as rows of the ledger.
 
     python benchmarks/real_size.py [--architecture sd15] [--dtype bfloat16] [--steps 4] [--work DIR] [--no-record]
+    python benchmarks/real_size.py --engine tensorrt-rtx --target sm_86 --target sm_89 --target sm_120
 
+The second form builds plans for GPUs that need not be there, and draws no picture.
 Uses `ldmrt` as installed, through its commands, each in a process of its own. Needs about 5 GB of disk for SD1.5.
 """
 
@@ -38,28 +40,54 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default="sd15")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--engine", default="torch", choices=("torch", "tensorrt", "tensorrt-rtx"))
+    parser.add_argument("--target", action="append", default=[], help="such as sm_89; repeatable")
+    parser.add_argument("--dtype", default=None, help="default: bfloat16, for plans float16")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--work", type=Path, default=None, help="where to put the checkpoint and the bundle; kept")
     parser.add_argument("--no-record", action="store_true", help="print the rows only")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
-        model, bundle, picture = work / args.architecture, work / "bundle", work / "picture.png"
+        plans = args.engine != "torch"
+        args.dtype = args.dtype or ("float16" if plans else "bfloat16")
+        model, bundle, picture = work / args.architecture, work / f"bundle-{args.engine}", work / "picture.png"
         if not model.is_dir():
             write_checkpoint(args.architecture, model, dtype=dtype_of("float16"))
         ldmrt = [sys.executable, "-P", "-m", "ldmrt"]
-        rows = {
-            "build-engines": timed(
-                *ldmrt, "build-engines", str(model), "--out", str(bundle), "--dtype", args.dtype, "--engine", "torch"
-            ),
-            "generate": timed(
-                *ldmrt, "generate", "a photograph", "--engines", str(bundle), "--steps", str(args.steps), "--seed", "0",
-                "--out", str(picture)
-            ),
-        }  # fmt: skip
+        build = [
+            *ldmrt,
+            "build-engines",
+            str(model),
+            "--out",
+            str(bundle),
+            "--dtype",
+            args.dtype,
+            "--engine",
+            args.engine,
+        ]
+        rows = {"build-engines": timed(*build, *(part for target in args.target for part in ("--target", target)))}
+        if not plans:
+            draw = [
+                *ldmrt,
+                "generate",
+                "a photograph",
+                "--engines",
+                str(bundle),
+                "--steps",
+                str(args.steps),
+                "--seed",
+                "0",
+            ]
+            rows["generate"] = timed(*draw, "--out", str(picture))
         for name, figures in rows.items():
-            facts = {"architecture": args.architecture, "dtype": args.dtype, "threads": os.cpu_count(), **figures}
+            facts = {
+                "architecture": args.architecture,
+                "engine": args.engine,
+                "dtype": args.dtype,
+                "targets": args.target,
+            }
+            facts |= {"threads": os.cpu_count(), **figures}
             if name == "generate":
                 facts["steps"] = args.steps
             if args.no_record:

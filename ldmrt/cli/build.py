@@ -38,8 +38,14 @@ def build_engines(
         list[str] | None,
         typer.Option(
             metavar="SM",
-            help="GPU architecture to compile kernels for, such as sm_89; repeatable. Needs Triton here, but no GPU.",
+            help="GPU architecture to compile kernels and TensorRT plans for, such as sm_89; repeatable. Needs Triton here, but no GPU.",
         ),
+    ] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(metavar="N", help="How long TensorRT searches for fast kernels, 0 to 5.")
+    ] = None,
+    workspace: Annotated[
+        int | None, typer.Option(metavar="MIB", help="The most memory that a layer of a TensorRT plan may use, in MiB.")
     ] = None,
     lora: Annotated[
         list[LoraChoice] | None,
@@ -66,6 +72,8 @@ def build_engines(
             batch_sizes=batch or (1,),
             dtype=dtype.value,
             targets=target or (),
+            optimization_level=optimization_level,
+            workspace=None if workspace is None else workspace << 20,
             loras=lora or (),
             on_progress=lambda what, done, total: update(description=what, completed=done, total=total),
         )
@@ -95,4 +103,6 @@ def build_engines(
     ]
     table(rows, ["component", "engine", "dtype", "size", "rows", "error", "allowed", "status"])
     typer.echo(f"\n{len(engines)} engines in {out} after {seconds:.1f} s. Next:")
+    if any(record.trials is not None and record.certificate.status != "verified" for record in engines):
+        typer.echo(f"  ldmrt verify {shlex.quote(str(out))}   (on a machine with the GPU)")
     typer.echo(f'  ldmrt generate "a prompt" --engines {shlex.quote(str(out))}')
