@@ -241,10 +241,10 @@ class _Build:
         old = self.folder.old.audits if self.folder.old is not None else ()
         found = next((record for record in old if record.key == key), None)
         if found is None:
-            files = {name: file for file, name in checkpoint.keys.values()}
+            modules = {key: module for module, (_, key) in checkpoint.keys.items()}
             # What random inputs reach, the extreme ones exceed.
             tried = [trial for trial in trials() if trial.kind != "random"]
-            ranges = audit(draft.graph, lambda name: files[name][name].float(), tried)
+            ranges = audit(draft.graph, lambda name: checkpoint.load(modules[name]).float(), tried)
             widened = {name: float(f"{largest:.3g}") for name, largest in too_large(ranges).items()}
             found = AuditRecord(
                 component=draft.graph.name, kind=self.options.engine, size=draft.size, key=key, widened=widened

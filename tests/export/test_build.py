@@ -256,6 +256,13 @@ def test_a_bundle_with_a_lora(
     assert contents(made.path) == before
 
 
+def test_the_audit_sees_fused_weights(tiny_model: Path, tmp_path: Path, write_lora: Any) -> None:
+    path = write_lora(tmp_path / "style.safetensors", tiny_model)
+    with pytest.raises(BuildError, match=r"the weight .* reaches .*, float16 holds at most 65504"):
+        ldmrt.build_engines(tiny_model, tmp_path / "out", dtype="float16", loras=[(path, 1e9)])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_lora_in_the_models_own_folder_is_refused(tiny_model: Path, tmp_path: Path, write_lora: Any) -> None:
     path = write_lora(tmp_path / "style.safetensors", tiny_model)
     before = contents(tiny_model)
