@@ -48,7 +48,7 @@ def usage(cubin: bytes) -> Usage:
     """
     try:
         return _usage(cubin)
-    except (struct.error, UnicodeDecodeError, LookupError) as error:
+    except (struct.error, UnicodeDecodeError, LookupError, OverflowError) as error:
         raise ValueError(f"not a cubin, or a damaged one: {error!r}") from None
 
 

@@ -22,8 +22,8 @@ CPU = torch.device("cpu")
 class FakeEncoder:
     """Hidden states that say which ids they are of: id + 1000 per layer, in every channel; pooled: how many windows follow."""
 
-    def __init__(self, *, pooled: bool = False) -> None:
-        self.inputs: Mapping[str, TensorSpec] = {}
+    def __init__(self, *, pooled: bool = False, rows: int | str = "rows") -> None:
+        self.inputs: Mapping[str, TensorSpec] = {"input_ids": TensorSpec("input_ids", (rows, 77), torch.int64)}
         self.outputs = {"hidden_states": TensorSpec("hidden_states", (LAYERS, "rows", 77, WIDTH), torch.float32)}
         if pooled:
             self.outputs["text_embeds"] = TensorSpec("text_embeds", ("rows", POOLED), torch.float32)
@@ -91,6 +91,16 @@ def test_windows_follow_one_another(encoder: PromptEncoder) -> None:
     assert cond.states[:, 0].tolist() == windows[0][0][0].flatten().tolist()
     assert uncond is not None
     assert uncond.states.shape == cond.states.shape
+
+
+def test_an_engine_of_one_row_takes_the_windows_one_by_one(tiny_model: Path, encoder: PromptEncoder) -> None:
+    engine = FakeEncoder(rows=1)
+    narrow = PromptEncoder([TextModel(Tokenizer.from_folder(tiny_model / "tokenizer"), engine)], CPU)
+    asked = job("a b c " * 60)
+    windows = narrow.tokenize(asked)
+    (one,), (all_at_once,) = (each.embed(asked, windows, NOTHING) for each in (narrow, encoder))
+    assert torch.equal(one[0].states, all_at_once[0].states)
+    assert engine.runs == sum(len(ids) for ids in (windows[0][0][0], windows[0][1][0]))
 
 
 def test_clip_skip_is_a_layer(encoder: PromptEncoder) -> None:

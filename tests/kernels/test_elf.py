@@ -58,7 +58,9 @@ def test_registers_stack_and_parameters(tmp_path: Path, arch: str, assembler: st
     assert (found.stack > 0) == (int(stack[2]) > 0) == (registers < 255)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x7fELF", b"\x7fELF\x02" + bytes(200), b"{}" * 100])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x7fELF", b"\x7fELF\x02" + bytes(200), b"\x7fELF\x02" + b"\xff" * 200, b"{}" * 100]
+)
 def test_what_is_no_cubin_is_refused(content: bytes) -> None:
     with pytest.raises(ValueError, match="cubin"):
         elf.usage(content)
