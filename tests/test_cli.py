@@ -340,6 +340,10 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         "bfloat16",
         *target,
         *loras,
+        "--optimization-level",
+        4,
+        "--workspace",
+        2,
         "--json",
     )
     assert given == {
@@ -348,6 +352,8 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         "sizes": [(512, 768), (64, 64)],
         "batch_sizes": [2, 3],
         "dtype": "bfloat16",
+        "optimization_level": 4,
+        "workspace": 2 << 20,
         "targets": ["sm_89"],
         "loras": [(Path("a.safetensors"), 1.0), (Path("b.safetensors"), 0.5)],
     }
