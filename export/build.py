@@ -339,8 +339,7 @@ class _Build:
     def reusable(self, key: str) -> EngineRecord | None:
         """The engine that is there already, if it is the same and undamaged."""
         old = self.folder.old.engines if self.folder.old is not None else ()
-        files = {e.key: [*e.files, *([e.trials] if e.trials else [])] for e in old}
-        return next((e for e in old if e.key == key and all(map(self.folder.holds, files[key]))), None)
+        return next((e for e in old if e.key == key and all(map(self.folder.holds, e.all_files))), None)
 
     def write_engine(self, draft: _Draft, key: str, weights: str) -> EngineRecord:
         """Write an engine's files; the certificate is still to come."""
@@ -385,15 +384,8 @@ class _Build:
             self.on_progress(f"{component}: {kind}, {phase} {done}/{total}", self.done - 1, self.total)
 
         def write(path: Path) -> str:
-            build_plan(
-                LIBRARIES[kind],
-                self.folder.path / f"{stem}.onnx",
-                path,
-                targets=self.options.targets,
-                optimization_level=self.options.optimization_level,
-                workspace=self.options.workspace,
-                on_phase=show,
-            )
+            onnx = self.folder.path / f"{stem}.onnx"
+            build_plan(LIBRARIES[kind], onnx, path, on_phase=show, **self.plan_options(kind))
             return sha256(path)
 
         return self.folder.write(f"plans/{stem}.plan", write)

@@ -63,7 +63,7 @@ class Certificate(_Record):
     """What is known of an engine's correctness.
 
     Attributes:
-        status: `verified`, or `unverified` and why; what was verified in its stead is then in `reference`.
+        status: `verified`, or `unverified` and why, and what was verified in its stead.
         reference: what it was compared with.
         relative_error: relative L2 error of the outputs, by kind of input (`random`, `real`).
         tolerance: the largest error that the build accepts.
@@ -105,6 +105,11 @@ class EngineRecord(_Record):
     versions: dict[str, str]
     certificate: Certificate
     trials: FileRecord | None = None
+
+    @property
+    def all_files(self) -> tuple[FileRecord, ...]:
+        """The engine's files, its trials included."""
+        return self.files if self.trials is None else (*self.files, self.trials)
 
     @property
     def label(self) -> str:
@@ -262,9 +267,7 @@ class Bundle:
         yield from self.manifest.weights.values()
         yield from self.manifest.kernels
         for engine in self.manifest.engines:
-            yield from engine.files
-            if engine.trials is not None:
-                yield engine.trials
+            yield from engine.all_files
 
     def locate(self, name: str) -> Path:
         """The path of a file of the bundle.

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ldmrt.engines.gpu import Gpu
 from ldmrt.errors import EngineMismatch
 
 _log = logging.getLogger("ldmrt.tensorrt")
@@ -166,7 +167,4 @@ def check(
 
 def gpu_at_hand() -> str | None:
     """The architecture of the GPU here, such as `sm_89`, or None."""
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"
+    return Gpu(torch.device("cuda")).architecture if torch.cuda.is_available() else None
