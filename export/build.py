@@ -409,6 +409,8 @@ class _Build:
         reference = f"{library} {importlib.metadata.version(library)} {name}, float32" + (
             ", LoRAs fused" if checkpoint.fused else ""
         )
+        if self.device_for(records).type == "cuda":
+            reference += f", on {gpu_at_hand()}"
         made = [expected[number] for number in tried]
         certificates = {
             record.key: certify(record.label, record.dtype, shown, found[record.key], made, reference)
@@ -429,11 +431,16 @@ class _Build:
         """Whether an engine is for another GPU than the one at hand."""
         return record.kind in LIBRARIES and gpu_at_hand() not in record.targets
 
+    def device_for(self, records: list[EngineRecord]) -> torch.device:
+        """Where engines are verified: on the GPU what is made for one, if it is there; float32 on the CPU, without TF32."""
+        own = any(r.kind in LIBRARIES or (r.kind == "torch" and r.dtype != "float32") for r in records)
+        foreign = any(self.is_foreign(record) for record in records)
+        return torch.device("cuda" if own and not foreign and gpu_at_hand() is not None else "cpu")
+
     def outputs(self, records: list[EngineRecord], trials: list[Trial]) -> dict[str, list[dict[str, torch.Tensor]]]:
         """What each engine makes of each trial, by the engine's key; `context` and `schedule` run within `step`."""
         bundle = Bundle(self.folder.path, self.manifest(()))
-        plans = any(record.kind in LIBRARIES and not self.is_foreign(record) for record in records)
-        device = torch.device("cuda" if plans else "cpu")
+        device = self.device_for(records)
         named = {record.component: record for record in records}
 
         def load(record: EngineRecord, component: str) -> Engine:

@@ -169,10 +169,11 @@ def test_a_lora_under_a_captured_step(
 
 
 def test_kernels_from_the_bundle(tiny_model: Path, tmp_path: Path) -> None:
-    """Cubins alone, as where Triton is not installed; they are what Triton would compile here, so the bits are the same."""
+    """Verified on this GPU; then cubins alone, as where Triton is not installed: they are what Triton would compile here, to the bit."""
     major, minor = torch.cuda.get_device_capability()
     target = f"sm_{major}{minor}"
-    ldmrt.build_engines(tiny_model, tmp_path / "bundle", dtype="float16", targets=[target])
+    bundle = ldmrt.build_engines(tiny_model, tmp_path / "bundle", dtype="float16", targets=[target])
+    assert all(engine.certificate.reference.endswith(f", on {target}") for engine in bundle.manifest.engines)
     script = (
         "import sys, torch, ldmrt\n"
         "latents = ldmrt.Pipeline.from_bundle(sys.argv[1], device='cuda')('a test', num_inference_steps=4, seed=1,"
