@@ -85,7 +85,7 @@ def check_unet(session: Session, model: Model, figures: Figures) -> None:
     expected = _in_float32(lambda: wrap(model.original("unet", torch.float32))(*inputs.values())[0])
     with torch.inference_mode():
         engines = (model.engine("context"), model.engine("schedule"), model.engine("step", 2))
-        found = run_denoiser(*engines, inputs)["model_output"]
+        found = run_denoiser(*engines, inputs, model.device)["model_output"].to(model.device)
     session.synchronize()
     _compare(figures, found, expected, model.dtype)
 

@@ -126,7 +126,7 @@ def _against(session: Session, model: Model, ours: Denoiser, loops: dict[str, Lo
     inputs["timesteps"] = torch.full_like(inputs["timesteps"], float(loops[newest].timesteps[0][0]))
     with torch.inference_mode():
         engines = (model.engine("context"), model.engine("schedule"), model.engine("step", 2))
-        found = run_denoiser(*engines, inputs)["model_output"]
+        found = run_denoiser(*engines, inputs, model.device)["model_output"].to(model.device)
     model.admit(ours)
     ours.steps(model.steps)
     errors = {
