@@ -130,7 +130,7 @@ def run(name: str, *arguments: Tensor | float | None) -> None:
         name: the symbol.
         arguments: tensors, as pointers; None for a null pointer; numbers.
     """
-    _function(name)(*(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments))
+    _function(name)(*[each.data_ptr() if isinstance(each, Tensor) else each for each in arguments])
 
 
 @cache
@@ -142,7 +142,9 @@ def _function(name: str) -> Any:
 
 def vector(values: Tensor | None) -> Tensor | None:
     """A vector in float32, side by side in memory, as the bodies take weights and biases."""
-    return None if values is None else values.float().contiguous()
+    if values is None or (values.dtype == torch.float32 and values.is_contiguous()):
+        return values
+    return values.float().contiguous()
 
 
 def available() -> bool:
