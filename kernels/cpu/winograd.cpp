@@ -5,8 +5,8 @@
 // seen at kSide^2 points of two polynomials, and there a convolution is a product for each point: of its matrix of (tiles, channels)
 // and of its weights (channels, out). 2.25 times fewer multiplications than the sum over a filter for tiles of 2, 4 times fewer for 4.
 //
-// Tiles are taken in blocks: what is kept of one is as much as there is room for in the second-level caches, or more if the weights,
-// which each block reads anew, are much larger.
+// Tiles are taken in blocks: what is kept of one is as much as there is room for in the second-level cache, or more if the weights,
+// which each block reads anew, are much larger. A large picture has blocks for every thread; of a small one the threads share a block.
 #include <omp.h>
 
 #include "operators.h"
@@ -19,7 +19,7 @@ namespace {
 
 constexpr std::int64_t kPanel = 16;          // columns of weights that lie side by side
 constexpr int kRows = kLanes == 16 ? 12 : 6; // of a block of sums: as many as there are registers for
-constexpr std::int64_t kCacheBytes = 1 << 20, kLeastTiles = 96;
+constexpr std::int64_t kCacheBytes = 1 << 20, kLeastTiles = 96, kMostTiles = 512;
 
 // The points 0, 1, -1 and infinity.
 struct Tile2 {
@@ -123,34 +123,13 @@ class Picture {
         high_(padded(w.height, kTile) / kTile),
         wide_(padded(w.width, kTile) / kTile),
         tiles_(w.rows * high_ * wide_),
+        shared_(tiles_ < 2 * kLeastTiles * omp_get_max_threads()),
         block_(tiles_of_a_block()),
         // Odd numbers of cache lines between points, which else would share the few places that a cache has for one address.
         pixel_point_(padded(block_ * w.channels, 2 * kLine) + kLine),
         result_point_(padded(block_ * w.out, 2 * kLine) + kLine) {}
 
-  void run() const {
-    Scratch<float> scratch(kPoints * (pixel_point_ + result_point_));
-    float *const pixels = scratch.data(), *const results = pixels + kPoints * pixel_point_;
-    const std::int64_t panels = w_.out / kPanel, pairs = padded(panels, 2) / 2;
-    const bool parallel = tiles_ * kPoints * w_.channels * w_.out >= kParallelProducts;
-#pragma omp parallel if (parallel)
-    {
-      const std::int64_t chunk = larger_of(1, kPoints * pairs / (16 * omp_get_num_threads()));
-      for (std::int64_t first = 0; first < tiles_; first += block_) {
-        const std::int64_t count = smaller(block_, tiles_ - first);
-#pragma omp for schedule(static)
-        for (std::int64_t tile = 0; tile < count; ++tile) take(first + tile, pixels + tile * w_.channels);
-#pragma omp for schedule(dynamic, chunk)
-        for (std::int64_t task = 0; task < kPoints * pairs; ++task) {
-          const std::int64_t point = task / pairs, panel = task % pairs * 2;
-          product(pixels + point * pixel_point_, count, w_.channels, w_.weight + (point * panels + panel) * kPanel * w_.channels,
-                  smaller(2, panels - panel), results + point * result_point_ + panel * kPanel, w_.out);
-        }
-#pragma omp for schedule(static)
-        for (std::int64_t tile = 0; tile < count; ++tile) give(first + tile, results + tile * w_.out);
-      }
-    }
-  }
+  void run() const { shared_ ? together() : each_alone(); }
 
  private:
   static constexpr int kTile = Tile::kTile, kSide = Tile::kSide, kPoints = kSide * kSide;
@@ -160,9 +139,55 @@ class Picture {
 
   std::int64_t tiles_of_a_block() const {
     const std::int64_t bytes = kPoints * 4 * (w_.channels + w_.out);
-    const std::int64_t most = larger_of(kCacheBytes * omp_get_max_threads() / bytes, kLeastTiles);
+    const std::int64_t most = shared_ ? kMostTiles : smaller(kMostTiles, larger_of(kCacheBytes / bytes, kLeastTiles));
     const std::int64_t count = padded(tiles_, most) / most;
     return padded(tiles_, count) / count;
+  }
+
+  std::int64_t panels() const { return w_.out / kPanel; }
+  std::int64_t pairs() const { return padded(panels(), 2) / 2; }
+  std::int64_t numbers() const { return kPoints * (pixel_point_ + result_point_); }
+
+  void each_alone() const {
+#pragma omp parallel
+    {
+      Scratch<float> scratch(numbers());
+      float *const pixels = scratch.data(), *const results = pixels + kPoints * pixel_point_;
+#pragma omp for schedule(dynamic)
+      for (std::int64_t first = 0; first < tiles_; first += block_) {
+        const std::int64_t count = smaller(block_, tiles_ - first);
+        for (std::int64_t tile = 0; tile < count; ++tile) take(first + tile, pixels + tile * w_.channels);
+        for (std::int64_t task = 0; task < kPoints * pairs(); ++task) multiply(task, count, pixels, results);
+        for (std::int64_t tile = 0; tile < count; ++tile) give(first + tile, results + tile * w_.out);
+      }
+    }
+  }
+
+  void together() const {
+    Scratch<float> scratch(numbers());
+    float *const pixels = scratch.data(), *const results = pixels + kPoints * pixel_point_;
+    const bool parallel = tiles_ * kPoints * w_.channels * w_.out >= kParallelProducts;
+#pragma omp parallel if (parallel)
+    {
+      const std::int64_t tasks = kPoints * pairs(), chunk = larger_of(1, tasks / (16 * omp_get_num_threads()));
+      for (std::int64_t first = 0; first < tiles_; first += block_) {
+        const std::int64_t count = smaller(block_, tiles_ - first);
+#pragma omp for schedule(static)
+        for (std::int64_t tile = 0; tile < count; ++tile) take(first + tile, pixels + tile * w_.channels);
+#pragma omp for schedule(dynamic, chunk)
+        for (std::int64_t task = 0; task < tasks; ++task) multiply(task, count, pixels, results);
+        // Nobody waits: the next block's pixels are in another place, and its results come after all threads have taken them.
+#pragma omp for schedule(static) nowait
+        for (std::int64_t tile = 0; tile < count; ++tile) give(first + tile, results + tile * w_.out);
+      }
+    }
+  }
+
+  // Two panels of the results at a point.
+  void multiply(std::int64_t task, std::int64_t count, const float* pixels, float* results) const {
+    const std::int64_t point = task / pairs(), panel = task % pairs() * 2;
+    product(pixels + point * pixel_point_, count, w_.channels, w_.weight + (point * panels() + panel) * kPanel * w_.channels,
+            smaller(2, panels() - panel), results + point * result_point_ + panel * kPanel, w_.out);
   }
 
   // The pixels of a tile at all points.
@@ -209,7 +234,9 @@ class Picture {
   }
 
   const Winograd& w_;
-  const std::int64_t high_, wide_, tiles_, block_, pixel_point_, result_point_;
+  const std::int64_t high_, wide_, tiles_;
+  const bool shared_;  // whether threads share a block
+  const std::int64_t block_, pixel_point_, result_point_;
 };
 
 // From (out, channels, 3, 3) to (points, out / 16, channels, 16), computed in float64 and rounded once.

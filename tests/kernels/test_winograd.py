@@ -20,7 +20,7 @@ bodies = pytest.mark.parametrize("body", at_levels(winograd.conv2d_winograd))
 sizes = pytest.mark.parametrize("size", [2, 4])
 
 # x (rows, channels, height, width), and channels of the result: tiles that the picture does not fill, one pixel, odd numbers of panels,
-# several blocks of tiles, sums of many terms.
+# blocks of tiles that threads share or have alone, sums of many terms.
 SHAPES = [
     ((2, 32, 8, 8), 32),
     ((2, 32, 7, 5), 48),
@@ -114,6 +114,18 @@ def test_against_float64(body: Body, shape: tuple[int, ...], out: int, size: win
     assert_right(found, x, weight, size)
     # Of the whole picture: float32's own sums are off by 4e-7 to 2e-6.
     assert relative_error(found, F.conv2d(x.double(), weight.double(), padding=1)) < {2: 3e-6, 4: 2e-5}[size]
+
+
+def test_many_threads_share_several_blocks() -> None:
+    x, weight = given((2, 16, 97, 66), 16)
+    packed = winograd.pack(weight, 4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        found = winograd.conv2d_winograd(x, packed)
+    finally:
+        torch.set_num_threads(threads)
+    assert_right(found, x, weight, 4)
 
 
 @bodies
