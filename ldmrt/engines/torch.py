@@ -19,6 +19,7 @@ from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.graph import Argument, Dim, Graph, Node, Ref, substitute
 from ldmrt.kernels.convolution import arranged_weight
 from ldmrt.kernels.linear import arranged_gated, arranged_linear
+from ldmrt.kernels.winograd import extent
 from ldmrt.operators import CREATING, resolve
 from ldmrt.parameters import Parameters, fitting
 
@@ -56,18 +57,29 @@ class _Recipe(NamedTuple):
 class _Arrangement(NamedTuple):
     """For an operator whose second argument, weights, is best read in an order that only the device's library knows.
 
-    `make` makes that order of the weights, and of the arguments after them if it takes those; `op` is the operator that reads it.
+    `make` makes that order of the weights and of what `arguments` gives of a node; `op` is the operator that reads it.
     """
 
     make: Callable[..., torch.Tensor]
-    takes_arguments: bool
+    arguments: Callable[[Node], tuple[Any, ...]]
     op: str
 
 
+def _no_arguments(_node: Node) -> tuple[Any, ...]:
+    return ()
+
+
+def _of_convolution(node: Node) -> tuple[Any, ...]:
+    """Stride, padding, and the extent of the results, which matters in float32 alone."""
+    height, width = node.shape[2:]
+    known = node.dtype == torch.float32 and isinstance(height, int) and isinstance(width, int)
+    return (*node.args[2:], extent(height, width) if known else None)
+
+
 _ARRANGEMENTS: Mapping[str, _Arrangement] = {
-    "aten.linear.default": _Arrangement(arranged_linear, takes_arguments=False, op="ldmrt.linear.default"),
-    "ldmrt.conv2d.default": _Arrangement(arranged_weight, takes_arguments=True, op="ldmrt.conv2d.default"),
-    "ldmrt.linear_geglu.default": _Arrangement(arranged_gated, takes_arguments=False, op="ldmrt.linear_geglu.default"),
+    "aten.linear.default": _Arrangement(arranged_linear, _no_arguments, "ldmrt.linear.default"),
+    "ldmrt.conv2d.default": _Arrangement(arranged_weight, _of_convolution, "ldmrt.conv2d.default"),
+    "ldmrt.linear_geglu.default": _Arrangement(arranged_gated, _no_arguments, "ldmrt.linear_geglu.default"),
 }
 
 
@@ -184,7 +196,7 @@ class TorchEngine:
                 continue
             rest = node.args[2:]
             found[node.name] = weight.name
-            makers[node.name] = arrangement.make, rest if arrangement.takes_arguments else ()
+            makers[node.name] = arrangement.make, arrangement.arguments(node)
             changed.append(node.replace(op=arrangement.op, args=(node.args[0], Ref(f"{node.name} arranged"), *rest)))
         return changed, found, makers
 

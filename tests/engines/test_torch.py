@@ -14,8 +14,10 @@ from ldmrt.engines.protocol import TensorSpec
 from ldmrt.engines.torch import TorchEngine
 from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.graph import Dim, Graph, Node, Ref
+from ldmrt.kernels import native
 from ldmrt.operators import ALLOWED, CREATING, resolve
 from ldmrt.parameters import Parameters
+from ldmrt.verify import relative_error
 
 CPU = torch.device("cpu")
 F32 = torch.float32
@@ -325,6 +327,28 @@ def test_convolutions_read_weights_as_the_library_has_them(ordered: bool) -> Non
     agree(2 * weight.flip(0))
     parameters.restore()
     assert torch.equal(engines[1].run({"x": x})["out"], before)
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
+def test_convolutions_of_two_pictures_share_weights_where_one_order_suits_both(dtype: torch.dtype) -> None:
+    """In float32 weights depend on the picture's size (kernels/winograd.py), whether it is large or small; in bfloat16 they do not."""
+    weight = torch.randn(32, 32, 3, 3, generator=torch.Generator().manual_seed(2)).div(17).to(dtype)
+    parameters = Parameters.of({"w": weight}, CPU)
+    for side, arranged in ((4, 1), (16, 2), (17, 2)):
+        made = Node("made", "ldmrt.conv2d.default", (Ref("x"), Ref("w"), 1, 1), {}, (ROWS, 32, side, side), dtype)
+        part = Graph(
+            name="part",
+            inputs=(spec("x", "rows", 32, side, side, dtype=dtype),),
+            weights={"w": spec("w", 32, 32, 3, 3, dtype=dtype)},
+            constants={},
+            nodes=(made,),
+            outputs={"out": "made"},
+        )
+        x = torch.randn(2, 32, side, side, generator=torch.Generator().manual_seed(3)).to(dtype)
+        found = TorchEngine(part, parameters, CPU).run({"x": x})["out"]
+        expected = F.conv2d(x.double(), weight.double(), padding=1)
+        assert relative_error(found, expected) < (1e-5 if dtype == F32 else 1e-2)
+        assert len(parameters._derived) == (arranged if dtype == F32 and native.takes_winograd() else 1)
 
 
 @pytest.mark.parametrize("op", ["aten.linear.default", "ldmrt.linear_geglu.default"])
