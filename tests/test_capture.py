@@ -23,7 +23,9 @@ from ldmrt.kernels.sampler import sampler_step_reference
 from ldmrt.loader import EngineLoader
 from ldmrt.parameters import Parameters
 from ldmrt.pipeline import Pipeline
-from ldmrt.schedule import NoiseSchedule, SamplerTable, ddim
+from ldmrt.samplers.ddim import ddim
+from ldmrt.samplers.table import SamplerTable
+from ldmrt.schedule import NoiseSchedule
 from tests.replay import HostSyncError, Recorder
 
 CPU = torch.device("cpu")

@@ -15,7 +15,8 @@ import torch
 import ldmrt
 from ldmrt.kernels.sampler import WIDTH, Column, advance, sampler_step
 from ldmrt.pipeline import Pipeline
-from ldmrt.schedule import NoiseSchedule, ddim
+from ldmrt.samplers.ddim import ddim
+from ldmrt.schedule import NoiseSchedule
 
 pytestmark = [
     pytest.mark.gpu,
