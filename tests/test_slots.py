@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -223,6 +224,8 @@ def test_without_noise_nothing_is_allocated_for_it() -> None:
         ({"uncond_row": 2}, "model row 2 is taken: no two may share one"),
         ({"latents": torch.zeros(1, *LATENT)}, "latents have shape (1, 4, 3, 5), expected (4, 3, 5)"),
         ({"table": ddim(SCHEDULE, 32)}, "evaluates the model 32 times, expected at most 31"),
+        ({"guidance_rescale": 0.5}, "guidance is to be rescaled, for which no room was made"),
+        ({"table": ddim(replace(SCHEDULE, thresholding=True), 2)}, "ddim is to threshold, for which no room was made"),
         ({"table": ddim(SCHEDULE, 2, eta=1.0)}, "noise is missing, expected shape (2, 4, 3, 5)"),
         ({"table": ddim(SCHEDULE, 2, eta=1.0), "noise": torch.zeros(LATENT)}, "noise is of shape (4, 3, 5)"),
     ],

