@@ -52,7 +52,7 @@ def main() -> None:
         steps = 2 * arguments.steps if patient else arguments.steps
         result = pipe(arguments.prompt, num_inference_steps=steps, seed=arguments.seed, sampler=name)
         pictures[f"{choice.title}, {steps} steps" if patient else choice.title] = result.images[0]
-    sheet(pictures).save(arguments.out)
+    sheet(pictures).save(arguments.out, optimize=True)
 
 
 if __name__ == "__main__":

@@ -169,11 +169,11 @@ def _spaced(
     else:
         # A step that is not exact in binary can make this one element too long.
         timesteps = np.arange(schedule.train_steps, 0, -schedule.train_steps / count).round() - 1
-    timesteps = timesteps[:count].astype(np.float64)
-    if timesteps[0] > last:
+    visited = timesteps[:count].astype(np.float64)
+    if visited[0] > last:
         raise BadRequest(
-            f"{count} steps with steps_offset {schedule.steps_offset} begin at timestep {timesteps[0]:.0f}, but the model"
+            f"{count} steps with steps_offset {schedule.steps_offset} begin at timestep {visited[0]:.0f}, but the model"
             f" was trained up to {last}: ask for fewer steps",
             param="num_inference_steps",
         )
-    return timesteps
+    return visited

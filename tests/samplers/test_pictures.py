@@ -40,7 +40,7 @@ def pipe(tiny_bundle: Path) -> Pipeline:
 def test_latents_are_diffusers(pipe: Pipeline, reference: Any, name: str, rescale: float) -> None:
     config, original = reference.scheduler.config, reference.scheduler
     reference.scheduler = scheduler_class(SAMPLERS[name].scheduler).from_config(config, **OPTIONS.get(name, {}))
-    given = {
+    given: dict[str, Any] = {
         "prompt": "a red circle",
         "num_inference_steps": 5,
         "guidance_scale": 5.0,
@@ -59,7 +59,7 @@ def test_latents_are_diffusers(pipe: Pipeline, reference: Any, name: str, rescal
 def test_a_red_circle_is_a_red_circle(shapes: Pipeline, name: str) -> None:
     """By a red region as large and as round as a circle is, on white. The model was not distilled, so LCM and TCD blur it."""
     # These two extrapolate their last four evaluations, and overshoot at 20 steps with the model's guidance of 5; so does diffusers.
-    given = {"guidance_scale": 2.5} if name in ("pndm", "lms") else {}
+    given: dict[str, Any] = {"guidance_scale": 2.5} if name in ("pndm", "lms") else {}
     result = shapes("a large red circle on a white background", seed=1, sampler=name, output_type="np", **given)
     assert result.job.num_inference_steps == 20
     picture = result.images[0]

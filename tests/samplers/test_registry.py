@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -38,6 +39,25 @@ def test_what_people_type(typed: str, name: str, title: str) -> None:
     choice = resolve(typed)
     assert (choice.name, choice.title) == (name, title)
     assert resolve(name) == resolve(title) == choice
+
+
+def test_the_documentation_shows_the_registry() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "samplers.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")
+    ]
+    assert rows == [
+        [
+            f"`{one.name}`",
+            ", ".join(f"`{name}`" for name in (one.title, *one.aliases)),
+            one.evaluations,
+            "with eta" if one.eta else "yes" if one.noise else "no",
+            "yes" if one.sigmas else "no",
+            f"`{one.scheduler}`",
+            one.source,
+        ]
+        for one in SAMPLERS.values()
+    ]
 
 
 def test_every_name_means_one_sampler() -> None:
