@@ -115,6 +115,8 @@ def test_captured_calls_do_not_touch_each_other(tiny_bundle: Path) -> None:
         {"guidance_scale": 1.0},
         {},
         {"prompt": "a red circle " * 40},
+        {"sampler": "dpm++ 2m sde karras", "guidance_rescale": 0.7},
+        {"sampler": "heun"},
     ]
     alone = [
         Pipeline.from_bundle(tiny_bundle, device="cuda")(**{"prompt": "a", **ARGUMENTS, **c}).latents for c in cases

@@ -128,7 +128,8 @@ def solver_levels(
     else:
         sigmas = _between(schedule.sigmas[-1], schedule.sigmas[0], count, spacing)
         timesteps = timestep_of(schedule, sigmas)
-        timesteps = timesteps.round() if spacing == "karras" and rounded_karras else np.trunc(timesteps)
+        # The noisiest level is the last timestep's, whichever way its logarithm was rounded.
+        timesteps = timesteps.round() if spacing == "karras" and rounded_karras else np.trunc(timesteps + 1e-6)
     return Levels(timesteps, np.append(sigmas, 0.0))
 
 

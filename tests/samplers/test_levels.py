@@ -47,6 +47,11 @@ def test_exponential_levels_are_even_in_their_logarithm() -> None:
     np.testing.assert_allclose(steps, steps[0])
 
 
+def test_the_solvers_begin_at_the_last_timestep() -> None:
+    for count in range(1, 60):
+        assert solver_levels(SCHEDULE, count, "exponential").timesteps[0] == 999
+
+
 def test_the_timestep_of_a_level_of_training() -> None:
     at = np.array([0.0, 12.0, 700.0, 999.0])
     np.testing.assert_allclose(timestep_of(SCHEDULE, SCHEDULE.sigmas[at.astype(int)]), at)

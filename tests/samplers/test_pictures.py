@@ -35,8 +35,10 @@ def pipe(tiny_bundle: Path) -> Pipeline:
 
 
 # The path that DPM++ SDE draws there is a tree of torchsde's, whose numbers are its own.
-@pytest.mark.parametrize("rescale", [0.0, 0.7])
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "dpm++ sde"])
+@pytest.mark.parametrize(
+    ("name", "rescale"),
+    [*((name, 0.0) for name in SAMPLERS if name != "dpm++ sde"), ("ddim", 0.7), ("heun", 0.3), ("unipc", 1.0)],
+)
 def test_latents_are_diffusers(pipe: Pipeline, reference: Any, name: str, rescale: float) -> None:
     config, original = reference.scheduler.config, reference.scheduler
     reference.scheduler = scheduler_class(SAMPLERS[name].scheduler).from_config(config, **OPTIONS.get(name, {}))
