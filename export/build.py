@@ -574,6 +574,7 @@ class _Build:
                     height=height,
                     num_inference_steps=int(given.get("num_inference_steps", 50)),
                     guidance_scale=self.guidance_scale,
+                    sampler=self.source.sampler,
                 ),
             ),
             source=self.source_files,

@@ -16,6 +16,7 @@ import torch
 
 from ldmrt.errors import BadRequest, BuildError
 from ldmrt.lora import Lora, check_scale, fused
+from ldmrt.samplers.registry import default_sampler, resolve
 from ldmrt.weights import Entry, WeightFile
 
 
@@ -104,6 +105,12 @@ class Source:
     def name(self) -> str:
         """The folder's name."""
         return self.path.resolve().name
+
+    @property
+    def sampler(self) -> str:
+        """The sampler to use where nothing else is asked for: the maker's recommendation, or the scheduler's of diffusers."""
+        given = self.defaults.get("sampler")
+        return default_sampler(self.configs["scheduler"]) if given is None else resolve(given).name
 
     @classmethod
     def open(cls, path: Path) -> Source:
@@ -314,6 +321,10 @@ def _check_values(
     for key in ("width", "height", "num_inference_steps"):
         check("ldmrt-defaults.json", defaults, key, "a whole number")
     check("ldmrt-defaults.json", defaults, "guidance_scale", "a number")
+    try:
+        resolve(str(defaults.get("sampler", "ddim")))
+    except BadRequest as error:
+        raise BuildError(f"{path / 'ldmrt-defaults.json'}: {error}") from error
     channels = configs["vae"].get("block_out_channels")
     if not isinstance(channels, list) or not 1 <= len(channels) <= 8:
         raise BuildError(

@@ -15,7 +15,7 @@ import torch
 from ldmrt.capture import Recorder, Work
 from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.errors import EngineMismatch
-from ldmrt.schedule import SamplerTable
+from ldmrt.samplers.table import SamplerTable
 from ldmrt.slots import Slots
 
 Conditioning = Mapping[str, torch.Tensor]
@@ -41,6 +41,8 @@ class Denoiser:
         tokens: length of the text embeddings.
         evaluations: the most model evaluations of one image.
         with_noise: whether samplers that draw noise may be admitted.
+        with_rescale: whether guidance may be rescaled.
+        with_thresholds: whether samplers that threshold may be admitted.
         device: where all of it lies.
         recorder: captures the step as a CUDA graph; None to launch its kernels one by one, as on a CPU.
         generation: counts the changes of the weights. What was computed from other weights is then computed anew, for the
@@ -57,6 +59,8 @@ class Denoiser:
         tokens: int,
         evaluations: int,
         with_noise: bool,
+        with_rescale: bool = False,
+        with_thresholds: bool = False,
         device: torch.device,
         recorder: Recorder | None = None,
         generation: Callable[[], int] = lambda: 0,
@@ -73,6 +77,8 @@ class Denoiser:
             device=device,
             model_dtype=latents.dtype,
             with_noise=with_noise,
+            with_rescale=with_rescale,
+            with_thresholds=with_thresholds,
         )
         self._slot_of_row = torch.zeros(rows, dtype=torch.int64, device=device)
         # A row's entries of the schedule's tables are its own: its text may have a say in them.
@@ -113,6 +119,7 @@ class Denoiser:
         cond: Conditioning,
         uncond: Conditioning | None,
         noise: torch.Tensor | None = None,
+        guidance_rescale: float = 0.0,
     ) -> None:
         """Put an image into a slot.
 
@@ -125,6 +132,7 @@ class Denoiser:
                 and what else the model has.
             uncond: the same for the negative prompt, or None for no guidance.
             noise: (evaluations, C, h, w) float32 for a sampler that draws noise.
+            guidance_rescale: how far to bring the deviation of the guided output back, 0 to 1; ignored without `uncond`.
 
         Raises:
             EngineMismatch: there is no row left for it.
@@ -149,6 +157,7 @@ class Denoiser:
             cond_row=first,
             uncond_row=None if uncond is None else first + 1,
             noise=noise,
+            guidance_rescale=guidance_rescale,
         )
         self._admitted[slot] = _Admitted(table, conditionings)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ldmrt.errors import BadRequest
-from ldmrt.schedule import SamplerTable
+from ldmrt.samplers.table import SamplerTable
 
 Generators = torch.Generator | Sequence[torch.Generator]
 

@@ -27,7 +27,9 @@ from ldmrt.lora import Lora
 from ldmrt.noise import Generators, draw
 from ldmrt.parameters import Parameters
 from ldmrt.request import Defaults, Job, LongPrompt, Request, resolve
-from ldmrt.schedule import NoiseSchedule, SamplerTable, sampler_table
+from ldmrt.samplers.make import sampler_table
+from ldmrt.samplers.table import SamplerTable
+from ldmrt.schedule import NoiseSchedule
 from ldmrt.text import Embedding, Given, PromptEncoder, TextModel
 from ldmrt.tokenizer import Tokenizer
 
@@ -144,6 +146,7 @@ class Pipeline:
         width: int | None = None,
         height: int | None = None,
         *,
+        guidance_rescale: float = 0.0,
         generator: Generators | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
@@ -162,12 +165,14 @@ class Pipeline:
             negative_prompt: what not to show; one for all prompts or one each.
             num_inference_steps: denoising steps.
             guidance_scale: classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598); at most 1 is without.
-            sampler: `ddim`.
-            eta: DDIM's noise, 0 to 1.
+            sampler: such as `ddim`, `Euler a` or `dpm++ 2m karras`; docs/samplers.md lists them.
+            eta: the noise of `ddim` and `tcd`, 0 to 1.
             seed: of the first image; image i has seed + i. Drawn, and reported in the result, if not given.
             num_images_per_prompt: images for each prompt.
             width: in pixels, a size that the bundle has engines for.
             height: in pixels.
+            guidance_rescale: brings the deviation of the guided output back to that of the unguided one, from 0, not at all, to 1
+                (Lin et al. 2023, arXiv 2305.08891, section 3.4); against pictures that are too bright.
             generator: a `torch.Generator` on the CPU for all images, or one for each; instead of `seed`.
             latents: (n, C, h, w) float32, standard normal, instead of noise from a seed.
             prompt_embeds: (1 or n, tokens, width), instead of encoding the prompt.
@@ -194,6 +199,7 @@ class Pipeline:
                 negative_prompt=negative_prompt,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
+                guidance_rescale=guidance_rescale,
                 sampler=sampler,
                 eta=eta,
                 seed=seed,
@@ -234,6 +240,7 @@ class Pipeline:
                                 cond=conditioning(cond, job),
                                 uncond=None if uncond is None else conditioning(uncond, job),
                                 noise=None if noises is None else noises[number],
+                                guidance_rescale=job.guidance_rescale,
                             )
                     with clock("denoise"):
                         decoding = (
@@ -410,7 +417,9 @@ class Pipeline:
         _check_tokens(self._loader.load(record), tokens)
         capacity = (record.rows or 1) // per_image
         evaluations = max(64, 1 << (table.evaluations - 1).bit_length())
-        key = (job.width, job.height, record.rows or 1, capacity, tokens, evaluations, table.uses_noise)
+        rescaled = job.do_cfg and job.guidance_rescale > 0
+        features = (table.uses_noise, rescaled, table.thresholds)
+        key = (job.width, job.height, record.rows or 1, capacity, tokens, evaluations, *features)
         if key not in self._denoisers:
             # A step engine is bound to one set of buffers: whoever had it before gives it up.
             self._denoisers = {k: v for k, v in self._denoisers.items() if k[:3] != key[:3]}
@@ -422,6 +431,8 @@ class Pipeline:
                 tokens=tokens,
                 evaluations=evaluations,
                 with_noise=table.uses_noise,
+                with_rescale=rescaled,
+                with_thresholds=table.thresholds,
                 device=self.device,
                 recorder=self._loader.recorder,
                 generation=lambda: self._loader.generation("step"),

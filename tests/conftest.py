@@ -227,6 +227,7 @@ def write_model(folder: Path, *, version: int, seed: int) -> None:
     vae.save_pretrained(folder / "vae")
     _write_tokenizer(folder / "tokenizer", vocabulary, merges, tokens, pad="!" if second else END)
     _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULERS[version])
+    _write_json(folder / "ldmrt-defaults.json", _DEFAULTS)
     _write_json(
         folder / "model_index.json",
         {
@@ -299,6 +300,7 @@ def write_model_xl(folder: Path, *, seed: int) -> None:
     _write_tokenizer(folder / "tokenizer_2", vocabulary, merges, 77, pad="!")
     schedule = {**_SCHEDULERS[1], "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
     _write_json(folder / "scheduler" / "scheduler_config.json", schedule)
+    _write_json(folder / "ldmrt-defaults.json", _DEFAULTS)
     _write_json(
         folder / "model_index.json",
         {
@@ -318,6 +320,8 @@ def write_model_xl(folder: Path, *, seed: int) -> None:
     )
 
 
+# What tests compare with is diffusers' DDIM, unless they say otherwise.
+_DEFAULTS = {"sampler": "ddim"}
 _NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 _SCHEDULERS: dict[int, dict[str, Any]] = {
     # As in the two models' own files.

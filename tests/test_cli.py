@@ -29,6 +29,7 @@ from ldmrt.cli.options import parse_lora
 from ldmrt.errors import BuildError
 from ldmrt.export.folder import BundleFolder
 from ldmrt.image import parse_parameters, read_parameters
+from ldmrt.samplers.registry import SAMPLERS
 
 
 class Ended(NamedTuple):
@@ -184,6 +185,18 @@ def test_a_picture_says_how_it_was_made(generate: Run) -> None:
     assert expected.items() <= found.settings.items()
 
 
+def test_samplers_have_the_names_that_others_know(generate: Run, run: Run, tiny_bundle: Path) -> None:
+    ended = generate("--seed", 7, "--sampler", "DPM++ 2m_SDE Karras", "--guidance-rescale", 0.5, "--json")
+    assert json.loads(ended.out)["settings"]["sampler"] == "dpm++ 2m sde karras"
+    found = parse_parameters(read_parameters("ldmrt-7.png") or "").settings
+    assert (found["Sampler"], found["Guidance rescale"]) == ("DPM++ 2M SDE Karras", "0.5")
+    pipe = ldmrt.Pipeline.from_bundle(tiny_bundle, "cpu")
+    result = pipe("a red circle", "", 2, seed=7, sampler="dpmpp_2m_sde_karras", guidance_rescale=0.5)
+    assert np.array_equal(content(Path("ldmrt-7.png")), np.asarray(result.images[0]))
+    shown = " ".join(run("generate", "--help").out.split())
+    assert all(name in shown for name in SAMPLERS)
+
+
 def test_names_that_we_choose_are_never_taken(generate: Run) -> None:
     Path("ldmrt-7.png").write_text("mine")
     assert "ldmrt-7-1.png" in generate("--seed", 7).out
@@ -258,7 +271,8 @@ def test_generate_json(generate: Run, tiny_bundle: Path) -> None:
         (["--num-images", "100000"], ["at most", "fewer"]),
         (["--eta", "2"], ["--eta is 2", "expected"]),
         (["--clip-skip", "99"], ["--clip-skip is 99, expected"]),
-        (["--sampler", "magic"], ["--sampler is 'magic', expected"]),
+        (["--sampler", "magic"], ["--sampler is 'magic', expected", "dpm++ 2m", "karras"]),
+        (["--guidance-rescale", "2"], ["--guidance-rescale is 2", "expected"]),
         (["--size", "100x64"], ["width is 100", "multiple of 8"]),
         (["--size", "128x64"], ["no engine for 128x64", "64x64", "build-engines"]),
         (["--engine", "onnxruntime"], ["no onnxruntime engine", "build-engines"]),

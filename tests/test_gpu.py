@@ -15,7 +15,8 @@ import torch
 import ldmrt
 from ldmrt.kernels.sampler import WIDTH, Column, advance, sampler_step
 from ldmrt.pipeline import Pipeline
-from ldmrt.schedule import NoiseSchedule, ddim
+from ldmrt.samplers.ddim import ddim
+from ldmrt.schedule import NoiseSchedule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -114,6 +115,8 @@ def test_captured_calls_do_not_touch_each_other(tiny_bundle: Path) -> None:
         {"guidance_scale": 1.0},
         {},
         {"prompt": "a red circle " * 40},
+        {"sampler": "dpm++ 2m sde karras", "guidance_rescale": 0.7},
+        {"sampler": "heun"},
     ]
     alone = [
         Pipeline.from_bundle(tiny_bundle, device="cuda")(**{"prompt": "a", **ARGUMENTS, **c}).latents for c in cases

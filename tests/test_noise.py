@@ -8,7 +8,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ldmrt.errors import BadRequest
 from ldmrt.noise import draw
-from ldmrt.schedule import NoiseSchedule, ddim
+from ldmrt.samplers.ddim import ddim
+from ldmrt.schedule import NoiseSchedule
 
 SHAPE = (4, 8, 6)
 QUIET = ddim(NoiseSchedule(), 3)

@@ -24,7 +24,9 @@ from ldmrt.export.component import PREFIX, Component
 from ldmrt.export.source import KINDS, Source
 from ldmrt.graph import Graph, specialize
 from ldmrt.parameters import Parameters
-from ldmrt.schedule import NoiseSchedule, SamplerTable, ddim
+from ldmrt.samplers.ddim import ddim
+from ldmrt.samplers.table import SamplerTable
+from ldmrt.schedule import NoiseSchedule
 
 ARCHITECTURES = Path(__file__).parents[1] / "architectures"
 

@@ -24,10 +24,17 @@ from ldmrt.cli.options import (
 )
 from ldmrt.cli.output import print_json, progress_bar, shown_warnings
 from ldmrt.errors import BadRequest
+from ldmrt.samplers.registry import SAMPLERS, resolve as find_sampler
 
 if TYPE_CHECKING:
     from ldmrt.pipeline import Pipeline
     from ldmrt.request import Job
+
+
+_SAMPLER_HELP = (
+    f"{', '.join(SAMPLERS)}, or what other programs call them (Euler a); most with karras or exponential behind the name."
+    " Default: the model's."
+)
 
 
 class LongPromptChoice(StrEnum):
@@ -48,8 +55,11 @@ def generate(
         float | None,
         typer.Option(metavar="F", help="How closely to follow the prompt; 1: without guidance. Default: the model's."),
     ] = None,
-    sampler: Annotated[str | None, typer.Option(metavar="NAME", help="ddim.")] = None,
-    eta: Annotated[float, typer.Option(metavar="F", help="Noise added by DDIM in each step, 0 to 1.")] = 0.0,
+    guidance_rescale: Annotated[
+        float, typer.Option(metavar="F", help="Keeps guidance from making pictures too bright, 0 (off) to 1.")
+    ] = 0.0,
+    sampler: Annotated[str | None, typer.Option(metavar="NAME", help=_SAMPLER_HELP)] = None,
+    eta: Annotated[float, typer.Option(metavar="F", help="Noise added by ddim and tcd in each step, 0 to 1.")] = 0.0,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Image i is drawn from seed N + i. Default: drawn, and reported.")
     ] = None,
@@ -123,6 +133,7 @@ def generate(
             negative_prompt=negative_prompt,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
             sampler=sampler,
             eta=eta,
             seed=seed,
@@ -178,6 +189,7 @@ def _draw(pipe: Pipeline, job: Job, destination: Destination, timings: dict[str,
                 len(seeds),
                 job.width,
                 job.height,
+                guidance_rescale=job.guidance_rescale,
                 clip_skip=job.clip_skip,
                 long_prompt=job.long_prompt,
                 on_step=lambda step, latents: update(advance=len(latents)),
@@ -205,6 +217,8 @@ def _parameters(pipe: Pipeline, job: Job, number: int) -> str:
     from ldmrt.image import parameters_text
 
     extra: dict[str, object] = {"Eta": f"{job.eta:g}"} if job.eta else {}
+    if job.guidance_rescale:
+        extra["Guidance rescale"] = f"{job.guidance_rescale:g}"
     if job.clip_skip:
         extra["Clip skip"] = job.clip_skip + 1  # AUTOMATIC1111 counts from 1
     if pipe.loras:
@@ -213,7 +227,7 @@ def _parameters(pipe: Pipeline, job: Job, number: int) -> str:
         job.prompts[0],
         job.negative_prompts[0],
         steps=job.num_inference_steps,
-        sampler=job.sampler,
+        sampler=find_sampler(job.sampler).title,
         guidance_scale=job.guidance_scale,
         seed=job.seeds[number],
         width=job.width,
@@ -229,6 +243,7 @@ def _settings(pipe: Pipeline, job: Job) -> dict[str, Any]:
         "negative_prompt": job.negative_prompts[0],
         "num_inference_steps": job.num_inference_steps,
         "guidance_scale": job.guidance_scale,
+        "guidance_rescale": job.guidance_rescale,
         "sampler": job.sampler,
         "eta": job.eta,
         "seed": job.seeds[0],

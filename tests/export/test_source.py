@@ -47,12 +47,24 @@ def test_a_model_is_recognised(tiny_model: Path) -> None:
     assert (source.kind.name, source.name) == ("stable-diffusion", "tiny")
     assert set(source.configs) == {"unet", "vae", "text_encoder", "scheduler"}
     assert downscale(source) == 8
-    assert not source.defaults
+    assert source.defaults == {"sampler": "ddim"}
 
 
 def test_the_makers_recommendations_are_read(model: Path) -> None:
     (model / "ldmrt-defaults.json").write_text('{"guidance_scale": 5.0}')
     assert Source.open(model).defaults == {"guidance_scale": 5.0}
+
+
+def test_the_sampler_is_the_makers_or_that_of_the_scheduler(model: Path) -> None:
+    recommended = model / "ldmrt-defaults.json"
+    recommended.write_text('{"sampler": "DPM++ 2M Karras"}')
+    assert Source.open(model).sampler == "dpm++ 2m karras"
+    recommended.unlink()
+    assert Source.open(model).sampler == "pndm"
+    for name in ("magic", 3):
+        recommended.write_text(json.dumps({"sampler": name}))
+        with pytest.raises(BuildError, match=f"ldmrt-defaults.json: sampler is '{name}', expected one of: ddim"):
+            Source.open(model)
 
 
 @pytest.mark.parametrize("folder", ["unet", "vae", "text_encoder"])
