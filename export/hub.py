@@ -134,7 +134,7 @@ def _quiet() -> Any:
     """A progress bar that shows nothing: the build has one of its own."""
     from tqdm.auto import tqdm
 
-    class Quiet(tqdm):
+    class Quiet(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
 
