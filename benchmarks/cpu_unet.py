@@ -38,7 +38,7 @@ from ldmrt.bundle import Bundle
 from ldmrt.export.verify import noise
 from ldmrt.graph import dtype_of, specialize
 from ldmrt.verify import relative_error
-from original_layout import original
+from original_layout import in_original_layout
 from random_checkpoint import write_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "cpu_unet.jsonl"
@@ -125,7 +125,10 @@ def prepare(arguments: argparse.Namespace, work: Path) -> None:
         command = [sys.executable, "-P", "-m", "ldmrt", "build-engines", str(work / "model"), "--out", str(bundle)]
         subprocess.run([*command, "--dtype", arguments.dtype, "--engine", "torch"], check=True)
     if ORIGINAL in arguments.contenders.split(",") and not (work / "original.safetensors").is_file():
-        save_file({name: each.contiguous() for name, each in original(work / "model")}, work / "original.safetensors")
+        save_file(
+            {name: each.contiguous() for name, each in in_original_layout(work / "model")},
+            work / "original.safetensors",
+        )
     batch = arguments.batch
     config = json.loads((work / "model" / "unet" / "config.json").read_text())
     side = config["sample_size"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -124,7 +125,7 @@ def _latent_shape(source: Source, size: tuple[int, int]) -> tuple[int, int, int]
 
 
 def _prompt_ids(source: Source, folder: str, prompts: Sequence[str]) -> torch.Tensor:
-    tokenizer = Tokenizer.from_folder(source.path / source.kind.tokenizers[folder])
+    tokenizer = Tokenizer.from_folder(source.tokenizer_folder(folder))
     return torch.cat([torch.from_numpy(tokenizer.windows(prompt, 1).ids) for prompt in prompts])
 
 
@@ -209,7 +210,7 @@ def instantiate(source: Source, folder: str) -> torch.nn.Module:
     except Exception as error:  # whatever a constructor makes of values that nobody has checked
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BuildError(
-            f"{source.path / folder / 'config.json'} does not describe a model ({reason}); copy the model again"
+            f"{source.config_file(folder)} does not describe a model ({reason}); copy the model again"
         ) from error
     return module.eval()
 
@@ -226,6 +227,11 @@ def _network(folder: str, config: dict[str, Any]) -> torch.nn.Module:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     classes: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    # diffusers would leave out what it does not know, and the network would be another one.
+    known = inspect.signature(classes[folder].__init__).parameters
+    unknown = [key for key, value in config.items() if key not in known and key[:1] != "_" and value is not None]
+    if unknown:
+        raise ValueError(f"{classes[folder].__name__} does not know {', '.join(unknown[:3])}: update diffusers")
     module: torch.nn.Module = classes[folder].from_config(config)
     return module
 

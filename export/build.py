@@ -39,6 +39,7 @@ from ldmrt.export.cubins import architecture, compile_kernels
 from ldmrt.export.folder import BundleFolder
 from ldmrt.export.options import Options
 from ldmrt.export.passes.widen import widen
+from ldmrt.export.resolve import resolve
 from ldmrt.export.source import Checkpoint, Source
 from ldmrt.export.verify import reference_outputs
 from ldmrt.graph import Graph, dtype_of, rename_values, specialize, to_json
@@ -64,12 +65,16 @@ def build_engines(
     optimization_level: int | None = None,
     workspace: int | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
+    base: str | Path | None = None,
+    vae: str | Path | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Bundle:
     """Compile a model into a bundle, or add engines to the bundle that is there.
 
     Args:
-        model: folder of a model in the diffusers layout.
+        model: folder of a model in the diffusers layout, safetensors file in the original one, or id on the Hub (see `export.resolve`).
         out: the bundle's folder. If it is the model's own, the weights are used where they lie and are not written again.
         engine: `auto` (torch), `torch`, `onnxruntime` (CPU, float32), `tensorrt` (for the GPU at hand) or `tensorrt-rtx` (for any of
             its GPUs, whether it is there or not). `context` and `schedule` are on the torch engine in any case.
@@ -82,6 +87,10 @@ def build_engines(
         optimization_level: how long TensorRT searches for fast kernels, 0 to 5; its own default if None.
         workspace: the most memory in bytes that a layer of a TensorRT plan may use besides its tensors; no limit if None.
         loras: LoRA files to fuse into the weights, each with its scale. A bundle holds the weights of one set of LoRAs.
+        base: the model that has what a file does not: folder, file or id on the Hub.
+        vae: the VAE to take instead of the model's own: folder, file or id on the Hub.
+        variant: which copy of the weights to take where there are several, such as `fp16`.
+        revision: branch, tag or commit of an id on the Hub.
         on_progress: called with (what is being done, steps done, steps in all).
 
     Returns:
@@ -93,7 +102,9 @@ def build_engines(
         BundleError: a weight file is damaged.
     """
     _require("diffusers", "transformers")
-    source = Source.open(Path(model))
+    report = on_progress or (lambda _what, _done, _total: None)
+    report(f"opening {model}", 0, 1)
+    source = resolve(model, base=base, vae=vae, variant=variant, revision=revision)
     if loras:
         source = source.with_loras(loras)
     options = Options.resolve(
@@ -110,8 +121,7 @@ def build_engines(
         _require("triton")
     if options.engine != "torch":
         _require("onnx", "onnxscript", "onnxruntime")
-    build = _Build(source, BundleFolder(Path(out)), options, on_progress or (lambda _what, _done, _total: None))
-    return build.run()
+    return _Build(source, BundleFolder(Path(out)), options, report).run()
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,7 @@ class _Build:
     @property
     def in_place(self) -> bool:
         """Whether the bundle is the model's own folder."""
-        return self.folder.path.resolve() == self.source.path.resolve()
+        return self.folder.path.resolve() == self.source.path.resolve() and not self.source.parts
 
     @property
     def guidance_scale(self) -> float:
@@ -494,25 +504,29 @@ class _Build:
         copies = sum(
             entry.nbytes // entry.dtype.itemsize * dtype_of(self.precision(folder)).itemsize
             for folder in self.source.folders
-            for path in self.source.weight_files(folder)
-            for entry in WeightFile(path).entries.values()
+            for file in self.source.weights(folder)
+            for entry in file.entries.values()
         )
         return (64 << 20) + (0 if self.in_place and self.options.engine == "torch" else copies)
 
     def hash_source(self) -> tuple[FileRecord, ...]:
         """The model's files and their hashes."""
-        root = self.source.path
-        paths = [root / "scheduler" / "scheduler_config.json"]
-        for folder in self.source.folders:
-            paths += [root / folder / "config.json", *self.source.weight_files(folder)]
-        paths += self.tokenizer_paths()
-        return tuple(FileRecord(file=path.relative_to(root).as_posix(), sha256=sha256(path)) for path in paths)
+        source, digest = self.source, cache(sha256)  # one file may hold several components
+        files = {"scheduler/scheduler_config.json": source.config_file("scheduler")}
+        for folder in source.folders:
+            files[f"{folder}/config.json"] = source.config_file(folder)
+            files |= {f"{folder}/{file.path.name}": file.path for file in source.weights(folder)}
+        files |= self.tokenizer_paths()
+        return tuple(FileRecord(file=name, sha256=digest(path)) for name, path in files.items())
 
-    def tokenizer_paths(self) -> list[Path]:
-        """The tokenizers' files in the model."""
-        folders = self.source.kind.tokenizers.values()
-        found = [path for folder in folders for path in sorted((self.source.path / folder).iterdir())]
-        return [path for path in found if path.suffix in (".json", ".txt") and path.is_file()]
+    def tokenizer_paths(self) -> dict[str, Path]:
+        """The tokenizers' files in the model, by their names in the bundle."""
+        return {
+            f"{folder}/{path.name}": path
+            for encoder, folder in self.source.kind.tokenizers.items()
+            for path in sorted(self.source.tokenizer_folder(encoder).iterdir())
+            if path.suffix in (".json", ".txt") and path.is_file()
+        }
 
     def weights_for(self, folder: str, checkpoint: Checkpoint) -> str:
         """The weight file that a component's engines read, written if need be. Returns its name in the manifest."""
@@ -540,8 +554,7 @@ class _Build:
     def copy_tokenizer(self) -> tuple[FileRecord, ...]:
         """The tokenizers' files, in the bundle."""
         files = []
-        for path in self.tokenizer_paths():
-            name = f"{path.parent.name}/{path.name}"
+        for name, path in self.tokenizer_paths().items():
             if self.in_place:
                 files.append(FileRecord(file=name, sha256=sha256(path)))
             else:

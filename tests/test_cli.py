@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import ldmrt
 from ldmrt.bundle import MANIFEST, Bundle
@@ -83,7 +84,7 @@ def content(path: Path) -> np.ndarray[Any, Any]:
 # ---------------------------------------------------------------------------------------------------- the frame
 
 
-@pytest.mark.parametrize("command", ["", "generate", "build-engines", "inspect", "tune", "doctor"])
+@pytest.mark.parametrize("command", ["", "generate", "build-engines", "convert", "inspect", "tune", "doctor"])
 def test_help(run: Run, command: str) -> None:
     ended = run(*command.split(), "--help")
     assert ended.code == 0
@@ -358,6 +359,14 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         4,
         "--workspace",
         2,
+        "--base",
+        "b",
+        "--vae",
+        "owner/v",
+        "--variant",
+        "fp16",
+        "--revision",
+        "r",
         "--json",
     )
     assert given == {
@@ -370,6 +379,10 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         "workspace": 2 << 20,
         "targets": ["sm_89"],
         "loras": [(Path("a.safetensors"), 1.0), (Path("b.safetensors"), 0.5)],
+        "base": Path("b"),
+        "vae": Path("owner/v"),
+        "variant": "fp16",
+        "revision": "r",
     }
     assert ended.err == ""
     document = json.loads(ended.out)
@@ -426,6 +439,24 @@ def test_inspect_shows_what_was_fused(run: Run, tiny_bundle: Path, tmp_path: Pat
 
 def test_build_refuses(run: Run, tmp_path: Path) -> None:
     refused(run("build-engines", tmp_path, "--out", tmp_path / "out"), "not a model folder", "model_index.json")
+
+
+def test_convert(run: Run, tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.ones(3)}}, tmp_path / "a.ckpt")
+    ended = run("convert", tmp_path / "a.ckpt", tmp_path / "a.safetensors")
+    assert ended.out.startswith(f"1 tensor, 12 B, in {tmp_path / 'a.safetensors'}. Next:\n  ldmrt build-engines "), (
+        ended.out
+    )
+    ended = run("convert", tmp_path / "a.ckpt", tmp_path / "b.safetensors", "--no-ema", "--json")
+    document = json.loads(ended.out)
+    assert document == {
+        "file": str(tmp_path / "b.safetensors"),
+        "tensors": 1,
+        "nbytes": 12,
+        "averaged": 0,
+        "left_out": 0,
+    }
+    assert torch.equal(load_file(tmp_path / "b.safetensors")["a"], torch.ones(3))
 
 
 def test_inspect(run: Run, tiny_bundle: Path) -> None:

@@ -21,7 +21,7 @@ from ldmrt.export.passes.layout import layout
 from ldmrt.export.passes.pattern import Index
 from ldmrt.graph import Graph, Node
 
-ARCHITECTURES = Path(__file__).parents[3] / "benchmarks" / "architectures"
+ARCHITECTURES = Path(__file__).parents[3] / "export" / "known"
 F16, F32 = torch.float16, torch.float32
 KINDS: dict[str, Kind] = {
     "latents": "step",
