@@ -7,18 +7,17 @@ captured as a CUDA graph; on the CPU they run as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ldmrt.capture import Recorder, Work
-from ldmrt.engines.protocol import Engine, TensorSpec
+from ldmrt.engines.protocol import Engine
 from ldmrt.errors import EngineMismatch
+from ldmrt.network import Conditioning, Network, Parts, sizes
 from ldmrt.schedule import SamplerTable
 from ldmrt.slots import Slots
-
-Conditioning = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,9 @@ class Denoiser:
     """A batch of images being denoised.
 
     Args:
-        context: turns the request's inputs into what the step reads of them (keys and values), once per request.
-        schedule: turns timesteps, and perhaps the request's inputs, into what the step reads of them, once per request for all
-            steps.
-        step: the denoising network; its row count is the batch's.
+        context: see `ldmrt.network.Parts`, as for the next two.
+        schedule: see there.
+        step: see there; its row count is the batch's.
         capacity: images at a time. An image takes one row, or two with guidance.
         tokens: length of the text embeddings.
         evaluations: the most model evaluations of one image.
@@ -62,8 +60,7 @@ class Denoiser:
         generation: Callable[[], int] = lambda: 0,
     ) -> None:
         latents = step.inputs["latents"]
-        rows, *latent_shape = _sizes(latents)
-        self._context, self._schedule, self._step = context, schedule, step
+        rows, *latent_shape = sizes(latents)
         self.capacity, self.tokens, self.rows = capacity, tokens, rows
         self.slots = Slots(
             capacity,
@@ -78,23 +75,15 @@ class Denoiser:
         # A row's entries of the schedule's tables are its own: its text may have a say in them.
         self._offset = torch.zeros(rows, dtype=torch.int64, device=device)
         self._entry = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._contexts = {
-            name: torch.zeros(_sizes(spec, rows=rows, tokens=tokens), dtype=spec.dtype, device=device)
-            for name, spec in context.outputs.items()
-        }
-        self._current = {
-            name: torch.zeros(_sizes(spec, rows=rows), dtype=spec.dtype, device=device)
-            for name, spec in schedule.outputs.items()
-        }
-        self._tables = {
-            name: torch.zeros(
-                (rows * self.slots.entries_per_slot, *tensor.shape[1:]), dtype=tensor.dtype, device=device
-            )
-            for name, tensor in self._current.items()
-        }
         output = next(iter(step.outputs.values()))
-        self._output = torch.zeros(_sizes(output), dtype=output.dtype, device=device)
-        step.bind({"latents": self.slots.model_input, output.name: self._output, **self._contexts, **self._current})
+        self._output = torch.zeros(sizes(output), dtype=output.dtype, device=device)
+        self._network = Network(
+            Parts(context, schedule, step),
+            tokens=tokens,
+            entries=self.slots.entries_per_slot,
+            device=device,
+            buffers={"latents": self.slots.model_input, output.name: self._output},
+        )
         self._admitted: dict[int, _Admitted] = {}
         self._generation = generation
         self._made_at = generation()
@@ -206,9 +195,7 @@ class Denoiser:
         slots = self.slots
         torch.index_select(slots.row, 0, self._slot_of_row, out=self._entry)
         self._entry.add_(self._offset)
-        for name, current in self._current.items():
-            torch.index_select(self._tables[name], 0, self._entry, out=current)
-        self._step.enqueue()
+        self._network.enqueue(self._entry)
         slots.update(self._output)
 
     def latents(self, slot: int) -> torch.Tensor:
@@ -230,31 +217,6 @@ class Denoiser:
     def _prepare(self, slot: int, admitted: _Admitted) -> None:
         """Compute what the step reads of a slot's request and timesteps, into the static buffers."""
         first = slot * (self.rows // self.capacity)
-        rows = slice(first, first + len(admitted.conditionings))
-        stacked = {
-            name: torch.stack([one[name].to(spec.dtype) for one in admitted.conditionings])
-            for name, spec in self._context.inputs.items()
-        }
-        for name, tensor in self._context.run(stacked).items():
-            self._contexts[name][rows].copy_(tensor)
-        entries = self.slots.entries_per_slot
-        for row, conditioning in enumerate(admitted.conditionings, start=first):
-            for name, tensor in self._scheduled(admitted.table, conditioning).items():
-                self._tables[name][row * entries : row * entries + len(tensor)].copy_(tensor)
-            self._offset[row] = (row - slot) * entries
-
-    def _scheduled(self, table: SamplerTable, conditioning: Conditioning) -> Mapping[str, torch.Tensor]:
-        """What the step reads of the timesteps, for all of a sampler's evaluations at once."""
-        inputs = {}
-        for name, spec in self._schedule.inputs.items():
-            if name == "timesteps":
-                inputs[name] = torch.from_numpy(table.timesteps).to(device=self._entry.device, dtype=spec.dtype)
-            else:
-                value = conditioning[name].to(spec.dtype)
-                inputs[name] = value.expand(table.evaluations, *value.shape)
-        return self._schedule.run(inputs)
-
-
-def _sizes(spec: TensorSpec, **free: int) -> tuple[int, ...]:
-    """The shape of a tensor, its free dimensions given."""
-    return tuple(free[size] if isinstance(size, str) else size for size in spec.shape)
+        self._network.prepare(first, admitted.table, admitted.conditionings)
+        for row in range(first, first + len(admitted.conditionings)):
+            self._offset[row] = (row - slot) * self.slots.entries_per_slot

@@ -18,9 +18,9 @@ from ldmrt.adapters import Adapters
 from ldmrt.bundle import Bundle, EngineRecord
 from ldmrt.capture import Recorder
 from ldmrt.config import parse_device
-from ldmrt.decoding import Decoding
+from ldmrt.decoding import Decoding, decode
 from ldmrt.denoise import Denoiser
-from ldmrt.engines.protocol import Engine
+from ldmrt.denoisers import Denoisers
 from ldmrt.errors import BadRequest, EngineMismatch, NumericalError
 from ldmrt.loader import EngineLoader
 from ldmrt.lora import Lora
@@ -90,9 +90,7 @@ class Pipeline:
             max_steps=self.schedule.train_steps,
             max_clip_skip=self._prompts.layers - 1,
         )
-        self._denoisers: dict[tuple[int, ...], Denoiser] = {}
-        self._decodings: dict[Denoiser, Decoding] = {}
-        self._capture = capture
+        self._denoisers = Denoisers(loader, capture)
         self._adapters = Adapters(self._weights)
         self._lock = threading.Lock()
 
@@ -219,9 +217,9 @@ class Pipeline:
                 starts, noises = draw(job.seeds, self._latent_shape(job), table, generator=generator, latents=latents)
             finals = torch.empty_like(starts)
             decoded: dict[int, torch.Tensor] = {}
-            for group in self._groups(job, texts):
+            for group in self._denoisers.groups(job, [len(cond.states) for cond, _ in texts]):
                 with clock("prepare"):
-                    denoiser = self._denoiser(job, table, len(group), len(texts[group[0]][0].states))
+                    denoiser = self._denoisers.get(job, table, len(group), len(texts[group[0]][0].states))
                 try:
                     with clock("prepare"):
                         for slot, number in enumerate(group):
@@ -236,9 +234,8 @@ class Pipeline:
                                 noise=None if noises is None else noises[number],
                             )
                     with clock("denoise"):
-                        decoding = (
-                            self._decodings.get(denoiser) if on_step is None and output_type != "latent" else None
-                        )
+                        wanted = on_step is None and output_type != "latent"
+                        decoding = self._denoisers.decoding(denoiser) if wanted else None
                         self._denoise(denoiser, table, len(group), on_step, decoding)
                         finals[group] = denoiser.slots.x[: len(group)].cpu()
                         if decoding is not None:
@@ -257,7 +254,7 @@ class Pipeline:
                 elif decoded:
                     images = _delivered(torch.stack([decoded[number] for number in range(len(finals))]), output_type)
                 else:
-                    images = _delivered(self._decode(job, finals), output_type)
+                    images = _delivered(decode(self._loader, finals, (job.width, job.height)), output_type)
         # A tensor made in inference mode could not be used in a caller's own computation.
         finals = finals.clone()
         images = finals if output_type == "latent" else images
@@ -371,73 +368,13 @@ class Pipeline:
 
     def images_at_a_time(self, width: int, height: int, *, guidance: bool) -> int:
         """The largest batch that the bundle's step engines run at once."""
-        rows = max(record.rows or 1 for record in self._loader.records("step", (width, height)))
-        return max(1, rows // (2 if guidance else 1))
+        return self._denoisers.images_at_a_time((width, height), guidance=guidance)
 
     # ------------------------------------------------------------------------------------------------ stages
 
     def _latent_shape(self, job: Job) -> tuple[int, int, int]:
         model = self.bundle.manifest.model
         return model.latent_channels, job.height // model.downscale, job.width // model.downscale
-
-    def _groups(self, job: Job, texts: list[Text]) -> Iterator[list[int]]:
-        """Image numbers that run together: as many as the largest step engine takes, with equally long text."""
-        per_image = 2 if job.do_cfg else 1
-        records = self._loader.records("step", (job.width, job.height))
-        available = sorted({(record.rows or 1) // per_image for record in records} - {0})
-        if not available:
-            raise EngineMismatch(
-                f"{self.bundle.path} has no step engine of 2 rows, which guidance needs; "
-                "build one with `ldmrt build-engines`"
-            )
-        by_tokens: dict[int, list[int]] = {}
-        for number, (cond, _) in enumerate(texts):
-            by_tokens.setdefault(len(cond.states), []).append(number)
-        for numbers in by_tokens.values():
-            start = 0
-            while start < len(numbers):
-                size = max((n for n in available if n <= len(numbers) - start), default=available[0])
-                yield numbers[start : start + size]
-                start += size
-
-    def _denoiser(self, job: Job, table: SamplerTable, images: int, tokens: int) -> Denoiser:
-        """The denoiser for a batch; kept, since its buffers are what a captured step is bound to."""
-        per_image = 2 if job.do_cfg else 1
-        records = [
-            r for r in self._loader.records("step", (job.width, job.height)) if (r.rows or 1) // per_image >= images
-        ]
-        record = records[0]
-        _check_tokens(self._loader.load(record), tokens)
-        capacity = (record.rows or 1) // per_image
-        evaluations = max(64, 1 << (table.evaluations - 1).bit_length())
-        key = (job.width, job.height, record.rows or 1, capacity, tokens, evaluations, table.uses_noise)
-        if key not in self._denoisers:
-            # A step engine is bound to one set of buffers: whoever had it before gives it up.
-            self._denoisers = {k: v for k, v in self._denoisers.items() if k[:3] != key[:3]}
-            self._denoisers[key] = Denoiser(
-                self._loader.only("context"),
-                self._loader.only("schedule"),
-                self._loader.load(record),
-                capacity=capacity,
-                tokens=tokens,
-                evaluations=evaluations,
-                with_noise=table.uses_noise,
-                device=self.device,
-                recorder=self._loader.recorder,
-                generation=lambda: self._loader.generation("step"),
-            )
-            self._decodings = {d: decoding for d, decoding in self._decodings.items() if d in self._denoisers.values()}
-        denoiser = self._denoisers[key]
-        if self._loader.recorder is not None and self._capture == "loop":
-            denoiser.capture(table.evaluations)
-        elif self._loader.recorder is not None and self._capture == "image":
-            if denoiser not in self._decodings:
-                records = self._loader.records("decoder", (job.width, job.height))
-                fitting = [r for r in records if (r.rows or 1) <= capacity]
-                decoder = self._loader.load(max(fitting or records[:1], key=lambda r: r.rows or 1))
-                self._decodings[denoiser] = Decoding(decoder, denoiser.slots.x)
-            denoiser.capture(table.evaluations, self._decodings[denoiser].work)
-        return denoiser
 
     def _denoise(
         self,
@@ -457,24 +394,6 @@ class Pipeline:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _decode(self, job: Job, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (n, C, h, w) to pictures (n, 3, H, W)."""
-        records = self._loader.records("decoder", (job.width, job.height))
-        decoded = []
-        done = 0
-        while done < len(latents):
-            left = len(latents) - done
-            record = max((r for r in records if (r.rows or 1) <= left), key=lambda r: r.rows or 1, default=records[0])
-            rows = record.rows or 1
-            engine = self._loader.load(record)
-            spec = engine.inputs["latents"]
-            batch = torch.zeros((rows, *latents.shape[1:]), dtype=spec.dtype, device=self.device)
-            batch[: min(rows, left)].copy_(latents[done : done + rows])
-            images = engine.run({"latents": batch})["image"][: min(rows, left)]
-            decoded.append(images)
-            done += rows
-        return torch.cat(decoded)
-
 
 def _delivered(images: torch.Tensor, output_type: OutputType) -> Any:
     """Pictures as they were asked for."""
@@ -493,17 +412,6 @@ def conditioning(embedding: Embedding, job: Job) -> dict[str, torch.Tensor]:
         sizes = (job.height, job.width, 0, 0, job.height, job.width)
         inputs["time_ids"] = torch.tensor(sizes, dtype=torch.float32, device=embedding.states.device)
     return inputs
-
-
-def _check_tokens(step: Engine, tokens: int) -> None:
-    """Check that a prompt's length is the engine's, if that is fixed: a dimension of a step's text inputs is free but in TensorRT plans."""
-    for spec in step.inputs.values():
-        if len(spec.shape) == 3 and isinstance(spec.shape[1], int) and spec.shape[1] != tokens:
-            raise BadRequest(
-                f'the prompt takes {tokens} tokens, and this engine is made for {spec.shape[1]}: shorten it, use long_prompt="cut", '
-                "or build with --engine torch",
-                param="prompt",
-            )
 
 
 class _Clock:
