@@ -8,7 +8,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ from ldmrt.bundle import (
     ModelRecord,
     engine_key,
 )
-from ldmrt.engines.protocol import Engine, TensorSpec
-from ldmrt.engines.tensorrt import LIBRARIES, gpu_at_hand
+from ldmrt.engines.protocol import TensorSpec
+from ldmrt.engines.tensorrt import LIBRARIES
 from ldmrt.errors import BuildError
 from ldmrt.export import architectures
 from ldmrt.export.audit import audit, too_large
+from ldmrt.export.certificates import certified
 from ldmrt.export.compile import compile_component
 from ldmrt.export.component import PREFIX, Component
 from ldmrt.export.cubins import architecture, compile_kernels
@@ -40,11 +41,10 @@ from ldmrt.export.folder import BundleFolder
 from ldmrt.export.options import Options
 from ldmrt.export.passes.widen import widen
 from ldmrt.export.source import Checkpoint, Source
-from ldmrt.export.verify import reference_outputs
 from ldmrt.graph import Graph, dtype_of, rename_values, specialize, to_json
 from ldmrt.kernels.aot import write as write_cubins
 from ldmrt.schedule import NoiseSchedule
-from ldmrt.verify import Trial, certify, run_trials, unverified, write_trials
+from ldmrt.verify import Trial
 from ldmrt.weights import WeightFile, sha256, write as write_weights
 
 OnProgress = Callable[[str, int, int], None]
@@ -229,7 +229,9 @@ class _Build:
             for draft, key, record in zip(drafts, keys, reused, strict=True)
         ]
         self.progress(f"{label}: verifying")
-        self.keep(self.verify(component, checkpoint, records, [t for t in trials() if t.kind != "extreme"]))
+        bundle = Bundle(self.folder.path, self.manifest(()))
+        tried = [trial for trial in trials() if trial.kind != "extreme"]
+        self.keep(certified(self.folder, bundle, component, checkpoint, records, tried))
 
     def fit(
         self, draft: _Draft, label: str, checkpoint: Checkpoint, weights: str, trials: Callable[[], list[Trial]]
@@ -389,67 +391,6 @@ class _Build:
             return sha256(path)
 
         return self.folder.write(f"plans/{stem}.plan", write)
-
-    def verify(
-        self, component: Component, checkpoint: Checkpoint, records: list[EngineRecord], trials: list[Trial]
-    ) -> list[EngineRecord]:
-        """Run the engines as the runtime would and compare them with the original module.
-
-        A plan for another GPU than the one at hand cannot run here: its ONNX stands in for it, on ONNX Runtime and on real inputs, and
-        what the original made of all of them is kept, so that `ldmrt verify` can complete its certificate where it runs.
-        """
-        # Engines first, and gone before the original is loaded: the two never stand in memory together.
-        foreign = any(self.is_foreign(record) for record in records)
-        tried = [number for number, trial in enumerate(trials) if trial.kind == "real" or not foreign]
-        shown = [trials[number] for number in tried]
-        found = self.outputs(records, shown)
-        expected = reference_outputs(architectures.reference(component, checkpoint), trials, component.outputs)
-        library = "transformers" if component.folder in self.source.kind.tokenizers else "diffusers"
-        name = type(component.original).__name__
-        reference = f"{library} {importlib.metadata.version(library)} {name}, float32" + (
-            ", LoRAs fused" if checkpoint.fused else ""
-        )
-        made = [expected[number] for number in tried]
-        certificates = {
-            record.key: certify(record.label, record.dtype, shown, found[record.key], made, reference)
-            for record in records
-            if record.key in found
-        }
-        # The parts of a network that run once per request are verified within the whole network.
-        whole = next(iter(certificates.values()))
-        records = [r.model_copy(update={"certificate": certificates.get(r.key, whole)}) for r in records]
-        if not foreign:
-            return records
-        digest = hashlib.sha256("".join(sorted(record.key for record in records)).encode()).hexdigest()[:8]
-        name = f"trials/{component.name}-{digest}.safetensors"
-        kept = self.folder.write(name, lambda path: write_trials(path, trials, expected))
-        return [unverified(r, kept) if self.is_foreign(r) else r for r in records]
-
-    def is_foreign(self, record: EngineRecord) -> bool:
-        """Whether an engine is for another GPU than the one at hand."""
-        return record.kind in LIBRARIES and gpu_at_hand() not in record.targets
-
-    def outputs(self, records: list[EngineRecord], trials: list[Trial]) -> dict[str, list[dict[str, torch.Tensor]]]:
-        """What each engine makes of each trial, by the engine's key; `context` and `schedule` run within `step`."""
-        bundle = Bundle(self.folder.path, self.manifest(()))
-        plans = any(record.kind in LIBRARIES and not self.is_foreign(record) for record in records)
-        device = torch.device("cuda" if plans else "cpu")
-        named = {record.component: record for record in records}
-
-        def load(record: EngineRecord, component: str) -> Engine:
-            record = record if component == record.component else named[component]
-            if not self.is_foreign(record):
-                return bundle.load(record, device)
-            from ldmrt.engines.onnxruntime import OnnxRuntimeEngine
-
-            return OnnxRuntimeEngine(bundle.checked(record.files[1]), threads=torch.get_num_threads(), once=True)
-
-        # One engine after the other: several of a large network do not fit into memory together.
-        return {
-            record.key: run_trials(record, trials, partial(load, record), device)
-            for record in records
-            if record.component not in ("context", "schedule")
-        }
 
     def compile_kernels(self) -> None:
         """Compile the kernels of all the bundle's engines for the targets, and for those it has kernels for already."""
