@@ -20,6 +20,7 @@ from ldmrt.bundle import (
     AuditRecord,
     Bundle,
     Certificate,
+    ControlNetRecord,
     Defaults,
     EngineRecord,
     FileRecord,
@@ -28,6 +29,7 @@ from ldmrt.bundle import (
     ModelRecord,
     engine_key,
 )
+from ldmrt.components import CONTROLLED_STEP, CONTROLNET, STEP, runs_once
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.engines.tensorrt import LIBRARIES
 from ldmrt.errors import BuildError
@@ -36,6 +38,7 @@ from ldmrt.export.audit import audit, too_large
 from ldmrt.export.certificates import certified
 from ldmrt.export.compile import compile_component
 from ldmrt.export.component import PREFIX, Component
+from ldmrt.export.controlnets import with_controlnets
 from ldmrt.export.cubins import architecture, compile_kernels
 from ldmrt.export.folder import BundleFolder
 from ldmrt.export.options import Options
@@ -64,6 +67,7 @@ def build_engines(
     optimization_level: int | None = None,
     workspace: int | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
+    controlnets: Sequence[str | Path] = (),
     on_progress: OnProgress | None = None,
 ) -> Bundle:
     """Compile a model into a bundle, or add engines to the bundle that is there.
@@ -82,6 +86,8 @@ def build_engines(
         optimization_level: how long TensorRT searches for fast kernels, 0 to 5; its own default if None.
         workspace: the most memory in bytes that a layer of a TensorRT plan may use besides its tensors; no limit if None.
         loras: LoRA files to fuse into the weights, each with its scale. A bundle holds the weights of one set of LoRAs.
+        controlnets: folders of ControlNets to make engines of, and a step of the U-Net that reads them. They are added to those that
+            the bundle has.
         on_progress: called with (what is being done, steps done, steps in all).
 
     Returns:
@@ -96,6 +102,7 @@ def build_engines(
     source = Source.open(Path(model))
     if loras:
         source = source.with_loras(loras)
+    source = with_controlnets(source, controlnets)
     options = Options.resolve(
         source,
         engine=engine,
@@ -136,6 +143,7 @@ class _Build:
     on_progress: OnProgress
     source_files: tuple[FileRecord, ...] = ()
     loras: tuple[LoraRecord, ...] = ()
+    controlnets: tuple[ControlNetRecord, ...] = ()
     weights: dict[str, FileRecord] = field(default_factory=dict)
     engines: list[EngineRecord] = field(default_factory=list)
     kernels: tuple[FileRecord, ...] = ()
@@ -182,6 +190,7 @@ class _Build:
                     f"{self.folder.path} holds a bundle with {_named(old.loras)} fused, this build is with {_named(self.loras)}; "
                     "choose another --out, or remove it"
                 )
+            self.controlnets = self.known_controlnets()
             for size, component, trials in components:
                 self.build_component(size, component, trials)
             self.compile_kernels()
@@ -285,11 +294,14 @@ class _Build:
         rows = sorted({factor * batch for batch in self.options.batch_sizes for factor in factors})
         fixed = {"tokens": architectures.tokens(self.source)} if self.options.is_tensorrt and component.kinds else {}
         sized = [(specialize(last, {"rows": count, **fixed}), size, count) for count in rows]
-        return [*((graph, None, None) for graph in whole), *sized]
+        # What runs once per request is for every size, unless it reads a picture.
+        pictures = [any(len(spec.shape) == 4 for spec in graph.inputs) for graph in whole]
+        once = [(graph, size if has else None, None) for graph, has in zip(whole, pictures, strict=True)]
+        return [*once, *sized]
 
     def kind(self, component: str) -> str:
-        """`context` and `schedule` run once per request, on the torch engine whatever runs the rest."""
-        return "torch" if component in ("context", "schedule") else self.options.engine
+        """What runs once per request is on the torch engine, whatever runs the rest."""
+        return "torch" if runs_once(component) else self.options.engine
 
     def versions(self, kind: str) -> dict[str, str]:
         """The libraries that have a say in an engine."""
@@ -418,7 +430,7 @@ class _Build:
         return [
             TensorSpec("latents", (r.rows or 1, channels, r.size[1] // factor, r.size[0] // factor), dtype_of(r.dtype))
             for r in self.manifest(()).engines
-            if r.component == "step" and r.kind in LIBRARIES and r.size is not None
+            if r.component in (STEP, CONTROLLED_STEP) and r.kind in LIBRARIES and r.size is not None
         ]
 
     # ------------------------------------------------------------------------------------------------ files
@@ -427,7 +439,7 @@ class _Build:
         """Bytes that the bundle will need."""
         copies = sum(
             entry.nbytes // entry.dtype.itemsize * dtype_of(self.precision(folder)).itemsize
-            for folder in self.source.folders
+            for folder in (*self.source.folders, *self.source.controlnets)
             for path in self.source.weight_files(folder)
             for entry in WeightFile(path).entries.values()
         )
@@ -442,6 +454,26 @@ class _Build:
         paths += self.tokenizer_paths()
         return tuple(FileRecord(file=path.relative_to(root).as_posix(), sha256=sha256(path)) for path in paths)
 
+    def known_controlnets(self) -> tuple[ControlNetRecord, ...]:
+        """The bundle's ControlNets and this build's, each with the hashes of its files.
+
+        Raises:
+            BuildError: the bundle has another ControlNet of the same name.
+        """
+        old = self.folder.old
+        known = {record.name: record for record in (old.controlnets if old is not None else ())}
+        for folder, root in self.source.controlnets.items():
+            name = folder.removeprefix(CONTROLNET)
+            paths = [root / "config.json", *self.source.weight_files(folder)]
+            record = ControlNetRecord(
+                name=name, files=tuple(FileRecord(file=path.name, sha256=sha256(path)) for path in paths)
+            )
+            if known.setdefault(name, record) != record:
+                raise BuildError(
+                    f"{self.folder.path} holds another ControlNet called {name}; rename the folder {root}, or choose another --out"
+                )
+        return tuple(known.values())
+
     def tokenizer_paths(self) -> list[Path]:
         """The tokenizers' files in the model."""
         folders = self.source.kind.tokenizers.values()
@@ -450,7 +482,8 @@ class _Build:
 
     def weights_for(self, folder: str, checkpoint: Checkpoint) -> str:
         """The weight file that a component's engines read, written if need be. Returns its name in the manifest."""
-        if self.in_place and len(checkpoint.files) == 1 and self.options.engine == "torch":
+        mapped = self.in_place and folder in self.source.folders and self.options.engine == "torch"
+        if mapped and len(checkpoint.files) == 1:
             name = checkpoint.files[0].path.relative_to(self.source.path).as_posix()
             self.weights[folder] = next(record for record in self.source_files if record.file == name)
             return folder
@@ -512,6 +545,7 @@ class _Build:
             ),
             source=self.source_files,
             loras=self.loras,
+            controlnets=self.controlnets,
             tokenizer_files=tokenizer_files,
             weights={**(old.weights if old else {}), **self.weights},
             engines=(*kept, *self.engines),

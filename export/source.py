@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,8 @@ KINDS = {
 }
 KNOWN_KINDS = "; ".join(f"{kind.title} ({name}: {', '.join(kind.classes.values())})" for name, kind in KINDS.items())
 
+# What weight files are called, where it is not as diffusers does.
 _STEMS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
@@ -86,6 +85,8 @@ class Source:
         defaults: what the model's maker recommends (optional file `ldmrt-defaults.json`).
         zero_empty_negative: whether an empty negative prompt means embeddings of zeros (`force_zeros_for_empty_prompt`).
         loras: LoRAs that its weights are to be taken with, each with its scale.
+        controlnets: the folders of ControlNets that it is to be used with, by component (`controlnet.NAME`); their configs are
+            among `configs`.
     """
 
     path: Path
@@ -94,11 +95,16 @@ class Source:
     defaults: Mapping[str, Any]
     zero_empty_negative: bool = False
     loras: tuple[tuple[Lora, float], ...] = ()
+    controlnets: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """The folders that have weights."""
+        """The model's own folders that have weights."""
         return tuple(self.kind.classes)
+
+    def place(self, folder: str) -> Path:
+        """Where a folder of the model is, or a ControlNet."""
+        return self.controlnets.get(folder, self.path / folder)
 
     @property
     def name(self) -> str:
@@ -178,7 +184,7 @@ class Source:
         Raises:
             BuildError: there are none; says so when there are pickles instead.
         """
-        where, stem = self.path / folder, _STEMS[folder]
+        where, stem = self.place(folder), _STEMS.get(folder, "diffusion_pytorch_model")
         for variant in ("", ".fp16"):
             single = where / f"{stem}{variant}.safetensors"
             if single.is_file():
@@ -232,11 +238,11 @@ class Checkpoint:
                 )
             self.keys[name] = (found[key], key)
         if missing:
-            raise BuildError(_list_keys(source.path / folder, "lacks", missing))
+            raise BuildError(_list_keys(source.place(folder), "lacks", missing))
         used = {key for _, key in self.keys.values()}
         extra = [name for name in found if name not in used and not name.endswith("position_ids")]
         if extra:
-            raise BuildError(_list_keys(source.path / folder, "has, and its config.json does not know,", extra))
+            raise BuildError(_list_keys(source.place(folder), "has, and its config.json does not know,", extra))
 
     def load(self, name: str) -> torch.Tensor:
         """A tensor by the module's name, in the file's dtype; in float32 where a LoRA changes it."""

@@ -1,13 +1,13 @@
 """The sampling loop: one step over static buffers, for images that may each be at another step.
 
-A step is three things in a row: the `step` engine, the sampler's update (guidance, one row of coefficients, the next model input),
-and the advance of the row indices. Its state lies in static buffers and nothing is read back, so that the same calls can be
+A step is three things in a row: the `step` engine, behind those of ControlNets if there are any, the sampler's update (guidance, one
+row of coefficients, the next model input), and the advance of the row indices. Its state lies in static buffers and nothing is read back, so that the same calls can be
 captured as a CUDA graph; on the CPU they run as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ class _Admitted:
 
     table: SamplerTable
     conditionings: tuple[Conditioning, ...]
+    controls: tuple[Conditioning, ...]
 
 
 class Denoiser:
@@ -43,6 +44,7 @@ class Denoiser:
         recorder: captures the step as a CUDA graph; None to launch its kernels one by one, as on a CPU.
         generation: counts the changes of the weights. What was computed from other weights is then computed anew, for the
             images that are under way too.
+        controlnets: the parts of ControlNets, of as many rows as the step. Their residuals are summed; the step reads them.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Denoiser:
         device: torch.device,
         recorder: Recorder | None = None,
         generation: Callable[[], int] = lambda: 0,
+        controlnets: Sequence[Parts] = (),
     ) -> None:
         latents = step.inputs["latents"]
         rows, *latent_shape = sizes(latents)
@@ -77,13 +80,22 @@ class Denoiser:
         self._entry = torch.zeros(rows, dtype=torch.int64, device=device)
         output = next(iter(step.outputs.values()))
         self._output = torch.zeros(sizes(output), dtype=output.dtype, device=device)
-        self._network = Network(
-            Parts(context, schedule, step),
-            tokens=tokens,
-            entries=self.slots.entries_per_slot,
-            device=device,
-            buffers={"latents": self.slots.model_input, output.name: self._output},
-        )
+
+        def network(parts: Parts, buffers: Mapping[str, torch.Tensor]) -> Network:
+            entries = self.slots.entries_per_slot
+            buffers = {"latents": self.slots.model_input, **buffers}
+            return Network(parts, tokens=tokens, entries=entries, device=device, buffers=buffers)
+
+        def residuals() -> dict[str, torch.Tensor]:
+            made = controlnets[0].step.outputs if controlnets else {}
+            return {name: torch.zeros(sizes(spec), dtype=spec.dtype, device=device) for name, spec in made.items()}
+
+        # Those of the first ControlNet, to which the others' are added: one after the other in the same place.
+        self._residuals, self._further = residuals(), residuals() if len(controlnets) > 1 else {}
+        self._controlnets = [
+            network(parts, self._further if number else self._residuals) for number, parts in enumerate(controlnets)
+        ]
+        self._network = network(Parts(context, schedule, step), {output.name: self._output, **self._residuals})
         self._admitted: dict[int, _Admitted] = {}
         self._generation = generation
         self._made_at = generation()
@@ -102,6 +114,7 @@ class Denoiser:
         cond: Conditioning,
         uncond: Conditioning | None,
         noise: torch.Tensor | None = None,
+        controls: Sequence[Conditioning] = (),
     ) -> None:
         """Put an image into a slot.
 
@@ -114,9 +127,10 @@ class Denoiser:
                 and what else the model has.
             uncond: the same for the negative prompt, or None for no guidance.
             noise: (evaluations, C, h, w) float32 for a sampler that draws noise.
+            controls: for each ControlNet `controlnet_cond` (3, H, W) in [0, 1], and `conditioning_scale` (evaluations,).
 
         Raises:
-            EngineMismatch: there is no row left for it.
+            EngineMismatch: there is no row left for it, or the ControlNets are not as many.
             BadRequest: the sampler has more evaluations than the batch was made for.
         """
         per_image = self.rows // self.capacity
@@ -125,10 +139,13 @@ class Denoiser:
             raise EngineMismatch(
                 f"a batch of {self.capacity} in {self.rows} rows has no room for guidance, which takes two rows an image"
             )
+        if len(controls) != len(self._controlnets):
+            raise EngineMismatch(f"{len(controls)} controls were given for {len(self._controlnets)} ControlNets")
         first = slot * per_image
         rows = slice(first, first + len(conditionings))
+        admitted = _Admitted(table, conditionings, tuple(controls))
         self._refresh()
-        self._prepare(slot, _Admitted(table, conditionings))
+        self._prepare(slot, admitted)
         self._slot_of_row[rows] = slot
         self.slots.admit(
             slot,
@@ -139,7 +156,7 @@ class Denoiser:
             uncond_row=None if uncond is None else first + 1,
             noise=noise,
         )
-        self._admitted[slot] = _Admitted(table, conditionings)
+        self._admitted[slot] = admitted
 
     def step(self) -> None:
         """One model evaluation and one sampler update for every admitted slot."""
@@ -195,6 +212,11 @@ class Denoiser:
         slots = self.slots
         torch.index_select(slots.row, 0, self._slot_of_row, out=self._entry)
         self._entry.add_(self._offset)
+        for number, controlnet in enumerate(self._controlnets):
+            controlnet.enqueue(self._entry)
+            if number:
+                for name, residual in self._residuals.items():
+                    residual.add_(self._further[name])
         self._network.enqueue(self._entry)
         slots.update(self._output)
 
@@ -218,5 +240,7 @@ class Denoiser:
         """Compute what the step reads of a slot's request and timesteps, into the static buffers."""
         first = slot * (self.rows // self.capacity)
         self._network.prepare(first, admitted.table, admitted.conditionings)
+        for controlnet, control in zip(self._controlnets, admitted.controls, strict=True):
+            controlnet.prepare(first, admitted.table, [{**one, **control} for one in admitted.conditionings])
         for row in range(first, first + len(admitted.conditionings)):
             self._offset[row] = (row - slot) * self.slots.entries_per_slot

@@ -6,20 +6,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ldmrt.bundle import EngineRecord
+from ldmrt.components import CONTROLLED_STEP, STEP, controlnet, parts
 from ldmrt.decoding import Decoding
 from ldmrt.denoise import Denoiser
 from ldmrt.engines.protocol import Engine
 from ldmrt.errors import BadRequest, EngineMismatch
 from ldmrt.loader import EngineLoader
+from ldmrt.network import Parts
 from ldmrt.request import Job
 from ldmrt.schedule import SamplerTable
 
 
 @dataclass(frozen=True)
 class _Key:
-    """What a denoiser is made for."""
+    """What a denoiser is made for: the step engines of its networks, and the sizes of its buffers."""
 
-    step: str
+    steps: tuple[str, ...]
     capacity: int
     tokens: int
     evaluations: int
@@ -41,22 +43,23 @@ class Denoisers:
 
     def images_at_a_time(self, size: tuple[int, int], *, guidance: bool) -> int:
         """The largest batch that the step engines of a size run at once."""
-        rows = max(record.rows or 1 for record in self._records(size))
+        rows = max(self._steps(size, ()))
         return max(1, rows // (2 if guidance else 1))
 
-    def groups(self, job: Job, tokens: Sequence[int]) -> Iterator[list[int]]:
+    def groups(self, job: Job, tokens: Sequence[int], controls: Sequence[str] = ()) -> Iterator[list[int]]:
         """Image numbers that run together: as many as the largest step engine takes, with equally long text.
 
         Args:
             job: what was asked.
             tokens: for each image the length of its text embeddings.
+            controls: the ControlNets in use.
 
         Raises:
-            EngineMismatch: guidance takes two rows an image, and no step engine has two.
+            EngineMismatch: guidance takes two rows an image, and no step engine has two; or a ControlNet is not built for the size.
         """
         per_image = 2 if job.do_cfg else 1
-        records = self._records((job.width, job.height))
-        available = sorted({(record.rows or 1) // per_image for record in records} - {0})
+        steps = self._steps((job.width, job.height), controls)
+        available = sorted({rows // per_image for rows in steps} - {0})
         if not available:
             raise EngineMismatch(
                 f"{self._loader.bundle.path} has no step engine of 2 rows, which guidance needs; "
@@ -72,7 +75,7 @@ class Denoisers:
                 yield numbers[start : start + count]
                 start += count
 
-    def get(self, job: Job, table: SamplerTable, images: int, tokens: int) -> Denoiser:
+    def get(self, job: Job, table: SamplerTable, images: int, tokens: int, controls: Sequence[str] = ()) -> Denoiser:
         """The denoiser for a batch, every slot empty.
 
         Args:
@@ -80,32 +83,36 @@ class Denoisers:
             table: the sampler.
             images: how many, as `groups` says.
             tokens: length of the text embeddings.
+            controls: the ControlNets in use, in order.
 
         Raises:
             BadRequest: the engines are made for prompts of another length.
+            EngineMismatch: a ControlNet is not built for the size.
         """
         per_image = 2 if job.do_cfg else 1
         size = (job.width, job.height)
-        record = next(record for record in self._records(size) if (record.rows or 1) // per_image >= images)
-        check_tokens(self._loader.load(record), tokens)
-        capacity = (record.rows or 1) // per_image
+        rows, records = next((r, steps) for r, steps in self._steps(size, controls).items() if r // per_image >= images)
+        check_tokens(self._loader.load(records[0]), tokens)
+        capacity = rows // per_image
         evaluations = max(64, 1 << (table.evaluations - 1).bit_length())
-        key = _Key(record.key, capacity, tokens, evaluations, table.uses_noise)
+        key = _Key(tuple(r.key for r in records), capacity, tokens, evaluations, table.uses_noise)
         if key not in self._denoisers:
             # A step engine is bound to one set of buffers: whoever had it before gives it up.
-            self._denoisers = {other: made for other, made in self._denoisers.items() if other.step != key.step}
+            self._denoisers = {
+                other: d for other, d in self._denoisers.items() if not set(other.steps) & set(key.steps)
+            }
             self._decodings = {made: d for made, d in self._decodings.items() if made in self._denoisers.values()}
+            unet, *controlnets = (self._parts(record) for record in records)
             self._denoisers[key] = Denoiser(
-                self._loader.only("context"),
-                self._loader.only("schedule"),
-                self._loader.load(record),
+                *unet,
                 capacity=capacity,
                 tokens=tokens,
                 evaluations=evaluations,
                 with_noise=table.uses_noise,
                 device=self._loader.device,
                 recorder=self._loader.recorder,
-                generation=lambda: self._loader.generation("step"),
+                generation=lambda: sum(self._loader.generation(record.component) for record in records),
+                controlnets=controlnets,
             )
         denoiser = self._denoisers[key]
         if self._loader.recorder is not None and self._capture == "loop":
@@ -123,8 +130,36 @@ class Denoisers:
         """The decoder behind a denoiser's loop, if a whole image is one graph."""
         return self._decodings.get(denoiser)
 
-    def _records(self, size: tuple[int, int]) -> list[EngineRecord]:
-        return self._loader.records("step", size)
+    def _steps(self, size: tuple[int, int], controls: Sequence[str]) -> dict[int, list[EngineRecord]]:
+        """By row count, fewest first, the step engines that run together: the U-Net's, then each ControlNet's.
+
+        Raises:
+            EngineMismatch: there is none.
+        """
+        components = [CONTROLLED_STEP if controls else STEP, *(f"{controlnet(name)}.step" for name in controls)]
+        found = []
+        for component in components:
+            try:
+                found.append({record.rows or 1: record for record in self._loader.records(component, size)})
+            except EngineMismatch as error:
+                if not controls:
+                    raise
+                raise EngineMismatch(
+                    f"{error}, with --controlnet {' --controlnet '.join(controls)} --size {size[0]}x{size[1]}"
+                ) from error
+        common = [rows for rows in found[0] if all(rows in records for records in found)]
+        if not common:
+            raise EngineMismatch(
+                f"{self._loader.bundle.path} has no batch size for all of {', '.join(components)}; build them together: "
+                f"ldmrt build-engines MODEL --out DIR --controlnet {' --controlnet '.join(controls)}"
+            )
+        return {rows: [records[rows] for records in found] for rows in common}
+
+    def _parts(self, step: EngineRecord) -> Parts:
+        """The engines of the network that a step belongs to."""
+        *once, _ = parts(step.component)
+        context, schedule = (self._loader.load(self._loader.records(name, step.size)[0]) for name in once)
+        return Parts(context, schedule, self._loader.load(step))
 
 
 def check_tokens(step: Engine, tokens: int) -> None:

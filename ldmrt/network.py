@@ -13,6 +13,9 @@ from ldmrt.schedule import SamplerTable
 
 Conditioning = Mapping[str, torch.Tensor]
 
+# A ControlNet's input that the request says for every step.
+SCALE = "conditioning_scale"
+
 
 class Parts(NamedTuple):
     """The engines of a denoising network (see `ldmrt.export.passes.hoist`).
@@ -52,10 +55,12 @@ class Network:
         def empty(spec: TensorSpec) -> torch.Tensor:
             return torch.zeros(sizes(spec, rows=rows, tokens=tokens), dtype=spec.dtype, device=device)
 
-        made = {name: spec for name, spec in parts.step.inputs.items() if name not in buffers}
-        self._contexts = {name: empty(spec) for name, spec in made.items() if name in parts.context.outputs}
-        self._current = {name: empty(spec) for name, spec in made.items() if name in parts.schedule.outputs}
-        missing = made.keys() - self._contexts.keys() - self._current.keys()
+        inputs = {name: spec for name, spec in parts.step.inputs.items() if name not in buffers}
+        self._contexts = {name: empty(spec) for name, spec in inputs.items() if name in parts.context.outputs}
+        # What is another one at every step.
+        changing = {*parts.schedule.outputs, SCALE}
+        self._current = {name: empty(spec) for name, spec in inputs.items() if name in changing}
+        missing = inputs.keys() - self._contexts.keys() - self._current.keys()
         if missing:
             raise EngineMismatch(f"the step reads {', '.join(sorted(missing))}, which no other engine makes")
         self._tables = {
@@ -70,7 +75,8 @@ class Network:
         Args:
             first: the first of the request's rows, which lie side by side.
             table: the sampler.
-            conditionings: for each row the network's request inputs by name, without the dimension of rows.
+            conditionings: for each row the network's request inputs by name, without the dimension of rows; a ControlNet's scale
+                for each evaluation.
         """
         context = self._parts.context
         stacked = {
@@ -81,10 +87,12 @@ class Network:
         for name, tensor in context.run(stacked).items():
             self._contexts[name][rows].copy_(tensor)
         for row, conditioning in enumerate(conditionings, start=first):
-            for name, tensor in self._scheduled(table, conditioning).items():
+            made = self._scheduled(table, conditioning)
+            made |= {SCALE: conditioning[SCALE]} if SCALE in self._tables else {}
+            for name, tensor in made.items():
                 self._tables[name][row * self._entries : row * self._entries + len(tensor)].copy_(tensor)
 
-    def _scheduled(self, table: SamplerTable, conditioning: Conditioning) -> Mapping[str, torch.Tensor]:
+    def _scheduled(self, table: SamplerTable, conditioning: Conditioning) -> dict[str, torch.Tensor]:
         """What the step reads of the timesteps, for all of a sampler's evaluations at once."""
         inputs = {}
         for name, spec in self._parts.schedule.inputs.items():

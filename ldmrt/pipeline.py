@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 import torch
 
-from ldmrt import choices, image as pixels
+from ldmrt import choices, control, image as pixels
 from ldmrt.adapters import Adapters
 from ldmrt.bundle import Bundle, EngineRecord
 from ldmrt.capture import Recorder
+from ldmrt.components import CONTROLNET, STEP, parts
+from ldmrt.conditioning import Picture
 from ldmrt.config import parse_device
 from ldmrt.decoding import Decoding, decode
 from ldmrt.denoise import Denoiser
@@ -150,6 +152,10 @@ class Pipeline:
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         clip_skip: int | None = None,
         long_prompt: LongPrompt = "chunk",
+        control_image: Picture | Sequence[Picture | None] | None = None,
+        controlnet_scale: float | Sequence[float] = 1.0,
+        control_start: float | Sequence[float] = 0.0,
+        control_end: float | Sequence[float] = 1.0,
         output_type: OutputType = "pil",
         on_step: OnStep | None = None,
     ) -> Result:
@@ -175,6 +181,12 @@ class Pipeline:
             clip_skip: how many of the text encoder's last layers to leave out.
             long_prompt: `chunk` encodes a prompt longer than the text encoder's window in several windows, as AUTOMATIC1111 does;
                 `cut` drops the rest, with a warning.
+            control_image: for each ControlNet of the bundle (`bundle.manifest.controlnets`, in order) the picture that it follows, or
+                None to leave it out; a picture alone for a single one. All images of the call follow it. A PIL image or an array of
+                uint8 (H, W, 3); it is resized.
+            controlnet_scale: how much of each ControlNet, one number for all or one for each.
+            control_start: the share of the steps after which each begins, 0 to 1, likewise.
+            control_end: the share of the steps after which each ends.
             output_type: `pil`, `np` or `latent`.
             on_step: called after every step with its index and the latents (images at a time, C, h, w) float32. It may raise, for
                 instance `ldmrt.Cancelled`, to stop.
@@ -205,6 +217,15 @@ class Pipeline:
         )
         if output_type not in ("pil", "np", "latent"):
             raise BadRequest(f"output_type is {output_type!r}, expected pil, np or latent", param="output_type")
+        controls = control.resolve(
+            [record.name for record in self.bundle.manifest.controlnets],
+            (job.width, job.height),
+            pictures=control_image,
+            scale=controlnet_scale,
+            start=control_start,
+            end=control_end,
+        )
+        names = [one.name for one in controls]
         given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         clock = _Clock()
         with self._lock, torch.inference_mode():
@@ -217,9 +238,9 @@ class Pipeline:
                 starts, noises = draw(job.seeds, self._latent_shape(job), table, generator=generator, latents=latents)
             finals = torch.empty_like(starts)
             decoded: dict[int, torch.Tensor] = {}
-            for group in self._denoisers.groups(job, [len(cond.states) for cond, _ in texts]):
+            for group in self._denoisers.groups(job, [len(cond.states) for cond, _ in texts], names):
                 with clock("prepare"):
-                    denoiser = self._denoisers.get(job, table, len(group), len(texts[group[0]][0].states))
+                    denoiser = self._denoisers.get(job, table, len(group), len(texts[group[0]][0].states), names)
                 try:
                     with clock("prepare"):
                         for slot, number in enumerate(group):
@@ -232,6 +253,7 @@ class Pipeline:
                                 cond=conditioning(cond, job),
                                 uncond=None if uncond is None else conditioning(uncond, job),
                                 noise=None if noises is None else noises[number],
+                                controls=[one.conditioning(table.evaluations, self.device) for one in controls],
                             )
                     with clock("denoise"):
                         wanted = on_step is None and output_type != "latent"
@@ -266,8 +288,8 @@ class Pipeline:
         LoRAs stay on the weights. The first values of those that change are kept, where they are used, for `restore_weights`.
 
         Args:
-            component: `unet`, `text_encoder`, `text_encoder_2`, `decoder` or `encoder`. The last two share their file, not their
-                weights.
+            component: `unet`, `controlnet.NAME`, `text_encoder`, `text_encoder_2`, `decoder` or `encoder`. The last two share their
+                file, not their weights.
             tensors: new values by the names of the model's weight file; the other weights stay as they are.
 
         Raises:
@@ -335,23 +357,24 @@ class Pipeline:
 
     def _parameters(self, component: str) -> Parameters:
         """A component's weights, all of its engines loaded, so that their names are known."""
-        parts = ("context", "schedule", "step") if component == "unet" else (component,)
+        needed = parts(_step(component)) if _is_network(component) else (component,)
         known = {record.component for record in self.bundle.manifest.engines}
-        if component in ("context", "schedule", "step") or not known.issuperset(parts):
+        if component in parts(STEP) or not known.issuperset(needed):
             raise BadRequest(
-                f"component is {component!r}, expected unet, text_encoder, decoder or encoder", param="component"
+                f"component is {component!r}, expected unet, text_encoder, decoder, encoder or controlnet.NAME",
+                param="component",
             )
         if self.kind != "torch":
             raise EngineMismatch(
                 f"{self.kind} engines hold weights of their own, which cannot be changed in place: use the torch engine"
             )
-        for part in parts:
+        for part in needed:
             self._loader.load(self._loader.records(part)[0])
         return self._weights(component)
 
     def _record(self, component: str) -> EngineRecord:
         """An engine that reads a component's weights."""
-        return self._loader.records("step" if component == "unet" else component)[0]
+        return self._loader.records(_step(component) if _is_network(component) else component)[0]
 
     def _weights(self, component: str) -> Parameters:
         return self.bundle.parameters(self._record(component).weights, self.device)
@@ -393,6 +416,15 @@ class Pipeline:
                     on_step(step, denoiser.slots.x[:images].clone())
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _is_network(component: str) -> bool:
+    """Whether a component's engines are the parts of a denoising network."""
+    return component == "unet" or component.startswith(CONTROLNET)
+
+
+def _step(network: str) -> str:
+    return STEP if network == "unet" else f"{network}.step"
 
 
 def _delivered(images: torch.Tensor, output_type: OutputType) -> Any:

@@ -74,6 +74,30 @@ def tiny_model_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_controlnets(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two ControlNets for `tiny_model`, `edges` and `depth`, with random weights."""
+    folder = tmp_path_factory.mktemp("controlnets")
+    return [write_controlnet(folder / name, tiny_model, seed) for seed, name in enumerate(("edges", "depth"), 10)]
+
+
+@pytest.fixture(scope="session")
+def tiny_controlnet_xl(tiny_model_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ControlNet for `tiny_model_xl`, with random weights."""
+    return write_controlnet(tmp_path_factory.mktemp("controlnets") / "canny-xl", tiny_model_xl, 12)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_controlled(
+    tiny_model: Path, tiny_bundle: Path, tiny_controlnets: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A copy of `tiny_bundle` with `tiny_controlnets` added, for one and two images. Do not write to it."""
+    out = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("bundles") / "tiny-controlled")
+    options: dict[str, Any] = {"dtype": "float32", "batch_sizes": (1, 2)}
+    bundle: Bundle = ldmrt.build_engines(tiny_model, out, controlnets=tiny_controlnets, **options)
+    return bundle.path
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_model` on the torch engine in float32, for one and two images. Do not write to it."""
     return _built(tiny_model, tmp_path_factory, "torch")
@@ -316,6 +340,25 @@ def write_model_xl(folder: Path, *, seed: int) -> None:
             "vae": ["diffusers", "AutoencoderKL"],
         },
     )
+
+
+def write_controlnet(folder: Path, model: Path, seed: int) -> Path:
+    """Write a ControlNet for a model's U-Net with weights drawn from a seed, and return its folder."""
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        controlnet = ControlNetModel.from_unet(
+            unet, load_weights_from_unet=False, conditioning_embedding_out_channels=(8, 16, 16, 24)
+        )
+        _enliven(controlnet)
+        with torch.no_grad():
+            for name, parameter in controlnet.named_parameters():
+                if name.endswith("weight") and not parameter.any():  # what training starts from
+                    parameter.normal_(std=0.2)
+    controlnet.save_pretrained(folder)
+    return folder
 
 
 _NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}

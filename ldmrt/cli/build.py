@@ -55,6 +55,10 @@ def build_engines(
             help="LoRA to fuse into the weights, and how much of it (default: 1); repeatable.",
         ),
     ] = None,
+    controlnet: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Folder of a ControlNet for this model, to be used with it; repeatable."),
+    ] = None,
     json: Json = False,
     _verbose: Verbose = False,
 ) -> None:
@@ -75,6 +79,7 @@ def build_engines(
             optimization_level=optimization_level,
             workspace=None if workspace is None else workspace << 20,
             loras=lora or (),
+            controlnets=controlnet or (),
             on_progress=lambda what, done, total: update(description=what, completed=done, total=total),
         )
     seconds = time.perf_counter() - started

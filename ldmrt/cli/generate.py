@@ -72,6 +72,24 @@ def generate(
             help="LoRA to add to the weights, and how much of it (default: 1); repeatable.",
         ),
     ] = None,
+    control_image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Picture to follow, one for each ControlNet of the bundle, in its order; repeatable."
+        ),
+    ] = None,
+    control_scale: Annotated[
+        list[float] | None,
+        typer.Option(metavar="F", help="How much of each ControlNet; one for all, or repeated. Default: 1."),
+    ] = None,
+    control_start: Annotated[
+        list[float] | None,
+        typer.Option(metavar="F", help="Share of the steps after which each begins, likewise. Default: 0."),
+    ] = None,
+    control_end: Annotated[
+        list[float] | None,
+        typer.Option(metavar="F", help="Share of the steps after which each ends, likewise. Default: 1."),
+    ] = None,
     engine: Annotated[
         EngineChoice, typer.Option(help="Which engines to use where the bundle has several kinds.")
     ] = EngineChoice.auto,
@@ -109,6 +127,7 @@ def generate(
     from ldmrt.pipeline import Pipeline
     from ldmrt.request import Request, resolve
 
+    controls = _controls(control_image, control_scale, control_start, control_end)
     if config.threads:
         torch.set_num_threads(config.threads)
     pipe = Pipeline.from_bundle(
@@ -138,14 +157,14 @@ def generate(
         pipe.load_lora(path, scale)
     timings = {"load": time.perf_counter() - started}
     with shown_warnings():
-        pictures = _draw(pipe, job, destination, timings)
+        pictures = _draw(pipe, job, controls, destination, timings)
     timings["total"] = time.perf_counter() - started
     if json:
         print_json(
             {
                 "images": pictures,
                 "timings": {stage: round(seconds, 4) for stage, seconds in timings.items()},
-                "settings": _settings(pipe, job),
+                "settings": _settings(pipe, job, controls),
             }
         )
         return
@@ -155,7 +174,33 @@ def generate(
     typer.echo(f"{timings['total']:.2f} s: {stages}")
 
 
-def _draw(pipe: Pipeline, job: Job, destination: Destination, timings: dict[str, float]) -> list[dict[str, Any]]:
+def _controls(
+    images: list[Path] | None, scales: list[float] | None, starts: list[float] | None, ends: list[float] | None
+) -> dict[str, Any]:
+    """The pipeline's arguments for ControlNets; one number stands for all of them.
+
+    Raises:
+        BadRequest: a file is no picture, or numbers are given without pictures.
+    """
+    from ldmrt.conditioning import open_picture
+
+    given = {"controlnet_scale": scales, "control_start": starts, "control_end": ends}
+    numbers: dict[str, Any] = {
+        name: values[0] if len(values) == 1 else values for name, values in given.items() if values
+    }
+    if not images:
+        if numbers:
+            raise BadRequest(
+                f"{next(iter(numbers))} says nothing without a picture to follow; give --control-image",
+                param="control_image",
+            )
+        return {}
+    return {"control_image": [open_picture(path, param="control_image") for path in images], **numbers}
+
+
+def _draw(
+    pipe: Pipeline, job: Job, controls: dict[str, Any], destination: Destination, timings: dict[str, float]
+) -> list[dict[str, Any]]:
     """Make the pictures batch by batch, and save each batch when it is done. Adds to `timings`."""
     import hashlib
 
@@ -180,12 +225,13 @@ def _draw(pipe: Pipeline, job: Job, destination: Destination, timings: dict[str,
                 job.height,
                 clip_skip=job.clip_skip,
                 long_prompt=job.long_prompt,
+                **controls,
                 on_step=lambda step, latents: update(advance=len(latents)),
             )
             saving = time.perf_counter()
             for number, image in enumerate(result.images, start=first):
                 path = destination.path(number, job.seeds[number])
-                save(image, path, parameters=_parameters(pipe, job, number))
+                save(image, path, parameters=_parameters(pipe, job, controls, number))
                 pictures.append(
                     {
                         "path": str(path),
@@ -200,7 +246,7 @@ def _draw(pipe: Pipeline, job: Job, destination: Destination, timings: dict[str,
     return pictures
 
 
-def _parameters(pipe: Pipeline, job: Job, number: int) -> str:
+def _parameters(pipe: Pipeline, job: Job, controls: dict[str, Any], number: int) -> str:
     import ldmrt
     from ldmrt.image import parameters_text
 
@@ -209,6 +255,11 @@ def _parameters(pipe: Pipeline, job: Job, number: int) -> str:
         extra["Clip skip"] = job.clip_skip + 1  # AUTOMATIC1111 counts from 1
     if pipe.loras:
         extra["LoRAs"] = ", ".join(f"{name}: {scale:g}" for name, scale in pipe.loras.items())
+    if controls:
+        extra["ControlNets"] = ", ".join(record.name for record in pipe.bundle.manifest.controlnets)
+        for name in ("controlnet_scale", "control_start", "control_end"):
+            if name in controls:
+                extra[name.replace("_", " ").capitalize()] = controls[name]
     return parameters_text(
         job.prompts[0],
         job.negative_prompts[0],
@@ -223,7 +274,7 @@ def _parameters(pipe: Pipeline, job: Job, number: int) -> str:
     )
 
 
-def _settings(pipe: Pipeline, job: Job) -> dict[str, Any]:
+def _settings(pipe: Pipeline, job: Job, controls: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompt": job.prompts[0],
         "negative_prompt": job.negative_prompts[0],
@@ -238,6 +289,8 @@ def _settings(pipe: Pipeline, job: Job) -> dict[str, Any]:
         "clip_skip": job.clip_skip,
         "long_prompt": job.long_prompt,
         "loras": pipe.loras,
+        "controlnets": [record.name for record in pipe.bundle.manifest.controlnets] if controls else [],
+        **{name: value for name, value in controls.items() if name != "control_image"},
         "model": pipe.bundle.manifest.model.name,
         "bundle": str(pipe.bundle.path.resolve()),
         "engine": pipe.kind,
