@@ -13,6 +13,7 @@ from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BuildError
 from ldmrt.export.component import (
     DOWN_RESIDUALS,
+    MASKED,
     MID_RESIDUAL,
     Component,
     ControlNet,
@@ -50,6 +51,12 @@ TIME_IDS = 6
 def downscale(source: Source) -> int:
     """Pixels per latent cell, each way."""
     return int(2 ** (len(source.configs["vae"]["block_out_channels"]) - 1))
+
+
+def scaling(source: Source) -> tuple[float, float]:
+    """Factor and shift of the latents: denoised are (encoded - shift) * factor."""
+    vae = source.configs["vae"]
+    return float(vae.get("scaling_factor", 0.18215)), float(vae.get("shift_factor") or 0.0)
 
 
 def tokens(source: Source) -> int:
@@ -91,14 +98,14 @@ def text_encoder(source: Source, folder: str) -> Component:
 
 def unet(source: Source, size: tuple[int, int]) -> Component:
     """The denoising network."""
-    inputs, kinds = _denoising_inputs(source, size)
+    inputs, kinds = _unet_inputs(source, size)
     wrapper = UNet(instantiate(source, "unet"), [spec.name for spec in inputs])
     return Component("unet", "unet", wrapper, inputs, ("model_output",), kinds)
 
 
 def controlled_unet(source: Source, size: tuple[int, int]) -> Component:
     """The denoising network with the residuals of ControlNets added to its skip connections and its middle."""
-    inputs, kinds = _denoising_inputs(source, size)
+    inputs, kinds = _unet_inputs(source, size)
     residuals = _residuals(source, next(iter(source.controlnets)), size)
     inputs += residuals
     wrapper = UNet(instantiate(source, "unet"), [spec.name for spec in inputs])
@@ -114,8 +121,21 @@ def controlnet(source: Source, folder: str, size: tuple[int, int]) -> Component:
     return Component(folder, folder, wrapper, inputs, outputs, kinds, parts(f"{folder}.step"))
 
 
+def _unet_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[TensorSpec, ...], dict[str, Kind]]:
+    """What the U-Net takes, and the class of each."""
+    inputs, kinds = _denoising_inputs(source, size)
+    if source.kind.inpainting:
+        channels, height, width = _latent_shape(source, size)
+        inputs += tuple(
+            TensorSpec(name, ("rows", count, height, width), F32)
+            for name, count in zip(MASKED, (1, channels), strict=True)
+        )
+        kinds |= dict.fromkeys(MASKED, "request")
+    return inputs, kinds
+
+
 def _denoising_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[TensorSpec, ...], dict[str, Kind]]:
-    """What the U-Net and its ControlNets take, and the class of each."""
+    """What the U-Net and its ControlNets both take, and the class of each."""
     channels, height, width = _latent_shape(source, size)
     text = int(source.configs["unet"]["cross_attention_dim"])
     inputs = [
@@ -154,10 +174,9 @@ def _residuals(source: Source, folder: str, size: tuple[int, int]) -> tuple[Tens
 
 def decoder(source: Source, size: tuple[int, int]) -> Component:
     """The first stage's decoder."""
-    vae = source.configs["vae"]
-    scaling, shift = float(vae.get("scaling_factor", 0.18215)), float(vae.get("shift_factor") or 0.0)
+    factor, shift = scaling(source)
     inputs = (TensorSpec("latents", ("rows", *_latent_shape(source, size)), F32),)
-    return Component("decoder", "vae", Decoder(instantiate(source, "vae"), scaling, shift), inputs, ("image",))
+    return Component("decoder", "vae", Decoder(instantiate(source, "vae"), factor, shift), inputs, ("image",))
 
 
 def encoder(source: Source, size: tuple[int, int]) -> Component:
@@ -192,7 +211,7 @@ def _text_trials(source: Source, folder: str) -> list[Trial]:
     ]
 
 
-def _unet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
+def _denoising_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
     shape, steps = _latent_shape(source, size), torch.tensor([999.0, 261.0])
     states, pooled = [], None
     for folder in source.kind.tokenizers:
@@ -220,6 +239,23 @@ def _unet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
     return [Trial("random", random), Trial("real", real), Trial("extreme", extreme)]
 
 
+def _unet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
+    return [
+        Trial(t.kind, {**t.inputs, **_masked(source, size, number)})
+        for number, t in enumerate(_denoising_trials(source, size))
+    ]
+
+
+def _masked(source: Source, size: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
+    """What an inpainting model takes besides, for two rows: half of a picture to be edited, and some latents; nothing of others."""
+    if not source.kind.inpainting:
+        return {}
+    channels, height, width = _latent_shape(source, size)
+    mask = torch.zeros(2, 1, height, width)
+    mask[0, :, : (height + 1) // 2] = mask[1, :, :, : (width + 1) // 2] = 1
+    return {"mask": mask, "masked_image_latents": noise(30 + seed, 2, channels, height, width)}
+
+
 def _controlnet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
     """As the U-Net's, with a picture for each row, and more of it for the one than for the other."""
     shape, scales = (2, 3, size[1], size[0]), torch.tensor([1.0, 0.4])
@@ -230,7 +266,7 @@ def _controlnet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
     }
     return [
         Trial(t.kind, {**t.inputs, "controlnet_cond": pictures[t.kind], "conditioning_scale": scales})
-        for t in _unet_trials(source, size)
+        for t in _denoising_trials(source, size)
     ]
 
 
@@ -246,6 +282,7 @@ def _controlled_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
         if trial.kind == "random":
             made = [noise(20 + number, *tensor.shape) for tensor in made]
         inputs = {name: t for name, t in trial.inputs.items() if name not in ("controlnet_cond", "conditioning_scale")}
+        inputs |= _masked(source, size, number)
         found.append(Trial(trial.kind, inputs | dict(zip(component.outputs, made, strict=True))))
     return found
 

@@ -535,6 +535,9 @@ class _Build:
                 downscale=architectures.downscale(self.source),
                 tokenizers=dict(self.source.kind.tokenizers),
                 zero_empty_negative=self.source.zero_empty_negative,
+                inpainting=self.source.kind.inpainting,
+                scaling_factor=architectures.scaling(self.source)[0],
+                shift_factor=architectures.scaling(self.source)[1],
                 schedule=NoiseSchedule.from_config(self.source.configs["scheduler"]).to_dict(),
                 defaults=Defaults(
                     width=width,

@@ -19,6 +19,7 @@ from ldmrt.export.passes.hoist import Kind
 PREFIX = "module."  # every wrapper holds the original module under this name
 UNET_INPUTS = ("latents", "timesteps", "encoder_hidden_states")
 ADDED = ("text_embeds", "time_ids")  # what Stable Diffusion XL's networks take besides
+MASKED = ("mask", "masked_image_latents")  # what inpainting models' do
 DOWN_RESIDUALS, MID_RESIDUAL = "down_residuals", "mid_residual"
 
 
@@ -96,7 +97,8 @@ class UNet(torch.nn.Module):
         names: what `forward` is given, in order. Always `latents` (rows, C, h, w), `timesteps` (rows,) and
             `encoder_hidden_states` (rows, tokens, width); with Stable Diffusion XL also the pooled text embedding `text_embeds`
             (rows, projection) and `time_ids` (rows, 6): original height and width, top and left of the crop, target height and
-            width; and the residuals of ControlNets, `down_residuals.I` and `mid_residual`.
+            width; for inpainting `mask` (rows, 1, h, w) and `masked_image_latents` (rows, C, h, w), which are joined to the
+            latents; and the residuals of ControlNets, `down_residuals.I` and `mid_residual`.
     """
 
     def __init__(self, module: Any, names: Sequence[str] = UNET_INPUTS) -> None:
@@ -108,8 +110,9 @@ class UNet(torch.nn.Module):
         """See the class."""
         given = dict(zip(self.names, inputs, strict=True))
         residuals = [tensor for name, tensor in given.items() if name.startswith(f"{DOWN_RESIDUALS}.")]
+        joined = [given[name] for name in ("latents", *MASKED) if name in given]
         result = self.module(
-            given["latents"],
+            torch.cat(joined, dim=1) if len(joined) > 1 else joined[0],
             given["timesteps"],
             given["encoder_hidden_states"],
             added_cond_kwargs={name: given[name] for name in ADDED if name in given},

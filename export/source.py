@@ -31,6 +31,7 @@ class Kind:
         addition_embed_type: what its U-Net takes beside text and timestep, as its config says it.
         guidance_scale: what its makers recommend.
         upcast_vae: whether its VAE is known to overflow float16.
+        inpainting: whether its U-Net takes, beside the latents, a mask and the latents of the picture without what it covers.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Kind:
     addition_embed_type: str | None
     guidance_scale: float
     upcast_vae: bool = False
+    inpainting: bool = False
 
 
 _DENOISER = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
@@ -64,6 +66,9 @@ KINDS = {
         upcast_vae=True,
     ),
 }
+KINDS["StableDiffusionInpaintPipeline"] = replace(
+    KINDS["StableDiffusionPipeline"], title="Stable Diffusion 1.x and 2.x for inpainting", inpainting=True
+)
 KNOWN_KINDS = "; ".join(f"{kind.title} ({name}: {', '.join(kind.classes.values())})" for name, kind in KINDS.items())
 
 # What weight files are called, where it is not as diffusers does.
@@ -330,10 +335,11 @@ def _check_values(
 def _check_unet(path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]]) -> None:
     unet, vae = configs["unet"], configs["vae"]
     latents = vae.get("latent_channels", 4)
-    if unet.get("in_channels", 4) != latents:
+    channels = 2 * latents + 1 if kind.inpainting else latents
+    if unet.get("in_channels", 4) != channels:
         raise BuildError(
-            f"{path}: its U-Net takes {unet.get('in_channels')} channels and its VAE makes {latents}; "
-            f"inpainting and other concatenating models are not built yet; known kinds: {KNOWN_KINDS}"
+            f"{path}: its U-Net takes {unet.get('in_channels')} channels, expected {channels} of {kind.title}, whose VAE makes "
+            f"{latents}; known kinds: {KNOWN_KINDS}"
         )
     expected = {"addition_embed_type": kind.addition_embed_type}
     for key in ("addition_embed_type", "class_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type"):

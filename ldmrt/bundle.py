@@ -172,6 +172,9 @@ class ModelRecord(_Record):
         downscale: pixels per latent cell, each way.
         tokenizers: folder of the tokenizer of each text encoder, in the order in which their outputs are joined.
         zero_empty_negative: whether an empty negative prompt means embeddings of zeros.
+        inpainting: whether it draws into the masked part of a picture, and nothing else.
+        scaling_factor: the latents that are denoised are (encoded - shift_factor) * scaling_factor.
+        shift_factor: see there.
         schedule: the noise schedule (`ldmrt.schedule.NoiseSchedule.from_dict`).
         defaults: see `Defaults`.
     """
@@ -182,6 +185,9 @@ class ModelRecord(_Record):
     downscale: int = Field(ge=1, le=1024)
     tokenizers: dict[str, str] = Field(min_length=1)
     zero_empty_negative: bool = False
+    inpainting: bool = False
+    scaling_factor: float = Field(default=0.18215, gt=0)
+    shift_factor: float = 0.0
     schedule: dict[str, Any]
     defaults: Defaults
 

@@ -13,8 +13,9 @@ from ldmrt.schedule import SamplerTable
 
 Conditioning = Mapping[str, torch.Tensor]
 
-# A ControlNet's input that the request says for every step.
+# Inputs of a step that the request itself says: a ControlNet's for every step, an inpainting model's once.
 SCALE = "conditioning_scale"
+MASKED = ("mask", "masked_image_latents")
 
 
 class Parts(NamedTuple):
@@ -56,7 +57,8 @@ class Network:
             return torch.zeros(sizes(spec, rows=rows, tokens=tokens), dtype=spec.dtype, device=device)
 
         inputs = {name: spec for name, spec in parts.step.inputs.items() if name not in buffers}
-        self._contexts = {name: empty(spec) for name, spec in inputs.items() if name in parts.context.outputs}
+        constant = {*parts.context.outputs, *MASKED}
+        self._contexts = {name: empty(spec) for name, spec in inputs.items() if name in constant}
         # What is another one at every step.
         changing = {*parts.schedule.outputs, SCALE}
         self._current = {name: empty(spec) for name, spec in inputs.items() if name in changing}
@@ -83,13 +85,14 @@ class Network:
             name: torch.stack([one[name].to(spec.dtype) for one in conditionings])
             for name, spec in context.inputs.items()
         }
-        rows = slice(first, first + len(conditionings))
-        for name, tensor in context.run(stacked).items():
-            self._contexts[name][rows].copy_(tensor)
+        made = context.run(stacked)
+        made |= {name: torch.stack([one[name] for one in conditionings]) for name in MASKED if name in self._contexts}
+        for name, tensor in made.items():
+            self._contexts[name][first : first + len(conditionings)].copy_(tensor)
         for row, conditioning in enumerate(conditionings, start=first):
-            made = self._scheduled(table, conditioning)
-            made |= {SCALE: conditioning[SCALE]} if SCALE in self._tables else {}
-            for name, tensor in made.items():
+            timed = self._scheduled(table, conditioning)
+            timed |= {SCALE: conditioning[SCALE]} if SCALE in self._tables else {}
+            for name, tensor in timed.items():
                 self._tables[name][row * self._entries : row * self._entries + len(tensor)].copy_(tensor)
 
     def _scheduled(self, table: SamplerTable, conditioning: Conditioning) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ from ldmrt.decoding import Decoding, decode
 from ldmrt.denoise import Denoiser
 from ldmrt.denoisers import Denoisers
 from ldmrt.errors import BadRequest, EngineMismatch, NumericalError
+from ldmrt.inpainting import resolve as resolve_inpainting
 from ldmrt.loader import EngineLoader
 from ldmrt.lora import Lora
 from ldmrt.noise import Generators, draw
@@ -152,6 +153,8 @@ class Pipeline:
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         clip_skip: int | None = None,
         long_prompt: LongPrompt = "chunk",
+        image: Picture | None = None,
+        mask_image: Picture | None = None,
         control_image: Picture | Sequence[Picture | None] | None = None,
         controlnet_scale: float | Sequence[float] = 1.0,
         control_start: float | Sequence[float] = 0.0,
@@ -181,6 +184,8 @@ class Pipeline:
             clip_skip: how many of the text encoder's last layers to leave out.
             long_prompt: `chunk` encodes a prompt longer than the text encoder's window in several windows, as AUTOMATIC1111 does;
                 `cut` drops the rest, with a warning.
+            image: for an inpainting model, the picture to draw into, a PIL image or an array of uint8 (H, W, 3); it is resized.
+            mask_image: the same, white where it is to be drawn anew.
             control_image: for each ControlNet of the bundle (`bundle.manifest.controlnets`, in order) the picture that it follows, or
                 None to leave it out; a picture alone for a single one. All images of the call follow it. A PIL image or an array of
                 uint8 (H, W, 3); it is resized.
@@ -226,6 +231,7 @@ class Pipeline:
             end=control_end,
         )
         names = [one.name for one in controls]
+        inpainting = resolve_inpainting(self.bundle.manifest.model, (job.width, job.height), image, mask_image)
         given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         clock = _Clock()
         with self._lock, torch.inference_mode():
@@ -235,7 +241,18 @@ class Pipeline:
                 texts = self._prompts.embed(job, windows, given)
             with clock("prepare"):
                 table = sampler_table(job.sampler, self.schedule, job.num_inference_steps, job.eta)
-                starts, noises = draw(job.seeds, self._latent_shape(job), table, generator=generator, latents=latents)
+                starts, noises, encoding = draw(
+                    job.seeds,
+                    self._latent_shape(job),
+                    table,
+                    generator=generator,
+                    latents=latents,
+                    encoding=inpainting is not None,
+                )
+                masked: list[dict[str, torch.Tensor]] = [{}] * len(starts)
+                if inpainting is not None and encoding is not None:
+                    encoder = self._loader.load(self._loader.records("encoder", (job.width, job.height))[0])
+                    masked = inpainting.conditionings(encoder, self.bundle.manifest.model, encoding, self.device)
             finals = torch.empty_like(starts)
             decoded: dict[int, torch.Tensor] = {}
             for group in self._denoisers.groups(job, [len(cond.states) for cond, _ in texts], names):
@@ -250,8 +267,8 @@ class Pipeline:
                                 latents=starts[number],
                                 table=table,
                                 guidance_scale=job.guidance_scale,
-                                cond=conditioning(cond, job),
-                                uncond=None if uncond is None else conditioning(uncond, job),
+                                cond=conditioning(cond, job) | masked[number],
+                                uncond=None if uncond is None else conditioning(uncond, job) | masked[number],
                                 noise=None if noises is None else noises[number],
                                 controls=[one.conditioning(table.evaluations, self.device) for one in controls],
                             )

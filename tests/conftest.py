@@ -74,6 +74,25 @@ def tiny_model_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_model_inpainting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like Stable Diffusion 1.5's for inpainting: a U-Net of nine channels."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-inpainting"
+    write_model(folder, version=1, seed=3, inpainting=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_inpainting(
+    tiny_model_inpainting: Path, tiny_controlnets: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """`tiny_model_inpainting` and the first of `tiny_controlnets` in float32, for one and two images. Do not write to it."""
+    out = tmp_path_factory.mktemp("bundles") / "tiny-inpainting"
+    options: dict[str, Any] = {"dtype": "float32", "batch_sizes": (1, 2), "controlnets": tiny_controlnets[:1]}
+    bundle: Bundle = ldmrt.build_engines(tiny_model_inpainting, out, **options)
+    return bundle.path
+
+
+@pytest.fixture(scope="session")
 def tiny_controlnets(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two ControlNets for `tiny_model`, `edges` and `depth`, with random weights."""
     folder = tmp_path_factory.mktemp("controlnets")
@@ -193,8 +212,10 @@ def fused_by_diffusers() -> Callable[[Path, Mapping[Path, float]], Any]:
 # ---------------------------------------------------------------------------------------------------- the models
 
 
-def write_model(folder: Path, *, version: int, seed: int) -> None:
-    """Write a model in the diffusers layout with weights drawn from a seed. `version` is Stable Diffusion's: 1 or 2."""
+def write_model(folder: Path, *, version: int, seed: int, inpainting: bool = False) -> None:
+    """Write a model in the diffusers layout with weights drawn from a seed. `version` is Stable Diffusion's: 1 or 2; with `inpainting`
+    its U-Net takes a mask and a masked picture besides.
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
     from transformers.utils.logging import disable_progress_bar
@@ -224,6 +245,7 @@ def write_model(folder: Path, *, version: int, seed: int) -> None:
         )
         unet = UNet2DConditionModel(
             sample_size=SIZE // 8,
+            in_channels=9 if inpainting else 4,
             down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
             block_out_channels=(16, 32, 32)[:levels],
@@ -254,7 +276,7 @@ def write_model(folder: Path, *, version: int, seed: int) -> None:
     _write_json(
         folder / "model_index.json",
         {
-            "_class_name": "StableDiffusionPipeline",
+            "_class_name": "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline",
             "_diffusers_version": "0.36.0",
             "feature_extractor": [None, None],
             "image_encoder": [None, None],

@@ -72,6 +72,12 @@ def generate(
             help="LoRA to add to the weights, and how much of it (default: 1); repeatable.",
         ),
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For an inpainting model: the picture to draw into.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="White where the picture is to be drawn anew.")
+    ] = None,
     control_image: Annotated[
         list[Path] | None,
         typer.Option(
@@ -127,7 +133,7 @@ def generate(
     from ldmrt.pipeline import Pipeline
     from ldmrt.request import Request, resolve
 
-    controls = _controls(control_image, control_scale, control_start, control_end)
+    given = _masked(image, mask) | _controls(control_image, control_scale, control_start, control_end)
     if config.threads:
         torch.set_num_threads(config.threads)
     pipe = Pipeline.from_bundle(
@@ -157,14 +163,14 @@ def generate(
         pipe.load_lora(path, scale)
     timings = {"load": time.perf_counter() - started}
     with shown_warnings():
-        pictures = _draw(pipe, job, controls, destination, timings)
+        pictures = _draw(pipe, job, given, destination, timings)
     timings["total"] = time.perf_counter() - started
     if json:
         print_json(
             {
                 "images": pictures,
                 "timings": {stage: round(seconds, 4) for stage, seconds in timings.items()},
-                "settings": _settings(pipe, job, controls),
+                "settings": _settings(pipe, job, given),
             }
         )
         return
@@ -172,6 +178,18 @@ def generate(
         typer.echo(f"{picture['path']}  {picture['width']}x{picture['height']}  seed {picture['seed']}")
     stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in timings.items() if stage != "total")
     typer.echo(f"{timings['total']:.2f} s: {stages}")
+
+
+def _masked(image: Path | None, mask: Path | None) -> dict[str, Any]:
+    """The pipeline's arguments for an inpainting model.
+
+    Raises:
+        BadRequest: a file is no picture.
+    """
+    from ldmrt.conditioning import open_picture
+
+    paths = {"image": image, "mask_image": mask}
+    return {name: open_picture(path, param=name) for name, path in paths.items() if path is not None}
 
 
 def _controls(
@@ -199,7 +217,7 @@ def _controls(
 
 
 def _draw(
-    pipe: Pipeline, job: Job, controls: dict[str, Any], destination: Destination, timings: dict[str, float]
+    pipe: Pipeline, job: Job, given: dict[str, Any], destination: Destination, timings: dict[str, float]
 ) -> list[dict[str, Any]]:
     """Make the pictures batch by batch, and save each batch when it is done. Adds to `timings`."""
     import hashlib
@@ -225,13 +243,13 @@ def _draw(
                 job.height,
                 clip_skip=job.clip_skip,
                 long_prompt=job.long_prompt,
-                **controls,
+                **given,
                 on_step=lambda step, latents: update(advance=len(latents)),
             )
             saving = time.perf_counter()
             for number, image in enumerate(result.images, start=first):
                 path = destination.path(number, job.seeds[number])
-                save(image, path, parameters=_parameters(pipe, job, controls, number))
+                save(image, path, parameters=_parameters(pipe, job, given, number))
                 pictures.append(
                     {
                         "path": str(path),
@@ -246,7 +264,7 @@ def _draw(
     return pictures
 
 
-def _parameters(pipe: Pipeline, job: Job, controls: dict[str, Any], number: int) -> str:
+def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int) -> str:
     import ldmrt
     from ldmrt.image import parameters_text
 
@@ -255,11 +273,11 @@ def _parameters(pipe: Pipeline, job: Job, controls: dict[str, Any], number: int)
         extra["Clip skip"] = job.clip_skip + 1  # AUTOMATIC1111 counts from 1
     if pipe.loras:
         extra["LoRAs"] = ", ".join(f"{name}: {scale:g}" for name, scale in pipe.loras.items())
-    if controls:
+    if "control_image" in given:
         extra["ControlNets"] = ", ".join(record.name for record in pipe.bundle.manifest.controlnets)
         for name in ("controlnet_scale", "control_start", "control_end"):
-            if name in controls:
-                extra[name.replace("_", " ").capitalize()] = controls[name]
+            if name in given:
+                extra[name.replace("_", " ").capitalize()] = given[name]
     return parameters_text(
         job.prompts[0],
         job.negative_prompts[0],
@@ -274,7 +292,7 @@ def _parameters(pipe: Pipeline, job: Job, controls: dict[str, Any], number: int)
     )
 
 
-def _settings(pipe: Pipeline, job: Job, controls: dict[str, Any]) -> dict[str, Any]:
+def _settings(pipe: Pipeline, job: Job, given: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompt": job.prompts[0],
         "negative_prompt": job.negative_prompts[0],
@@ -289,8 +307,8 @@ def _settings(pipe: Pipeline, job: Job, controls: dict[str, Any]) -> dict[str, A
         "clip_skip": job.clip_skip,
         "long_prompt": job.long_prompt,
         "loras": pipe.loras,
-        "controlnets": [record.name for record in pipe.bundle.manifest.controlnets] if controls else [],
-        **{name: value for name, value in controls.items() if name != "control_image"},
+        "controlnets": [record.name for record in pipe.bundle.manifest.controlnets] if "control_image" in given else [],
+        **{name: value for name, value in given.items() if not name.endswith("image")},
         "model": pipe.bundle.manifest.model.name,
         "bundle": str(pipe.bundle.path.resolve()),
         "engine": pipe.kind,

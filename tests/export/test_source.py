@@ -180,7 +180,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
         ("model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline, which ldmrt does not build yet"),
         ("model_index.json", {"unet": ["diffusers", "Other"]}, "its unet is a Other, expected UNet2DConditionModel"),
         ("model_index.json", {"text_encoder": None}, "its text_encoder is a None, expected CLIPTextModel"),
-        ("unet/config.json", {"in_channels": 9}, "takes 9 channels and its VAE makes 4"),
+        ("unet/config.json", {"in_channels": 9}, "takes 9 channels, expected 4 of"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type = 'text_time'"),
     ],
 )
