@@ -15,6 +15,7 @@ from ldmrt.export.component import (
     DOWN_RESIDUALS,
     MASKED,
     MID_RESIDUAL,
+    TIMESTEP_COND,
     Component,
     ControlNet,
     Decoder,
@@ -26,6 +27,7 @@ from ldmrt.export.component import (
 from ldmrt.export.passes.hoist import Kind
 from ldmrt.export.source import Checkpoint, Source
 from ldmrt.export.verify import noise, sample_picture
+from ldmrt.guidance import embedding
 from ldmrt.network import sizes
 from ldmrt.tokenizer import Tokenizer
 from ldmrt.verify import Trial
@@ -131,6 +133,9 @@ def _unet_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[TensorSpe
             for name, count in zip(MASKED, (1, channels), strict=True)
         )
         kinds |= dict.fromkeys(MASKED, "request")
+    if source.guidance_embedding is not None:
+        inputs += (TensorSpec(TIMESTEP_COND, ("rows", source.guidance_embedding), F32),)
+        kinds |= {TIMESTEP_COND: "request"}
     return inputs, kinds
 
 
@@ -241,19 +246,25 @@ def _denoising_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
 
 def _unet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
     return [
-        Trial(t.kind, {**t.inputs, **_masked(source, size, number)})
+        Trial(t.kind, {**t.inputs, **_unets_own(source, size, number)})
         for number, t in enumerate(_denoising_trials(source, size))
     ]
 
 
-def _masked(source: Source, size: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
-    """What an inpainting model takes besides, for two rows: half of a picture to be edited, and some latents; nothing of others."""
-    if not source.kind.inpainting:
-        return {}
-    channels, height, width = _latent_shape(source, size)
-    mask = torch.zeros(2, 1, height, width)
-    mask[0, :, : (height + 1) // 2] = mask[1, :, :, : (width + 1) // 2] = 1
-    return {"mask": mask, "masked_image_latents": noise(30 + seed, 2, channels, height, width)}
+def _unets_own(source: Source, size: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
+    """What the U-Nets of some models take, and ControlNets do not, for two rows: half of a picture to be edited, and some latents; a
+    weak and a strong guidance.
+    """
+    found: dict[str, torch.Tensor] = {}
+    if source.kind.inpainting:
+        channels, height, width = _latent_shape(source, size)
+        mask = torch.zeros(2, 1, height, width)
+        mask[0, :, : (height + 1) // 2] = mask[1, :, :, : (width + 1) // 2] = 1
+        found |= {"mask": mask, "masked_image_latents": noise(30 + seed, 2, channels, height, width)}
+    if source.guidance_embedding is not None:
+        weights = [embedding(scale, source.guidance_embedding) for scale in (1.5, 10.0)]
+        found[TIMESTEP_COND] = torch.stack(weights)
+    return found
 
 
 def _controlnet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
@@ -282,7 +293,7 @@ def _controlled_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
         if trial.kind == "random":
             made = [noise(20 + number, *tensor.shape) for tensor in made]
         inputs = {name: t for name, t in trial.inputs.items() if name not in ("controlnet_cond", "conditioning_scale")}
-        inputs |= _masked(source, size, number)
+        inputs |= _unets_own(source, size, number)
         found.append(Trial(trial.kind, inputs | dict(zip(component.outputs, made, strict=True))))
     return found
 

@@ -286,8 +286,9 @@ class _Build:
         if text:
             return [(specialize(last, {"rows": 1}), size, 1)]
         # With guidance an image takes two rows of the denoising network, without it one.
-        factors = (1, 2) if component.kinds else (1,)
-        if component.kinds and self.options.is_tensorrt:
+        guided = bool(component.kinds) and self.source.guidance_embedding is None
+        factors = (1, 2) if guided else (1,)
+        if guided and self.options.is_tensorrt:
             # Each plan holds the weights again: one for each batch size, for the guidance that the model is used with. One for guidance
             # also serves without, two images at a time.
             factors = (2,) if self.guidance_scale > 1 else (1,)
@@ -536,6 +537,7 @@ class _Build:
                 tokenizers=dict(self.source.kind.tokenizers),
                 zero_empty_negative=self.source.zero_empty_negative,
                 inpainting=self.source.kind.inpainting,
+                guidance_embedding=self.source.guidance_embedding,
                 scaling_factor=architectures.scaling(self.source)[0],
                 shift_factor=architectures.scaling(self.source)[1],
                 schedule=NoiseSchedule.from_config(self.source.configs["scheduler"]).to_dict(),

@@ -20,6 +20,7 @@ PREFIX = "module."  # every wrapper holds the original module under this name
 UNET_INPUTS = ("latents", "timesteps", "encoder_hidden_states")
 ADDED = ("text_embeds", "time_ids")  # what Stable Diffusion XL's networks take besides
 MASKED = ("mask", "masked_image_latents")  # what inpainting models' do
+TIMESTEP_COND = "timestep_cond"  # what models distilled with guidance do
 DOWN_RESIDUALS, MID_RESIDUAL = "down_residuals", "mid_residual"
 
 
@@ -98,7 +99,7 @@ class UNet(torch.nn.Module):
             `encoder_hidden_states` (rows, tokens, width); with Stable Diffusion XL also the pooled text embedding `text_embeds`
             (rows, projection) and `time_ids` (rows, 6): original height and width, top and left of the crop, target height and
             width; for inpainting `mask` (rows, 1, h, w) and `masked_image_latents` (rows, C, h, w), which are joined to the
-            latents; and the residuals of ControlNets, `down_residuals.I` and `mid_residual`.
+            latents; with the guidance scale embedded `timestep_cond` (rows, width); and the residuals of ControlNets, `down_residuals.I` and `mid_residual`.
     """
 
     def __init__(self, module: Any, names: Sequence[str] = UNET_INPUTS) -> None:
@@ -115,6 +116,7 @@ class UNet(torch.nn.Module):
             torch.cat(joined, dim=1) if len(joined) > 1 else joined[0],
             given["timesteps"],
             given["encoder_hidden_states"],
+            timestep_cond=given.get(TIMESTEP_COND),
             added_cond_kwargs={name: given[name] for name in ADDED if name in given},
             down_block_additional_residuals=residuals or None,
             mid_block_additional_residual=given.get(MID_RESIDUAL),

@@ -69,6 +69,9 @@ KINDS = {
 KINDS["StableDiffusionInpaintPipeline"] = replace(
     KINDS["StableDiffusionPipeline"], title="Stable Diffusion 1.x and 2.x for inpainting", inpainting=True
 )
+KINDS["LatentConsistencyModelPipeline"] = replace(
+    KINDS["StableDiffusionPipeline"], title="Latent Consistency Models", guidance_scale=8.5
+)
 KNOWN_KINDS = "; ".join(f"{kind.title} ({name}: {', '.join(kind.classes.values())})" for name, kind in KINDS.items())
 
 # What weight files are called, where it is not as diffusers does.
@@ -110,6 +113,12 @@ class Source:
     def place(self, folder: str) -> Path:
         """Where a folder of the model is, or a ControlNet."""
         return self.controlnets.get(folder, self.path / folder)
+
+    @property
+    def guidance_embedding(self) -> int | None:
+        """Width of the embedding of the guidance scale that its U-Net takes in the place of classifier-free guidance, if it does."""
+        width: int | None = self.configs["unet"].get("time_cond_proj_dim")
+        return width
 
     @property
     def name(self) -> str:
@@ -308,7 +317,7 @@ def _check_values(
     def check(where: str, values: Mapping[str, Any], key: str, what: str, *, optional: bool = True) -> None:
         value = values.get(key)
         whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        number = whole or (isinstance(value, float) and math.isfinite(value))
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if value is None and optional:
             return
         if not (whole if what == "a whole number" else number):
@@ -319,6 +328,7 @@ def _check_values(
             check(f"{folder}/config.json", configs[folder], key, "a whole number", optional=False)
     check("unet/config.json", configs["unet"], "cross_attention_dim", "a whole number", optional=False)
     check("unet/config.json", configs["unet"], "sample_size", "a whole number")
+    check("unet/config.json", configs["unet"], "time_cond_proj_dim", "a whole number")
     check("vae/config.json", configs["vae"], "latent_channels", "a whole number")
     check("vae/config.json", configs["vae"], "scaling_factor", "a number")
     check("vae/config.json", configs["vae"], "shift_factor", "a number")
@@ -342,11 +352,16 @@ def _check_unet(path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]]
             f"{latents}; known kinds: {KNOWN_KINDS}"
         )
     expected = {"addition_embed_type": kind.addition_embed_type}
-    for key in ("addition_embed_type", "class_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type"):
+    for key in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
         if unet.get(key) != expected.get(key):
             raise BuildError(
                 f"{path}: its U-Net has {key} = {unet.get(key)!r}, which is not built yet; known kinds: {KNOWN_KINDS}"
             )
+    width = unet.get("time_cond_proj_dim")
+    if width is not None and width < 4:
+        raise BuildError(
+            f"{path}: its U-Net takes the guidance scale in {width} numbers, expected 4 or more; copy the model again"
+        )
     widths = [int(configs[folder]["hidden_size"]) for folder in kind.tokenizers]
     if sum(widths) != unet["cross_attention_dim"]:
         raise BuildError(

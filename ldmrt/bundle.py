@@ -173,6 +173,8 @@ class ModelRecord(_Record):
         tokenizers: folder of the tokenizer of each text encoder, in the order in which their outputs are joined.
         zero_empty_negative: whether an empty negative prompt means embeddings of zeros.
         inpainting: whether it draws into the masked part of a picture, and nothing else.
+        guidance_embedding: width of the embedding of the guidance scale that the U-Net takes in the place of classifier-free guidance;
+            None if it takes none.
         scaling_factor: the latents that are denoised are (encoded - shift_factor) * scaling_factor.
         shift_factor: see there.
         schedule: the noise schedule (`ldmrt.schedule.NoiseSchedule.from_dict`).
@@ -186,6 +188,7 @@ class ModelRecord(_Record):
     tokenizers: dict[str, str] = Field(min_length=1)
     zero_empty_negative: bool = False
     inpainting: bool = False
+    guidance_embedding: int | None = Field(default=None, ge=4)
     scaling_factor: float = Field(default=0.18215, gt=0)
     shift_factor: float = 0.0
     schedule: dict[str, Any]

@@ -24,6 +24,7 @@ from ldmrt.decoding import Decoding, decode
 from ldmrt.denoise import Denoiser
 from ldmrt.denoisers import Denoisers
 from ldmrt.errors import BadRequest, EngineMismatch, NumericalError
+from ldmrt.guidance import embedding
 from ldmrt.inpainting import resolve as resolve_inpainting
 from ldmrt.loader import EngineLoader
 from ldmrt.lora import Lora
@@ -92,6 +93,7 @@ class Pipeline:
             size_multiple=model.downscale,
             max_steps=self.schedule.train_steps,
             max_clip_skip=self._prompts.layers - 1,
+            guidance_embedded=model.guidance_embedding is not None,
         )
         self._denoisers = Denoisers(loader, capture)
         self._adapters = Adapters(self._weights)
@@ -168,7 +170,8 @@ class Pipeline:
             prompt: one prompt or several; not needed with `prompt_embeds`.
             negative_prompt: what not to show; one for all prompts or one each.
             num_inference_steps: denoising steps.
-            guidance_scale: classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598); at most 1 is without.
+            guidance_scale: classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598); at most 1 is without. To a model that was
+                distilled with guidance (LCM) it is an input, without a negative prompt.
             sampler: `ddim`.
             eta: DDIM's noise, 0 to 1.
             seed: of the first image; image i has seed + i. Drawn, and reported in the result, if not given.
@@ -249,10 +252,11 @@ class Pipeline:
                     latents=latents,
                     encoding=inpainting is not None,
                 )
-                masked: list[dict[str, torch.Tensor]] = [{}] * len(starts)
+                own: list[dict[str, torch.Tensor]] = [self._guidance(job)] * len(starts)
                 if inpainting is not None and encoding is not None:
                     encoder = self._loader.load(self._loader.records("encoder", (job.width, job.height))[0])
                     masked = inpainting.conditionings(encoder, self.bundle.manifest.model, encoding, self.device)
+                    own = [one | more for one, more in zip(own, masked, strict=True)]
             finals = torch.empty_like(starts)
             decoded: dict[int, torch.Tensor] = {}
             for group in self._denoisers.groups(job, [len(cond.states) for cond, _ in texts], names):
@@ -267,8 +271,8 @@ class Pipeline:
                                 latents=starts[number],
                                 table=table,
                                 guidance_scale=job.guidance_scale,
-                                cond=conditioning(cond, job) | masked[number],
-                                uncond=None if uncond is None else conditioning(uncond, job) | masked[number],
+                                cond=conditioning(cond, job) | own[number],
+                                uncond=None if uncond is None else conditioning(uncond, job) | own[number],
                                 noise=None if noises is None else noises[number],
                                 controls=[one.conditioning(table.evaluations, self.device) for one in controls],
                             )
@@ -415,6 +419,11 @@ class Pipeline:
     def _latent_shape(self, job: Job) -> tuple[int, int, int]:
         model = self.bundle.manifest.model
         return model.latent_channels, job.height // model.downscale, job.width // model.downscale
+
+    def _guidance(self, job: Job) -> dict[str, torch.Tensor]:
+        """What a model that takes the guidance scale as an input reads of it; nothing for others."""
+        width = self.bundle.manifest.model.guidance_embedding
+        return {} if width is None else {"timestep_cond": embedding(job.guidance_scale, width).to(self.device)}
 
     def _denoise(
         self,

@@ -212,9 +212,11 @@ def fused_by_diffusers() -> Callable[[Path, Mapping[Path, float]], Any]:
 # ---------------------------------------------------------------------------------------------------- the models
 
 
-def write_model(folder: Path, *, version: int, seed: int, inpainting: bool = False) -> None:
+def write_model(
+    folder: Path, *, version: int, seed: int, inpainting: bool = False, guidance_embedding: int | None = None
+) -> None:
     """Write a model in the diffusers layout with weights drawn from a seed. `version` is Stable Diffusion's: 1 or 2; with `inpainting`
-    its U-Net takes a mask and a masked picture besides.
+    its U-Net takes a mask and a masked picture besides, with `guidance_embedding` the guidance scale in so many numbers.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -246,6 +248,7 @@ def write_model(folder: Path, *, version: int, seed: int, inpainting: bool = Fal
         unet = UNet2DConditionModel(
             sample_size=SIZE // 8,
             in_channels=9 if inpainting else 4,
+            time_cond_proj_dim=guidance_embedding,
             down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
             block_out_channels=(16, 32, 32)[:levels],
