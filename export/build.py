@@ -8,7 +8,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ldmrt.bundle import (
     AuditRecord,
     Bundle,
     Certificate,
+    ControlNetRecord,
     Defaults,
     EngineRecord,
     FileRecord,
@@ -28,24 +29,26 @@ from ldmrt.bundle import (
     ModelRecord,
     engine_key,
 )
-from ldmrt.engines.protocol import Engine, TensorSpec
-from ldmrt.engines.tensorrt import LIBRARIES, gpu_at_hand
+from ldmrt.components import CONTROLLED_STEP, CONTROLNET, STEP, runs_once
+from ldmrt.engines.protocol import TensorSpec
+from ldmrt.engines.tensorrt import LIBRARIES
 from ldmrt.errors import BuildError
 from ldmrt.export import architectures
 from ldmrt.export.audit import audit, too_large
+from ldmrt.export.certificates import certified
 from ldmrt.export.compile import compile_component
 from ldmrt.export.component import PREFIX, Component
+from ldmrt.export.controlnets import with_controlnets
 from ldmrt.export.cubins import architecture, compile_kernels
 from ldmrt.export.folder import BundleFolder
 from ldmrt.export.options import Options
 from ldmrt.export.passes.widen import widen
 from ldmrt.export.resolve import resolve
 from ldmrt.export.source import Checkpoint, Source
-from ldmrt.export.verify import reference_outputs
 from ldmrt.graph import Graph, dtype_of, rename_values, specialize, to_json
 from ldmrt.kernels.aot import write as write_cubins
 from ldmrt.schedule import NoiseSchedule
-from ldmrt.verify import Trial, certify, run_trials, unverified, write_trials
+from ldmrt.verify import Trial
 from ldmrt.weights import WeightFile, sha256, write as write_weights
 
 OnProgress = Callable[[str, int, int], None]
@@ -69,6 +72,7 @@ def build_engines(
     vae: str | Path | None = None,
     variant: str | None = None,
     revision: str | None = None,
+    controlnets: Sequence[str | Path] = (),
     on_progress: OnProgress | None = None,
 ) -> Bundle:
     """Compile a model into a bundle, or add engines to the bundle that is there.
@@ -91,6 +95,8 @@ def build_engines(
         vae: the VAE to take instead of the model's own: folder, file or id on the Hub.
         variant: which copy of the weights to take where there are several, such as `fp16`.
         revision: branch, tag or commit of an id on the Hub.
+        controlnets: folders of ControlNets to make engines of, and a step of the U-Net that reads them. They are added to those that
+            the bundle has.
         on_progress: called with (what is being done, steps done, steps in all).
 
     Returns:
@@ -107,6 +113,7 @@ def build_engines(
     source = resolve(model, base=base, vae=vae, variant=variant, revision=revision)
     if loras:
         source = source.with_loras(loras)
+    source = with_controlnets(source, controlnets)
     options = Options.resolve(
         source,
         engine=engine,
@@ -146,6 +153,7 @@ class _Build:
     on_progress: OnProgress
     source_files: tuple[FileRecord, ...] = ()
     loras: tuple[LoraRecord, ...] = ()
+    controlnets: tuple[ControlNetRecord, ...] = ()
     weights: dict[str, FileRecord] = field(default_factory=dict)
     engines: list[EngineRecord] = field(default_factory=list)
     kernels: tuple[FileRecord, ...] = ()
@@ -192,6 +200,7 @@ class _Build:
                     f"{self.folder.path} holds a bundle with {_named(old.loras)} fused, this build is with {_named(self.loras)}; "
                     "choose another --out, or remove it"
                 )
+            self.controlnets = self.known_controlnets()
             for size, component, trials in components:
                 self.build_component(size, component, trials)
             self.compile_kernels()
@@ -239,7 +248,9 @@ class _Build:
             for draft, key, record in zip(drafts, keys, reused, strict=True)
         ]
         self.progress(f"{label}: verifying")
-        self.keep(self.verify(component, checkpoint, records, [t for t in trials() if t.kind != "extreme"]))
+        bundle = Bundle(self.folder.path, self.manifest(()))
+        tried = [trial for trial in trials() if trial.kind != "extreme"]
+        self.keep(certified(self.folder, bundle, component, checkpoint, records, tried))
 
     def fit(
         self, draft: _Draft, label: str, checkpoint: Checkpoint, weights: str, trials: Callable[[], list[Trial]]
@@ -285,19 +296,23 @@ class _Build:
         if text:
             return [(specialize(last, {"rows": 1}), size, 1)]
         # With guidance an image takes two rows of the denoising network, without it one.
-        factors = (1, 2) if component.kinds else (1,)
-        if component.kinds and self.options.is_tensorrt:
+        guided = bool(component.kinds) and self.source.guidance_embedding is None
+        factors = (1, 2) if guided else (1,)
+        if guided and self.options.is_tensorrt:
             # Each plan holds the weights again: one for each batch size, for the guidance that the model is used with. One for guidance
             # also serves without, two images at a time.
             factors = (2,) if self.guidance_scale > 1 else (1,)
         rows = sorted({factor * batch for batch in self.options.batch_sizes for factor in factors})
         fixed = {"tokens": architectures.tokens(self.source)} if self.options.is_tensorrt and component.kinds else {}
         sized = [(specialize(last, {"rows": count, **fixed}), size, count) for count in rows]
-        return [*((graph, None, None) for graph in whole), *sized]
+        # What runs once per request is for every size, unless it reads a picture.
+        pictures = [any(len(spec.shape) == 4 for spec in graph.inputs) for graph in whole]
+        once = [(graph, size if has else None, None) for graph, has in zip(whole, pictures, strict=True)]
+        return [*once, *sized]
 
     def kind(self, component: str) -> str:
-        """`context` and `schedule` run once per request, on the torch engine whatever runs the rest."""
-        return "torch" if component in ("context", "schedule") else self.options.engine
+        """What runs once per request is on the torch engine, whatever runs the rest."""
+        return "torch" if runs_once(component) else self.options.engine
 
     def versions(self, kind: str) -> dict[str, str]:
         """The libraries that have a say in an engine."""
@@ -400,74 +415,6 @@ class _Build:
 
         return self.folder.write(f"plans/{stem}.plan", write)
 
-    def verify(
-        self, component: Component, checkpoint: Checkpoint, records: list[EngineRecord], trials: list[Trial]
-    ) -> list[EngineRecord]:
-        """Run the engines as the runtime would and compare them with the original module.
-
-        A plan for another GPU than the one at hand cannot run here: its ONNX stands in for it, on ONNX Runtime and on real inputs, and
-        what the original made of all of them is kept, so that `ldmrt verify` can complete its certificate where it runs.
-        """
-        # Engines first, and gone before the original is loaded: the two never stand in memory together.
-        foreign = any(self.is_foreign(record) for record in records)
-        tried = [number for number, trial in enumerate(trials) if trial.kind == "real" or not foreign]
-        shown = [trials[number] for number in tried]
-        found = self.outputs(records, shown)
-        expected = reference_outputs(architectures.reference(component, checkpoint), trials, component.outputs)
-        library = "transformers" if component.folder in self.source.kind.tokenizers else "diffusers"
-        name = type(component.original).__name__
-        reference = f"{library} {importlib.metadata.version(library)} {name}, float32" + (
-            ", LoRAs fused" if checkpoint.fused else ""
-        )
-        if self.device_for(records).type == "cuda":
-            reference += f", on {gpu_at_hand()}"
-        made = [expected[number] for number in tried]
-        certificates = {
-            record.key: certify(record.label, record.dtype, shown, found[record.key], made, reference)
-            for record in records
-            if record.key in found
-        }
-        # The parts of a network that run once per request are verified within the whole network.
-        whole = next(iter(certificates.values()))
-        records = [r.model_copy(update={"certificate": certificates.get(r.key, whole)}) for r in records]
-        if not foreign:
-            return records
-        digest = hashlib.sha256("".join(sorted(record.key for record in records)).encode()).hexdigest()[:8]
-        name = f"trials/{component.name}-{digest}.safetensors"
-        kept = self.folder.write(name, lambda path: write_trials(path, trials, expected))
-        return [unverified(r, kept) if self.is_foreign(r) else r for r in records]
-
-    def is_foreign(self, record: EngineRecord) -> bool:
-        """Whether an engine is for another GPU than the one at hand."""
-        return record.kind in LIBRARIES and gpu_at_hand() not in record.targets
-
-    def device_for(self, records: list[EngineRecord]) -> torch.device:
-        """Where engines are verified: on the GPU what is made for one, if it is there; float32 on the CPU, without TF32."""
-        own = any(r.kind in LIBRARIES or (r.kind == "torch" and r.dtype != "float32") for r in records)
-        foreign = any(self.is_foreign(record) for record in records)
-        return torch.device("cuda" if own and not foreign and gpu_at_hand() is not None else "cpu")
-
-    def outputs(self, records: list[EngineRecord], trials: list[Trial]) -> dict[str, list[dict[str, torch.Tensor]]]:
-        """What each engine makes of each trial, by the engine's key; `context` and `schedule` run within `step`."""
-        bundle = Bundle(self.folder.path, self.manifest(()))
-        device = self.device_for(records)
-        named = {record.component: record for record in records}
-
-        def load(record: EngineRecord, component: str) -> Engine:
-            record = record if component == record.component else named[component]
-            if not self.is_foreign(record):
-                return bundle.load(record, device)
-            from ldmrt.engines.onnxruntime import OnnxRuntimeEngine
-
-            return OnnxRuntimeEngine(bundle.checked(record.files[1]), threads=torch.get_num_threads(), once=True)
-
-        # One engine after the other: several of a large network do not fit into memory together.
-        return {
-            record.key: run_trials(record, trials, partial(load, record), device)
-            for record in records
-            if record.component not in ("context", "schedule")
-        }
-
     def compile_kernels(self) -> None:
         """Compile the kernels of all the bundle's engines for the targets, and for those it has kernels for already."""
         old = self.folder.old
@@ -494,7 +441,7 @@ class _Build:
         return [
             TensorSpec("latents", (r.rows or 1, channels, r.size[1] // factor, r.size[0] // factor), dtype_of(r.dtype))
             for r in self.manifest(()).engines
-            if r.component == "step" and r.kind in LIBRARIES and r.size is not None
+            if r.component in (STEP, CONTROLLED_STEP) and r.kind in LIBRARIES and r.size is not None
         ]
 
     # ------------------------------------------------------------------------------------------------ files
@@ -503,7 +450,7 @@ class _Build:
         """Bytes that the bundle will need."""
         copies = sum(
             entry.nbytes // entry.dtype.itemsize * dtype_of(self.precision(folder)).itemsize
-            for folder in self.source.folders
+            for folder in (*self.source.folders, *self.source.controlnets)
             for file in self.source.weights(folder)
             for entry in file.entries.values()
         )
@@ -519,6 +466,26 @@ class _Build:
         files |= self.tokenizer_paths()
         return tuple(FileRecord(file=name, sha256=digest(path)) for name, path in files.items())
 
+    def known_controlnets(self) -> tuple[ControlNetRecord, ...]:
+        """The bundle's ControlNets and this build's, each with the hashes of its files.
+
+        Raises:
+            BuildError: the bundle has another ControlNet of the same name.
+        """
+        old = self.folder.old
+        known = {record.name: record for record in (old.controlnets if old is not None else ())}
+        for folder, root in self.source.controlnets.items():
+            name = folder.removeprefix(CONTROLNET)
+            paths = [root / "config.json", *(weights.path for weights in self.source.weights(folder))]
+            record = ControlNetRecord(
+                name=name, files=tuple(FileRecord(file=path.name, sha256=sha256(path)) for path in paths)
+            )
+            if known.setdefault(name, record) != record:
+                raise BuildError(
+                    f"{self.folder.path} holds another ControlNet called {name}; rename the folder {root}, or choose another --out"
+                )
+        return tuple(known.values())
+
     def tokenizer_paths(self) -> dict[str, Path]:
         """The tokenizers' files in the model, by their names in the bundle."""
         return {
@@ -530,7 +497,8 @@ class _Build:
 
     def weights_for(self, folder: str, checkpoint: Checkpoint) -> str:
         """The weight file that a component's engines read, written if need be. Returns its name in the manifest."""
-        if self.in_place and len(checkpoint.files) == 1 and self.options.engine == "torch":
+        mapped = self.in_place and folder in self.source.folders and self.options.engine == "torch"
+        if mapped and len(checkpoint.files) == 1:
             name = checkpoint.files[0].path.relative_to(self.source.path).as_posix()
             self.weights[folder] = next(record for record in self.source_files if record.file == name)
             return folder
@@ -581,6 +549,10 @@ class _Build:
                 downscale=architectures.downscale(self.source),
                 tokenizers=dict(self.source.kind.tokenizers),
                 zero_empty_negative=self.source.zero_empty_negative,
+                inpainting=self.source.kind.inpainting,
+                guidance_embedding=self.source.guidance_embedding,
+                scaling_factor=architectures.scaling(self.source)[0],
+                shift_factor=architectures.scaling(self.source)[1],
                 schedule=NoiseSchedule.from_config(self.source.configs["scheduler"]).to_dict(),
                 defaults=Defaults(
                     width=width,
@@ -592,6 +564,7 @@ class _Build:
             ),
             source=self.source_files,
             loras=self.loras,
+            controlnets=self.controlnets,
             tokenizer_files=tokenizer_files,
             weights={**(old.weights if old else {}), **self.weights},
             engines=(*kept, *self.engines),

@@ -6,16 +6,22 @@ terms. `Component.kinds` gives the class of each input of a denoising network, f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ldmrt.components import STEP, parts
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.export.passes.hoist import Kind
 
 PREFIX = "module."  # every wrapper holds the original module under this name
+UNET_INPUTS = ("latents", "timesteps", "encoder_hidden_states")
+ADDED = ("text_embeds", "time_ids")  # what Stable Diffusion XL's networks take besides
+MASKED = ("mask", "masked_image_latents")  # what inpainting models' do
+TIMESTEP_COND = "timestep_cond"  # what models distilled with guidance do
+DOWN_RESIDUALS, MID_RESIDUAL = "down_residuals", "mid_residual"
 
 
 @dataclass(frozen=True)
@@ -23,12 +29,14 @@ class Component:
     """One thing to compile.
 
     Attributes:
-        name: `text_encoder` (and `text_encoder_2`), `unet`, `decoder` or `encoder`.
-        folder: the subfolder of the model that its weights come from.
+        name: `text_encoder` (and `text_encoder_2`), `unet`, `controlled_unet` (which reads the residuals of ControlNets),
+            `controlnet.NAME`, `decoder` or `encoder`.
+        folder: the subfolder of the model that its weights come from, or the name of a ControlNet.
         module: the wrapper.
         inputs: its inputs; string dimensions are free.
         outputs: names of its outputs.
         kinds: for a denoising network, the class of each input.
+        parts: for a denoising network, what the graphs that it is cut into are called.
     """
 
     name: str
@@ -37,6 +45,7 @@ class Component:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
     kinds: Mapping[str, Kind] = field(default_factory=dict)
+    parts: tuple[str, str, str] = parts(STEP)
 
     @property
     def original(self) -> torch.nn.Module:
@@ -82,39 +91,68 @@ class PenultimateTextEncoder(torch.nn.Module):
 
 
 class UNet(torch.nn.Module):
-    """The denoising U-Net.
+    """The denoising U-Net: `forward(*inputs) -> (rows, C, h, w)`, the prediction in the model's own terms (epsilon or v).
 
-    `forward(latents (rows, C, h, w), timesteps (rows,), encoder_hidden_states (rows, tokens, width)) -> (rows, C, h, w)`, the
-    prediction in the model's own terms (epsilon or v).
+    Args:
+        module: diffusers' U-Net.
+        names: what `forward` is given, in order. Always `latents` (rows, C, h, w), `timesteps` (rows,) and
+            `encoder_hidden_states` (rows, tokens, width); with Stable Diffusion XL also the pooled text embedding `text_embeds`
+            (rows, projection) and `time_ids` (rows, 6): original height and width, top and left of the crop, target height and
+            width; for inpainting `mask` (rows, 1, h, w) and `masked_image_latents` (rows, C, h, w), which are joined to the
+            latents; with the guidance scale embedded `timestep_cond` (rows, width); and the residuals of ControlNets, `down_residuals.I` and `mid_residual`.
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, names: Sequence[str] = UNET_INPUTS) -> None:
         super().__init__()
         self.module = module
+        self.names = tuple(names)
 
-    def forward(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, encoder_hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the class."""
-        return (self.module(latents, timesteps, encoder_hidden_states, return_dict=False)[0],)
+        given = dict(zip(self.names, inputs, strict=True))
+        residuals = [tensor for name, tensor in given.items() if name.startswith(f"{DOWN_RESIDUALS}.")]
+        joined = [given[name] for name in ("latents", *MASKED) if name in given]
+        result = self.module(
+            torch.cat(joined, dim=1) if len(joined) > 1 else joined[0],
+            given["timesteps"],
+            given["encoder_hidden_states"],
+            timestep_cond=given.get(TIMESTEP_COND),
+            added_cond_kwargs={name: given[name] for name in ADDED if name in given},
+            down_block_additional_residuals=residuals or None,
+            mid_block_additional_residual=given.get(MID_RESIDUAL),
+            return_dict=False,
+        )
+        return (result[0],)
 
 
-class UNetTextTime(UNet):
-    """The denoising U-Net of Stable Diffusion XL, which also takes the pooled text embedding `text_embeds` (rows, projection)
-    and `time_ids` (rows, 6): original height and width, top and left of the crop, target height and width.
+class ControlNet(torch.nn.Module):
+    """A ControlNet (Zhang et al. 2023, arXiv 2302.05543): `forward(*inputs)` gives what is to be added to the U-Net's skip
+    connections, from the first to the last, and to the result of its middle.
+
+    Args:
+        module: diffusers' ControlNet.
+        names: what `forward` is given, in order: what the U-Net is (see there), then the picture `controlnet_cond`
+            (rows, 3, H, W) in [0, 1], and `conditioning_scale` (rows,), a factor for all of its results.
     """
 
-    def forward(  # type: ignore[override]
-        self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        text_embeds: torch.Tensor,
-        time_ids: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
+    def __init__(self, module: Any, names: Sequence[str]) -> None:
+        super().__init__()
+        self.module = module
+        self.names = tuple(names)
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the class."""
-        extra = {"text_embeds": text_embeds, "time_ids": time_ids}
-        return (self.module(latents, timesteps, encoder_hidden_states, added_cond_kwargs=extra, return_dict=False)[0],)
+        given = dict(zip(self.names, inputs, strict=True))
+        down, mid = self.module(
+            given["latents"],
+            given["timesteps"],
+            given["encoder_hidden_states"],
+            given["controlnet_cond"],
+            conditioning_scale=given["conditioning_scale"][:, None, None, None],
+            added_cond_kwargs={name: given[name] for name in ADDED if name in given},
+            return_dict=False,
+        )
+        return (*down, mid)
 
 
 class Decoder(torch.nn.Module):

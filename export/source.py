@@ -33,6 +33,7 @@ class Kind:
         addition_embed_type: what its U-Net takes beside text and timestep, as its config says it.
         guidance_scale: what its makers recommend.
         upcast_vae: whether its VAE is known to overflow float16.
+        inpainting: whether its U-Net takes, beside the latents, a mask and the latents of the picture without what it covers.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Kind:
     addition_embed_type: str | None
     guidance_scale: float
     upcast_vae: bool = False
+    inpainting: bool = False
 
 
 _DENOISER = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
@@ -66,8 +68,15 @@ KINDS = {
         upcast_vae=True,
     ),
 }
+KINDS["StableDiffusionInpaintPipeline"] = replace(
+    KINDS["StableDiffusionPipeline"], title="Stable Diffusion 1.x and 2.x for inpainting", inpainting=True
+)
+KINDS["LatentConsistencyModelPipeline"] = replace(
+    KINDS["StableDiffusionPipeline"], title="Latent Consistency Models", guidance_scale=8.5
+)
 KNOWN_KINDS = "; ".join(f"{kind.title} ({name}: {', '.join(kind.classes.values())})" for name, kind in KINDS.items())
 
+# What weight files are called; a ControlNet's as the U-Net's.
 STEMS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -115,6 +124,8 @@ class Source:
         parts: components whose weights are not the folder's own.
         files: configs that are not the folder's own, by component.
         tokenizers: folders of tokenizers that are not the folder's own, by text encoder.
+        controlnets: the folders of ControlNets that it is to be used with, by component (`controlnet.NAME`); their configs are
+            among `configs`.
     """
 
     path: Path
@@ -128,11 +139,22 @@ class Source:
     parts: Mapping[str, tuple[Weights, ...]] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     tokenizers: Mapping[str, Path] = field(default_factory=dict)
+    controlnets: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """The folders that have weights."""
+        """The model's own folders that have weights."""
         return tuple(self.kind.classes)
+
+    def place(self, folder: str) -> Path:
+        """Where a folder of the model is, or a ControlNet."""
+        return self.controlnets.get(folder, self.path / folder)
+
+    @property
+    def guidance_embedding(self) -> int | None:
+        """Width of the embedding of the guidance scale that its U-Net takes in the place of classifier-free guidance, if it does."""
+        width: int | None = self.configs["unet"].get("time_cond_proj_dim")
+        return width
 
     @property
     def name(self) -> str:
@@ -256,7 +278,7 @@ class Source:
     def config_file(self, folder: str) -> Path:
         """The file that a component's config, or that of the `scheduler`, is from."""
         name = "scheduler_config.json" if folder == "scheduler" else "config.json"
-        return self.files.get(folder, self.path / folder / name)
+        return self.files.get(folder, self.place(folder) / name)
 
     def tokenizer_folder(self, encoder: str) -> Path:
         """Where the tokenizer of a text encoder lies."""
@@ -271,7 +293,10 @@ class Source:
         """
         if folder in self.parts:
             return list(self.parts[folder])
-        return [WeightFile(path) for path in weight_files(self.path / folder, STEMS[folder], self.variant)]
+        return [
+            WeightFile(path)
+            for path in weight_files(self.place(folder), STEMS.get(folder, STEMS["unet"]), self.variant)
+        ]
 
 
 def kind_of(pipeline: str, where: Path) -> Kind:
@@ -359,11 +384,11 @@ class Checkpoint:
                 )
             self.keys[name] = (found[key], key)
         if missing:
-            raise BuildError(_list_keys(source.path / folder, "lacks", missing))
+            raise BuildError(_list_keys(source.place(folder), "lacks", missing))
         used = {key for _, key in self.keys.values()}
         extra = [name for name in found if name not in used and not name.endswith("position_ids")]
         if extra:
-            raise BuildError(_list_keys(source.path / folder, "has, and its config.json does not know,", extra))
+            raise BuildError(_list_keys(source.place(folder), "has, and its config.json does not know,", extra))
 
     def load(self, name: str) -> torch.Tensor:
         """A tensor by the module's name, in the file's dtype; in float32 where a LoRA changes it."""
@@ -424,7 +449,7 @@ def _check_values(
     def check(where: str, values: Mapping[str, Any], key: str, what: str, *, optional: bool = True) -> None:
         value = values.get(key)
         whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        number = whole or (isinstance(value, float) and math.isfinite(value))
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if value is None and optional:
             return
         if not (whole if what == "a whole number" else number):
@@ -435,6 +460,7 @@ def _check_values(
             check(f"{folder}/config.json", configs[folder], key, "a whole number", optional=False)
     check("unet/config.json", configs["unet"], "cross_attention_dim", "a whole number", optional=False)
     check("unet/config.json", configs["unet"], "sample_size", "a whole number")
+    check("unet/config.json", configs["unet"], "time_cond_proj_dim", "a whole number")
     check("vae/config.json", configs["vae"], "latent_channels", "a whole number")
     check("vae/config.json", configs["vae"], "scaling_factor", "a number")
     check("vae/config.json", configs["vae"], "shift_factor", "a number")
@@ -455,17 +481,23 @@ def _check_values(
 def _check_unet(path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]]) -> None:
     unet, vae = configs["unet"], configs["vae"]
     latents = vae.get("latent_channels", 4)
-    if unet.get("in_channels", 4) != latents:
+    channels = 2 * latents + 1 if kind.inpainting else latents
+    if unet.get("in_channels", 4) != channels:
         raise BuildError(
-            f"{path}: its U-Net takes {unet.get('in_channels')} channels and its VAE makes {latents}; "
-            f"inpainting and other concatenating models are not built yet; known kinds: {KNOWN_KINDS}"
+            f"{path}: its U-Net takes {unet.get('in_channels')} channels, expected {channels} of {kind.title}, whose VAE makes "
+            f"{latents}; known kinds: {KNOWN_KINDS}"
         )
     expected = {"addition_embed_type": kind.addition_embed_type}
-    for key in ("addition_embed_type", "class_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type"):
+    for key in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
         if unet.get(key) != expected.get(key):
             raise BuildError(
                 f"{path}: its U-Net has {key} = {unet.get(key)!r}, which is not built yet; known kinds: {KNOWN_KINDS}"
             )
+    width = unet.get("time_cond_proj_dim")
+    if width is not None and width < 4:
+        raise BuildError(
+            f"{path}: its U-Net takes the guidance scale in {width} numbers, expected 4 or more; copy the model again"
+        )
     widths = [int(configs[folder]["hidden_size"]) for folder in kind.tokenizers]
     if sum(widths) != unet["cross_attention_dim"]:
         raise BuildError(

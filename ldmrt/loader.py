@@ -6,6 +6,7 @@ import torch
 
 from ldmrt.bundle import Bundle, EngineRecord
 from ldmrt.capture import Recorder
+from ldmrt.components import is_step, runs_once
 from ldmrt.engines.captured import CapturedEngine
 from ldmrt.engines.protocol import Engine
 from ldmrt.errors import EngineMismatch
@@ -63,7 +64,7 @@ class EngineLoader:
             EngineMismatch: there is none.
         """
         # What runs once per request is on the torch engine, whatever runs the steps.
-        kind = "torch" if component in ("context", "schedule") else self.kind
+        kind = "torch" if runs_once(component) else self.kind
         found = self.bundle.find(component, kind=kind, dtype=self._dtype, size=size)
         if not found:
             raise EngineMismatch(
@@ -78,7 +79,7 @@ class EngineLoader:
         """An engine, loaded once."""
         if record.key not in self._engines:
             engine = self.bundle.load(record, self.device)
-            if self.recorder is not None and record.kind == "torch" and record.component != "step":
+            if self.recorder is not None and record.kind == "torch" and not is_step(record.component):
                 engine = CapturedEngine(engine, self.recorder)
             self._engines[record.key] = engine
         return self._engines[record.key]

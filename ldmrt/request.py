@@ -75,6 +75,7 @@ class Defaults:
         max_steps: the steps the model was trained with.
         max_images: the most images of one call.
         max_clip_skip: the layers that can be left out.
+        guidance_embedded: whether the model takes the guidance scale as an input, in the place of classifier-free guidance.
     """
 
     width: int
@@ -87,6 +88,7 @@ class Defaults:
     max_steps: int = 1000
     max_images: int = 1000
     max_clip_skip: int = 11
+    guidance_embedded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,7 @@ class Job:
         sampler: its name in `ldmrt.samplers.registry`, with its noise levels.
         num_images_per_prompt: see `Request`, as are the others.
         seed_was_drawn: no seed was given; whoever wants the images again needs `seeds`.
+        guidance_embedded: see `Defaults`.
     """
 
     prompts: tuple[str, ...]
@@ -116,6 +119,7 @@ class Job:
     height: int
     clip_skip: int
     long_prompt: LongPrompt
+    guidance_embedded: bool
 
     @property
     def num_images(self) -> int:
@@ -125,7 +129,7 @@ class Job:
     @property
     def do_cfg(self) -> bool:
         """Whether the model runs twice for each image, with the prompt and with the negative prompt."""
-        return self.guidance_scale > 1
+        return self.guidance_scale > 1 and not self.guidance_embedded
 
 
 def resolve(request: Request, defaults: Defaults) -> Job:
@@ -171,6 +175,7 @@ def resolve(request: Request, defaults: Defaults) -> Job:
         height=height,
         clip_skip=_whole("clip_skip", _either(request.clip_skip, 0), low=0, high=defaults.max_clip_skip),
         long_prompt=_one_of("long_prompt", request.long_prompt, get_args(LongPrompt)),
+        guidance_embedded=defaults.guidance_embedded,
     )
 
 

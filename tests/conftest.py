@@ -74,6 +74,49 @@ def tiny_model_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_model_inpainting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like Stable Diffusion 1.5's for inpainting: a U-Net of nine channels."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-inpainting"
+    write_model(folder, version=1, seed=3, inpainting=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_inpainting(
+    tiny_model_inpainting: Path, tiny_controlnets: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """`tiny_model_inpainting` and the first of `tiny_controlnets` in float32, for one and two images. Do not write to it."""
+    out = tmp_path_factory.mktemp("bundles") / "tiny-inpainting"
+    options: dict[str, Any] = {"dtype": "float32", "batch_sizes": (1, 2), "controlnets": tiny_controlnets[:1]}
+    bundle: Bundle = ldmrt.build_engines(tiny_model_inpainting, out, **options)
+    return bundle.path
+
+
+@pytest.fixture(scope="session")
+def tiny_controlnets(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two ControlNets for `tiny_model`, `edges` and `depth`, with random weights."""
+    folder = tmp_path_factory.mktemp("controlnets")
+    return [write_controlnet(folder / name, tiny_model, seed) for seed, name in enumerate(("edges", "depth"), 10)]
+
+
+@pytest.fixture(scope="session")
+def tiny_controlnet_xl(tiny_model_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ControlNet for `tiny_model_xl`, with random weights."""
+    return write_controlnet(tmp_path_factory.mktemp("controlnets") / "canny-xl", tiny_model_xl, 12)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_controlled(
+    tiny_model: Path, tiny_bundle: Path, tiny_controlnets: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A copy of `tiny_bundle` with `tiny_controlnets` added, for one and two images. Do not write to it."""
+    out = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("bundles") / "tiny-controlled")
+    options: dict[str, Any] = {"dtype": "float32", "batch_sizes": (1, 2)}
+    bundle: Bundle = ldmrt.build_engines(tiny_model, out, controlnets=tiny_controlnets, **options)
+    return bundle.path
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_model` on the torch engine in float32, for one and two images. Do not write to it."""
     return _built(tiny_model, tmp_path_factory, "torch")
@@ -169,8 +212,12 @@ def fused_by_diffusers() -> Callable[[Path, Mapping[Path, float]], Any]:
 # ---------------------------------------------------------------------------------------------------- the models
 
 
-def write_model(folder: Path, *, version: int, seed: int) -> None:
-    """Write a model in the diffusers layout with weights drawn from a seed. `version` is Stable Diffusion's: 1 or 2."""
+def write_model(
+    folder: Path, *, version: int, seed: int, inpainting: bool = False, guidance_embedding: int | None = None
+) -> None:
+    """Write a model in the diffusers layout with weights drawn from a seed. `version` is Stable Diffusion's: 1 or 2; with `inpainting`
+    its U-Net takes a mask and a masked picture besides, with `guidance_embedding` the guidance scale in so many numbers.
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
     from transformers.utils.logging import disable_progress_bar
@@ -200,6 +247,8 @@ def write_model(folder: Path, *, version: int, seed: int) -> None:
         )
         unet = UNet2DConditionModel(
             sample_size=SIZE // 8,
+            in_channels=9 if inpainting else 4,
+            time_cond_proj_dim=guidance_embedding,
             down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
             block_out_channels=(16, 32, 32)[:levels],
@@ -231,7 +280,7 @@ def write_model(folder: Path, *, version: int, seed: int) -> None:
     _write_json(
         folder / "model_index.json",
         {
-            "_class_name": "StableDiffusionPipeline",
+            "_class_name": "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline",
             "_diffusers_version": "0.36.0",
             "feature_extractor": [None, None],
             "image_encoder": [None, None],
@@ -322,6 +371,27 @@ def write_model_xl(folder: Path, *, seed: int) -> None:
 
 # What tests compare with is diffusers' DDIM, unless they say otherwise.
 _DEFAULTS = {"sampler": "ddim"}
+
+
+def write_controlnet(folder: Path, model: Path, seed: int) -> Path:
+    """Write a ControlNet for a model's U-Net with weights drawn from a seed, and return its folder."""
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        controlnet = ControlNetModel.from_unet(
+            unet, load_weights_from_unet=False, conditioning_embedding_out_channels=(8, 16, 16, 24)
+        )
+        _enliven(controlnet)
+        with torch.no_grad():
+            for name, parameter in controlnet.named_parameters():
+                if name.endswith("weight") and not parameter.any():  # what training starts from
+                    parameter.normal_(std=0.2)
+    controlnet.save_pretrained(folder)
+    return folder
+
+
 _NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 _SCHEDULERS: dict[int, dict[str, Any]] = {
     # As in the two models' own files.

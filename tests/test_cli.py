@@ -355,6 +355,8 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         "bfloat16",
         *target,
         *loras,
+        "--controlnet",
+        "edges",
         "--optimization-level",
         4,
         "--workspace",
@@ -383,6 +385,7 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         "vae": Path("owner/v"),
         "variant": "fp16",
         "revision": "r",
+        "controlnets": [Path("edges")],
     }
     assert ended.err == ""
     document = json.loads(ended.out)
@@ -406,6 +409,43 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 )
 def test_how_a_lora_is_named(text: str, path: str, scale: float) -> None:
     assert parse_lora(text) == (Path(path), scale)
+
+
+def test_generate_with_controlnets(run: Run, tiny_bundle: Path, tiny_bundle_controlled: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("a.png", "b.jpg")):
+        Image.fromarray(np.full((40, 70, 3), 80 * number + 40, dtype=np.uint8)).save(tmp_path / name)
+    images = [part for name in ("a.png", "b.jpg") for part in ("--control-image", tmp_path / name)]
+    common = [
+        "generate",
+        "a circle",
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+        "--seed",
+        1,
+        "--out",
+        tmp_path / "o.png",
+        "--json",
+    ]
+    found = []
+    for args in ([], images, [*images, "--control-scale", 0.5], [*images, "--control-end", 0.5, "--control-end", 1]):
+        ended = run(*common, "--engines", tiny_bundle_controlled, *args)
+        assert ended.code == 0, ended.err
+        found.append(json.loads(ended.out))
+    assert len({document["images"][0]["sha256"] for document in found}) == 4
+    assert [document["settings"]["controlnets"] for document in found] == [[], *[["edges", "depth"]] * 3]
+    assert found[2]["settings"]["controlnet_scale"] == 0.5
+    assert found[3]["settings"]["control_end"] == [0.5, 1.0]
+    settings = parse_parameters(read_parameters(tmp_path / "o.png") or "").settings
+    assert settings["ControlNets"] == "edges, depth"
+    refused(run(*common, "--engines", tiny_bundle, *images), "this bundle has no ControlNet")
+    refused(run(*common, "--engines", tiny_bundle_controlled, "--control-scale", 1), "give --control-image")
+    refused(
+        run(*common, "--engines", tiny_bundle, "--control-image", tmp_path / "none.png"),
+        "none.png cannot be read as a picture",
+    )
+    assert "ControlNets: edges, depth" in run("inspect", tiny_bundle_controlled).out
 
 
 def test_generate_with_loras(generate: Run, tiny_model: Path, tmp_path: Path, write_lora: Callable[..., Path]) -> None:

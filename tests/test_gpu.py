@@ -132,7 +132,7 @@ def test_steps_neither_allocate_nor_wait(tiny_bundle: Path) -> None:
     """Between the first and the last step: no allocation from the GPU's memory, and no call that waits for the GPU."""
     pipe = Pipeline.from_bundle(tiny_bundle, device="cuda")
     pipe("a test", **ARGUMENTS)
-    denoiser = next(iter(pipe._denoisers.values()))
+    denoiser = next(iter(pipe._denoisers._denoisers.values()))
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     try:

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 import ldmrt
-from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BadRequest, BundleError, Cancelled, EngineMismatch, NumericalError
-from ldmrt.pipeline import Pipeline, _check_tokens
+from ldmrt.pipeline import Pipeline
 from ldmrt.weights import WeightFile
 
 PROMPT = "a red circle on white background"
@@ -383,17 +382,3 @@ def test_weights_that_cannot_be_changed(tiny_bundle: Path) -> None:
 def test_capture_has_three_values(tiny_bundle: Path) -> None:
     with pytest.raises(BadRequest, match="capture is 'all'"):
         Pipeline.from_bundle(tiny_bundle, capture="all")  # type: ignore[arg-type]
-
-
-def test_a_prompt_that_is_too_long_for_an_engine_of_fixed_shapes() -> None:
-    class Step:
-        def __init__(self, tokens: int | str) -> None:
-            spec = TensorSpec("to_k", (2, tokens, 32), torch.float16)
-            self.inputs = {"latents": TensorSpec("latents", (2, 4, 8, 8), torch.float16), "to_k": spec}
-
-    _check_tokens(Step("tokens"), 154)  # type: ignore[arg-type]
-    _check_tokens(Step(77), 77)  # type: ignore[arg-type]
-    with pytest.raises(
-        BadRequest, match=r'takes 154 tokens, and this engine is made for 77: shorten it, use long_prompt="cut"'
-    ):
-        _check_tokens(Step(77), 154)  # type: ignore[arg-type]

@@ -41,6 +41,7 @@ def test_defaults_of_the_model() -> None:
         height=512,
         clip_skip=0,
         long_prompt="chunk",
+        guidance_embedded=False,
     )
     assert job.do_cfg
     assert job.num_images == 1
@@ -141,3 +142,9 @@ def test_what_cannot_be_done(fields: dict[str, Any], param: str, says: str) -> N
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.param == param
+
+
+def test_an_embedded_guidance_scale_needs_no_negative_row() -> None:
+    request = Request(prompt="a", guidance_scale=8.0)
+    assert resolve(request, DEFAULTS).do_cfg
+    assert not resolve(request, dataclasses.replace(DEFAULTS, guidance_embedded=True)).do_cfg

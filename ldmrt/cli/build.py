@@ -77,6 +77,10 @@ def build_engines(
     revision: Annotated[
         str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a model on the Hub.")
     ] = None,
+    controlnet: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Folder of a ControlNet for this model, to be used with it; repeatable."),
+    ] = None,
     json: Json = False,
     _verbose: Verbose = False,
 ) -> None:
@@ -101,6 +105,7 @@ def build_engines(
             vae=vae,
             variant=variant,
             revision=revision,
+            controlnets=controlnet or (),
             on_progress=lambda what, done, total: update(description=what, completed=done, total=total),
         )
     seconds = time.perf_counter() - started

@@ -82,6 +82,30 @@ def generate(
             help="LoRA to add to the weights, and how much of it (default: 1); repeatable.",
         ),
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For an inpainting model: the picture to draw into.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="White where the picture is to be drawn anew.")
+    ] = None,
+    control_image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Picture to follow, one for each ControlNet of the bundle, in its order; repeatable."
+        ),
+    ] = None,
+    control_scale: Annotated[
+        list[float] | None,
+        typer.Option(metavar="F", help="How much of each ControlNet; one for all, or repeated. Default: 1."),
+    ] = None,
+    control_start: Annotated[
+        list[float] | None,
+        typer.Option(metavar="F", help="Share of the steps after which each begins, likewise. Default: 0."),
+    ] = None,
+    control_end: Annotated[
+        list[float] | None,
+        typer.Option(metavar="F", help="Share of the steps after which each ends, likewise. Default: 1."),
+    ] = None,
     engine: Annotated[
         EngineChoice, typer.Option(help="Which engines to use where the bundle has several kinds.")
     ] = EngineChoice.auto,
@@ -119,6 +143,7 @@ def generate(
     from ldmrt.pipeline import Pipeline
     from ldmrt.request import Request, resolve
 
+    given = _masked(image, mask) | _controls(control_image, control_scale, control_start, control_end)
     if config.threads:
         torch.set_num_threads(config.threads)
     pipe = Pipeline.from_bundle(
@@ -149,14 +174,14 @@ def generate(
         pipe.load_lora(path, scale)
     timings = {"load": time.perf_counter() - started}
     with shown_warnings():
-        pictures = _draw(pipe, job, destination, timings)
+        pictures = _draw(pipe, job, given, destination, timings)
     timings["total"] = time.perf_counter() - started
     if json:
         print_json(
             {
                 "images": pictures,
                 "timings": {stage: round(seconds, 4) for stage, seconds in timings.items()},
-                "settings": _settings(pipe, job),
+                "settings": _settings(pipe, job, given),
             }
         )
         return
@@ -166,7 +191,45 @@ def generate(
     typer.echo(f"{timings['total']:.2f} s: {stages}")
 
 
-def _draw(pipe: Pipeline, job: Job, destination: Destination, timings: dict[str, float]) -> list[dict[str, Any]]:
+def _masked(image: Path | None, mask: Path | None) -> dict[str, Any]:
+    """The pipeline's arguments for an inpainting model.
+
+    Raises:
+        BadRequest: a file is no picture.
+    """
+    from ldmrt.conditioning import open_picture
+
+    paths = {"image": image, "mask_image": mask}
+    return {name: open_picture(path, param=name) for name, path in paths.items() if path is not None}
+
+
+def _controls(
+    images: list[Path] | None, scales: list[float] | None, starts: list[float] | None, ends: list[float] | None
+) -> dict[str, Any]:
+    """The pipeline's arguments for ControlNets; one number stands for all of them.
+
+    Raises:
+        BadRequest: a file is no picture, or numbers are given without pictures.
+    """
+    from ldmrt.conditioning import open_picture
+
+    given = {"controlnet_scale": scales, "control_start": starts, "control_end": ends}
+    numbers: dict[str, Any] = {
+        name: values[0] if len(values) == 1 else values for name, values in given.items() if values
+    }
+    if not images:
+        if numbers:
+            raise BadRequest(
+                f"{next(iter(numbers))} says nothing without a picture to follow; give --control-image",
+                param="control_image",
+            )
+        return {}
+    return {"control_image": [open_picture(path, param="control_image") for path in images], **numbers}
+
+
+def _draw(
+    pipe: Pipeline, job: Job, given: dict[str, Any], destination: Destination, timings: dict[str, float]
+) -> list[dict[str, Any]]:
     """Make the pictures batch by batch, and save each batch when it is done. Adds to `timings`."""
     import hashlib
 
@@ -192,12 +255,13 @@ def _draw(pipe: Pipeline, job: Job, destination: Destination, timings: dict[str,
                 guidance_rescale=job.guidance_rescale,
                 clip_skip=job.clip_skip,
                 long_prompt=job.long_prompt,
+                **given,
                 on_step=lambda step, latents: update(advance=len(latents)),
             )
             saving = time.perf_counter()
             for number, image in enumerate(result.images, start=first):
                 path = destination.path(number, job.seeds[number])
-                save(image, path, parameters=_parameters(pipe, job, number))
+                save(image, path, parameters=_parameters(pipe, job, given, number))
                 pictures.append(
                     {
                         "path": str(path),
@@ -212,7 +276,7 @@ def _draw(pipe: Pipeline, job: Job, destination: Destination, timings: dict[str,
     return pictures
 
 
-def _parameters(pipe: Pipeline, job: Job, number: int) -> str:
+def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int) -> str:
     import ldmrt
     from ldmrt.image import parameters_text
 
@@ -223,6 +287,11 @@ def _parameters(pipe: Pipeline, job: Job, number: int) -> str:
         extra["Clip skip"] = job.clip_skip + 1  # AUTOMATIC1111 counts from 1
     if pipe.loras:
         extra["LoRAs"] = ", ".join(f"{name}: {scale:g}" for name, scale in pipe.loras.items())
+    if "control_image" in given:
+        extra["ControlNets"] = ", ".join(record.name for record in pipe.bundle.manifest.controlnets)
+        for name in ("controlnet_scale", "control_start", "control_end"):
+            if name in given:
+                extra[name.replace("_", " ").capitalize()] = given[name]
     return parameters_text(
         job.prompts[0],
         job.negative_prompts[0],
@@ -237,7 +306,7 @@ def _parameters(pipe: Pipeline, job: Job, number: int) -> str:
     )
 
 
-def _settings(pipe: Pipeline, job: Job) -> dict[str, Any]:
+def _settings(pipe: Pipeline, job: Job, given: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompt": job.prompts[0],
         "negative_prompt": job.negative_prompts[0],
@@ -253,6 +322,8 @@ def _settings(pipe: Pipeline, job: Job) -> dict[str, Any]:
         "clip_skip": job.clip_skip,
         "long_prompt": job.long_prompt,
         "loras": pipe.loras,
+        "controlnets": [record.name for record in pipe.bundle.manifest.controlnets] if "control_image" in given else [],
+        **{name: value for name, value in given.items() if not name.endswith("image")},
         "model": pipe.bundle.manifest.model.name,
         "bundle": str(pipe.bundle.path.resolve()),
         "engine": pipe.kind,

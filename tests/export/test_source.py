@@ -231,7 +231,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
             {"_class_name": "StableDiffusion3Pipeline"},
             r"known kinds: Stable Diffusion 1\.x and 2\.x",
         ),
-        ("unet/config.json", {"in_channels": 9}, "takes 9 channels and its VAE makes 4"),
+        ("unet/config.json", {"in_channels": 9}, "takes 9 channels, expected 4 of"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type = 'text_time'"),
     ],
 )

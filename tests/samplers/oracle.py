@@ -54,7 +54,7 @@ def model(x: Tensor, timestep: float) -> Tensor:
 
 def ours(table: SamplerTable) -> Iterator[Tensor]:
     """The latents (1, C, h, w) after each evaluation, as the sampling loop makes them on a CPU."""
-    starts, noises = draw([SEED], SHAPE, table)
+    starts, noises, _ = draw([SEED], SHAPE, table)
     options = {"with_noise": table.uses_noise, "with_thresholds": table.thresholds}
     slots = Slots(1, 1, SHAPE, table.evaluations + 1, "cpu", torch.float32, **options)
     noise = None if noises is None else noises[0]
