@@ -72,8 +72,9 @@ def _no_arguments(_node: Node) -> tuple[Any, ...]:
 def _of_convolution(node: Node) -> tuple[Any, ...]:
     """Stride, padding, and the extent of the results, which matters in float32 alone."""
     height, width = node.shape[2:]
-    known = node.dtype == torch.float32 and isinstance(height, int) and isinstance(width, int)
-    return (*node.args[2:], extent(height, width) if known else None)
+    if node.dtype != torch.float32 or isinstance(height, Dim) or isinstance(width, Dim):
+        return (*node.args[2:], None)
+    return (*node.args[2:], extent(height, width))
 
 
 _ARRANGEMENTS: Mapping[str, _Arrangement] = {

@@ -30,7 +30,7 @@ SHAPES = [
     ((1, 1280, 4, 4), 32),
 ]
 # From pixels to points, and from points to results (Lavin and Gray 2015, arXiv 1509.09308, section 4.1 and 4.3), and of the weights.
-PIXELS = {
+PIXELS: dict[int, list[list[float]]] = {
     2: [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
     4: [
         [4, 0, -5, 0, 1, 0],
@@ -41,11 +41,11 @@ PIXELS = {
         [0, 4, 0, -5, 0, 1],
     ],
 }
-RESULTS = {
+RESULTS: dict[int, list[list[float]]] = {
     2: [[1, 1, 1, 0], [0, 1, -1, -1]],
     4: [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
 }
-WEIGHTS = {
+WEIGHTS: dict[int, list[list[float]]] = {
     2: [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
     4: [
         [1 / 4, 0, 0],
