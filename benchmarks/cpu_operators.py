@@ -155,7 +155,7 @@ def winograd_problems() -> Iterator[Problem]:
     ):  # fmt: skip
         x = picture(rows, channels, side, side, dtype=torch.float32, seed=0)
         weight = random(out, channels, 3, 3, dtype=torch.float32, seed=1)
-        chosen = winograd.tile(weight, winograd.extent(side, side))
+        chosen = winograd.tile(weight.shape, side, side)
         bodies = {
             f"tiles of {size}": partial(winograd.conv2d_winograd, x, winograd.pack(weight, size))
             for size in sorted(get_args(winograd.Tile), key=lambda size: size == chosen)

@@ -126,7 +126,7 @@ def conv2d_reference(x: Tensor, weight: Tensor, stride: int, padding: int) -> Te
     return F.conv2d(x, weight, None, stride, padding)
 
 
-def arranged_weight(weight: Tensor, stride: int, padding: int, picture: winograd.Extent | None = None) -> Tensor:
+def arranged_weight(weight: Tensor, stride: int, padding: int, tile: winograd.Tile | None = None) -> Tensor:
     """Weights in the order in which a native body or, where none takes them, oneDNN's convolution reads them.
 
     A tensor that only `conv2d` of that stride and padding can read; `copy_` from another one changes it in place. Weights
@@ -136,14 +136,12 @@ def arranged_weight(weight: Tensor, stride: int, padding: int, picture: winograd
         weight: (O, C, S, S).
         stride: of the filter.
         padding: on every side.
-        picture: the extent of the results, on which the best order depends; None if it is not known.
+        tile: by which to convolve float32 (`ldmrt.kernels.winograd.tile`), if by one at all.
     """
     if takes_packed(weight, weight.shape[1]):
         return pack(weight.movedim(1, -1).flatten(1))
-    if picture is not None and (stride, padding) == (1, 1):
-        size = winograd.tile(weight, picture)
-        if size is not None:
-            return winograd.pack(weight, size)
+    if tile is not None:
+        return winograd.pack(weight, tile)
     return library_weight(weight, stride, padding)
 
 

@@ -8,6 +8,7 @@ holds the bounds). What is not finite in a pixel makes all results of the tiles 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -16,41 +17,37 @@ from torch import Tensor
 from ldmrt.kernels import memory, native
 
 Tile = Literal[2, 4]
-# What the choice of a tile needs to know of a picture: few tiles of 4 x 4, some, or so many that they are worth reading weights of
-# any number at 36 points.
-Extent = Literal["tiny", "small", "large"]
-
 # Columns of packed weights that lie side by side, as kernels/cpu/winograd.cpp reads them.
 PANEL = 16
 _PACKED_DIMENSIONS = 5
 
-# Pixels of a picture from which it is small and no longer tiny, and large.
-_SMALL, _LARGE = 64, 1024
+# Pixels from which a picture has so many tiles of 4 x 4 that weights of any number are worth reading at 36 points.
+_LARGE = 1024
 # Transforms of fewer weights' pixels take longer than the products that they save; more weights are read from memory each time.
 _FEW_WEIGHTS, _MANY_WEIGHTS = 16 * 32, 512 * 512
 
 
-def extent(height: int, width: int) -> Extent:
-    """Of a picture of so many pixels."""
-    pixels = height * width
-    return "tiny" if pixels < _SMALL else "small" if pixels < _LARGE else "large"
-
-
-def tile(weight: Tensor, picture: Extent) -> Tile | None:
-    """The tile by which a convolution of these weights, stride 1 and padding 1, is the fastest; None if oneDNN is ahead.
+def tile(weight: Sequence[int], height: int, width: int) -> Tile | None:
+    """The tile by which a convolution in float32, stride 1 and padding 1, is the fastest; None if oneDNN is ahead.
 
     By the rows "convolution" of benchmarks/results/cpu_operators.jsonl. Weights at 36 points take four times as much memory as they
-    are, at 16 points 1.8 times: large ones that few tiles share are better read at 16.
+    are, at 16 points 1.8 times: many that few tiles share are better read at 16.
+
+    Args:
+        weight: the weights' shape.
+        height: of the picture.
+        width: of the picture.
     """
-    out, channels = weight.shape[:2]
-    if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.shape[2:] != (3, 3):
+    out, channels, *sides = weight
+    if (
+        sides != [3, 3]
+        or out % PANEL
+        or channels % PANEL
+        or out * channels < _FEW_WEIGHTS
+        or not native.takes_winograd()
+    ):
         return None
-    if out % PANEL or channels % PANEL or out * channels < _FEW_WEIGHTS or not native.takes_winograd():
-        return None
-    many = out * channels > _MANY_WEIGHTS
-    if picture == "large" or (picture == "small" and not many):
-        return 4
-    return 2
+    return 4 if height * width >= _LARGE or out * channels <= _MANY_WEIGHTS else 2
 
 
 def pack(weight: Tensor, size: Tile) -> Tensor:

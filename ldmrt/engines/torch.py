@@ -19,7 +19,7 @@ from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.graph import Argument, Dim, Graph, Node, Ref, substitute
 from ldmrt.kernels.convolution import arranged_weight
 from ldmrt.kernels.linear import arranged_gated, arranged_linear
-from ldmrt.kernels.winograd import extent
+from ldmrt.kernels.winograd import tile
 from ldmrt.operators import CREATING, resolve
 from ldmrt.parameters import Parameters, fitting
 
@@ -57,24 +57,25 @@ class _Recipe(NamedTuple):
 class _Arrangement(NamedTuple):
     """For an operator whose second argument, weights, is best read in an order that only the device's library knows.
 
-    `make` makes that order of the weights and of what `arguments` gives of a node; `op` is the operator that reads it.
+    `make` makes that order of the weights and of what `arguments` gives for a node and its weights' shape; `op` is the operator that reads it.
     """
 
     make: Callable[..., torch.Tensor]
-    arguments: Callable[[Node], tuple[Any, ...]]
+    arguments: Callable[[Node, tuple[Any, ...]], tuple[Any, ...]]
     op: str
 
 
-def _no_arguments(_node: Node) -> tuple[Any, ...]:
+def _no_arguments(_node: Node, _weight: tuple[Any, ...]) -> tuple[Any, ...]:
     return ()
 
 
-def _of_convolution(node: Node) -> tuple[Any, ...]:
-    """Stride, padding, and the extent of the results, which matters in float32 alone."""
-    height, width = node.shape[2:]
-    if node.dtype != torch.float32 or isinstance(height, Dim) or isinstance(width, Dim):
-        return (*node.args[2:], None)
-    return (*node.args[2:], extent(height, width))
+def _of_convolution(node: Node, weight: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Stride, padding, and the tile of minimal filtering."""
+    stride, padding = node.args[2:]
+    sizes = [size for size in (*weight, *node.shape[2:]) if isinstance(size, int)]
+    if node.dtype != torch.float32 or (stride, padding) != (1, 1) or len(sizes) != len(weight) + 2:
+        return stride, padding, None
+    return stride, padding, tile(sizes[:-2], *sizes[-2:])
 
 
 _ARRANGEMENTS: Mapping[str, _Arrangement] = {
@@ -189,6 +190,8 @@ class TorchEngine:
         if self.device.type != "cpu":
             return nodes, {}, {}
         changed, found, makers = [], {}, {}
+        shapes: dict[str, tuple[Any, ...]] = {name: spec.shape for name, spec in self.graph.weights.items()}
+        shapes |= {node.name: node.shape for node in self.graph.nodes}
         for node in nodes:
             arrangement = _ARRANGEMENTS.get(node.op)
             weight = node.args[1] if arrangement else None
@@ -197,7 +200,7 @@ class TorchEngine:
                 continue
             rest = node.args[2:]
             found[node.name] = weight.name
-            makers[node.name] = arrangement.make, arrangement.arguments(node)
+            makers[node.name] = arrangement.make, arrangement.arguments(node, shapes[weight.name])
             changed.append(node.replace(op=arrangement.op, args=(node.args[0], Ref(f"{node.name} arranged"), *rest)))
         return changed, found, makers
 
