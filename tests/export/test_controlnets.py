@@ -113,3 +113,24 @@ def test_names(tiny_model: Path, tiny_controlnets: list[Path], tmp_path: Path) -
         with_controlnets(source, [tiny_controlnets[0], shutil.copytree(tiny_controlnets[1], tmp_path / "edges")])
     with pytest.raises(BuildError, match="called like its folder, expected letters"):
         with_controlnets(source, [shutil.copytree(tiny_controlnets[1], tmp_path / "two words")])
+
+
+@pytest.mark.rtx
+def test_plans(tiny_model: Path, tiny_controlnets: list[Path], tmp_path: Path) -> None:
+    """TensorRT plans of the parts that run at every step, in float16; what runs once per request is on the torch engine."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'ldmrt[tensorrt-rtx]'", exc_type=ImportError)
+    options: dict[str, Any] = {"engine": "tensorrt-rtx", "targets": ["sm_89"], "controlnets": tiny_controlnets[:1]}
+    bundle = ldmrt.build_engines(tiny_model, tmp_path / "rtx", **options)
+    found = {r.component: r for r in bundle.manifest.engines if "control" in r.component}
+    kinds = {component: (record.kind, record.rows) for component, record in found.items()}
+    assert kinds == {
+        "controlled.step": ("tensorrt-rtx", 2),
+        "controlnet.edges.context": ("torch", None),
+        "controlnet.edges.schedule": ("torch", None),
+        "controlnet.edges.step": ("tensorrt-rtx", 2),
+    }
+    for component in ("controlled.step", "controlnet.edges.step"):
+        record = found[component]
+        assert record.dtype == "float16"
+        assert record.certificate.status.startswith("unverified: target absent (its ONNX agrees")
+        assert record.trials is not None
