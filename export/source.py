@@ -28,10 +28,12 @@ class Kind:
         name: what ldmrt calls it.
         title: what people call it.
         classes: component's folder -> class in model_index.json.
-        tokenizers: text encoder's folder -> its tokenizer's folder.
+        tokenizers: text encoder's folder -> its tokenizer's folder; empty for a model that reads no text.
         addition_embed_type: what its U-Net takes beside text and timestep, as its config says it.
         guidance_scale: what its makers recommend.
         upcast_vae: whether its VAE is known to overflow float16.
+        folders: component -> its folder, where that is called otherwise.
+        alternatives: component -> another class that it may have.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Kind:
     addition_embed_type: str | None
     guidance_scale: float
     upcast_vae: bool = False
+    folders: Mapping[str, str] = field(default_factory=dict)
+    alternatives: Mapping[str, str] = field(default_factory=dict)
 
 
 _DENOISER = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
@@ -63,6 +67,17 @@ KINDS = {
         addition_embed_type="text_time",
         guidance_scale=5.0,
         upcast_vae=True,
+    ),
+    # Rombach et al. 2022, arXiv 2112.10752: the models of CelebA-HQ, FFHQ and LSUN.
+    "LDMPipeline": Kind(
+        name="latent-diffusion",
+        title="Latent diffusion, unconditional",
+        classes={"unet": "UNet2DModel", "vae": "VQModel"},
+        tokenizers={},
+        addition_embed_type=None,
+        guidance_scale=1.0,
+        folders={"vae": "vqvae"},
+        alternatives={"vae": "AutoencoderKL"},
     ),
 }
 KNOWN_KINDS = "; ".join(f"{kind.title} ({name}: {', '.join(kind.classes.values())})" for name, kind in KINDS.items())
@@ -134,6 +149,11 @@ class Source:
         return tuple(self.kind.classes)
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether its first stage has a codebook."""
+        return self.kind.classes["vae"] == "VQModel"
+
+    @property
     def name(self) -> str:
         """What people call it."""
         return self.title or self.path.resolve().name
@@ -162,11 +182,15 @@ class Source:
             )
         kind = kind_of(pipeline, path)
         for folder, name in kind.classes.items():
-            entry = index.get(folder)
+            entry = index.get(kind.folders.get(folder, folder))
             named = entry[-1] if isinstance(entry, list) and entry else entry
-            if named != name:
+            if named is not None and named == kind.alternatives.get(folder):
+                kind = replace(kind, classes={**kind.classes, folder: named})
+            elif named != name:
                 raise BuildError(f"{path}: its {folder} is a {named}, expected {name}; known kinds: {KNOWN_KINDS}")
-        configs = {folder: read_json(path / folder / "config.json") for folder in kind.classes}
+        configs = {
+            folder: read_json(path / kind.folders.get(folder, folder) / "config.json") for folder in kind.classes
+        }
         configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
         extra = path / "ldmrt-defaults.json"
         defaults = read_json(extra) if extra.is_file() else {}
@@ -249,7 +273,7 @@ class Source:
     def config_file(self, folder: str) -> Path:
         """The file that a component's config, or that of the `scheduler`, is from."""
         name = "scheduler_config.json" if folder == "scheduler" else "config.json"
-        return self.files.get(folder, self.path / folder / name)
+        return self.files.get(folder, self.path / self.kind.folders.get(folder, folder) / name)
 
     def tokenizer_folder(self, encoder: str) -> Path:
         """Where the tokenizer of a text encoder lies."""
@@ -264,7 +288,8 @@ class Source:
         """
         if folder in self.parts:
             return list(self.parts[folder])
-        return [WeightFile(path) for path in weight_files(self.path / folder, STEMS[folder], self.variant)]
+        where = self.path / self.kind.folders.get(folder, folder)
+        return [WeightFile(path) for path in weight_files(where, STEMS[folder], self.variant)]
 
 
 def kind_of(pipeline: str, where: Path) -> Kind:
@@ -426,7 +451,8 @@ def _check_values(
     for folder in kind.tokenizers:
         for key in ("max_position_embeddings", "vocab_size", "hidden_size"):
             check(f"{folder}/config.json", configs[folder], key, "a whole number", optional=False)
-    check("unet/config.json", configs["unet"], "cross_attention_dim", "a whole number", optional=False)
+    if kind.tokenizers:
+        check("unet/config.json", configs["unet"], "cross_attention_dim", "a whole number", optional=False)
     check("unet/config.json", configs["unet"], "sample_size", "a whole number")
     check("vae/config.json", configs["vae"], "latent_channels", "a whole number")
     check("vae/config.json", configs["vae"], "scaling_factor", "a number")
@@ -456,7 +482,7 @@ def _check_unet(path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]]
                 f"{path}: its U-Net has {key} = {unet.get(key)!r}, which is not built yet; known kinds: {KNOWN_KINDS}"
             )
     widths = [int(configs[folder]["hidden_size"]) for folder in kind.tokenizers]
-    if sum(widths) != unet["cross_attention_dim"]:
+    if widths and sum(widths) != unet["cross_attention_dim"]:
         raise BuildError(
             f"{path}: its U-Net reads text of width {unet['cross_attention_dim']}, its text encoders make "
             f"{' + '.join(map(str, widths))}; the components are of different models"

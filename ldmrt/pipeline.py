@@ -74,7 +74,7 @@ class Pipeline:
             TextModel(Tokenizer.from_folder(folder), loader.only(encoder))
             for encoder, folder in self.bundle.check_tokenizers().items()
         ]
-        self.tokenizer = texts[0].tokenizer
+        self.tokenizer = texts[0].tokenizer if texts else None
         self._prompts = PromptEncoder(texts, self.device, zero_empty_negative=model.zero_empty_negative)
         sizes = tuple(dict.fromkeys(record.size for record in loader.records("step") if record.size))
         size = (model.defaults.width, model.defaults.height)
@@ -208,6 +208,8 @@ class Pipeline:
         if output_type not in ("pil", "np", "latent"):
             raise BadRequest(f"output_type is {output_type!r}, expected pil, np or latent", param="output_type")
         given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
+        if not self.bundle.manifest.model.tokenizers:
+            _check_unconditional(job, given)
         clock = _Clock()
         with self._lock, torch.inference_mode():
             with clock("tokenize"):
@@ -474,6 +476,23 @@ class Pipeline:
             decoded.append(images)
             done += rows
         return torch.cat(decoded)
+
+
+def _check_unconditional(job: Job, given: Given) -> None:
+    """Refuse what only a model that reads text takes.
+
+    Raises:
+        BadRequest: there is a prompt, an embedding, or guidance.
+    """
+    if any((*job.prompts, *job.negative_prompts)) or given != Given():
+        raise BadRequest(
+            "this model reads no text, and draws what it was trained on; leave the prompt empty", param="prompt"
+        )
+    if job.do_cfg:
+        raise BadRequest(
+            f"guidance_scale is {job.guidance_scale:g}, and this model reads no text that it could follow; use 1",
+            param="guidance_scale",
+        )
 
 
 def _delivered(images: torch.Tensor, output_type: OutputType) -> Any:
