@@ -22,7 +22,10 @@ from ldmrt.export.component import (
     Decoder,
     Encoder,
     PenultimateTextEncoder,
+    QuantizedDecoder,
+    QuantizedEncoder,
     TextEncoder,
+    UnconditionalUNet,
     UNet,
 )
 from ldmrt.export.passes.hoist import Kind
@@ -102,7 +105,10 @@ def text_encoder(source: Source, folder: str) -> Component:
 def unet(source: Source, size: tuple[int, int]) -> Component:
     """The denoising network."""
     inputs, kinds = _unet_inputs(source, size)
-    wrapper = UNet(instantiate(source, "unet"), [spec.name for spec in inputs])
+    if source.kind.tokenizers:
+        wrapper: torch.nn.Module = UNet(instantiate(source, "unet"), [spec.name for spec in inputs])
+    else:
+        wrapper = UnconditionalUNet(instantiate(source, "unet"))
     return Component("unet", "unet", wrapper, inputs, ("model_output",), kinds)
 
 
@@ -127,6 +133,8 @@ def controlnet(source: Source, folder: str, size: tuple[int, int]) -> Component:
 def _unet_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[TensorSpec, ...], dict[str, Kind]]:
     """What the U-Net takes, and the class of each."""
     inputs, kinds = _denoising_inputs(source, size)
+    if not source.kind.tokenizers:
+        return inputs[:2], kinds
     if source.kind.inpainting:
         channels, height, width = _latent_shape(source, size)
         inputs += tuple(
@@ -143,7 +151,7 @@ def _unet_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[TensorSpe
 def _denoising_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[TensorSpec, ...], dict[str, Kind]]:
     """What the U-Net and its ControlNets both take, and the class of each."""
     channels, height, width = _latent_shape(source, size)
-    text = int(source.configs["unet"]["cross_attention_dim"])
+    text = int(source.configs["unet"].get("cross_attention_dim") or 0)
     inputs = [
         TensorSpec("latents", ("rows", channels, height, width), F32),
         TensorSpec("timesteps", ("rows",), F32),
@@ -182,14 +190,17 @@ def decoder(source: Source, size: tuple[int, int]) -> Component:
     """The first stage's decoder."""
     factor, shift = scaling(source)
     inputs = (TensorSpec("latents", ("rows", *_latent_shape(source, size)), F32),)
-    return Component("decoder", "vae", Decoder(instantiate(source, "vae"), factor, shift), inputs, ("image",))
+    module = instantiate(source, "vae")
+    wrapper = QuantizedDecoder(module, factor) if source.is_quantized else Decoder(module, factor, shift)
+    return Component("decoder", "vae", wrapper, inputs, ("image",))
 
 
 def encoder(source: Source, size: tuple[int, int]) -> Component:
     """The first stage's encoder."""
     inputs = (TensorSpec("image", ("rows", 3, size[1], size[0]), F32),)
     outputs = ("latent_mean", "latent_logvar")
-    return Component("encoder", "vae", Encoder(instantiate(source, "vae")), inputs, outputs)
+    wrapper = QuantizedEncoder if source.is_quantized else Encoder
+    return Component("encoder", "vae", wrapper(instantiate(source, "vae")), inputs, outputs)
 
 
 def _latent_shape(source: Source, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -226,16 +237,16 @@ def _denoising_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
             found, *more = original(_prompt_ids(source, folder, (*PROMPTS, *EXTREME_PROMPTS)))
         states.append(found[0])
         pooled = more[0] if more else pooled
-    text, extreme_text = torch.cat(states, dim=-1).chunk(2)
-    random = {"latents": noise(2, 2, *shape), "timesteps": steps, "encoder_hidden_states": noise(3, *text.shape)}
-    real = {"latents": noise(4, 2, *shape), "timesteps": steps.flip(0), "encoder_hidden_states": text}
+    random = {"latents": noise(2, 2, *shape), "timesteps": steps}
+    real = {"latents": noise(4, 2, *shape), "timesteps": steps.flip(0)}
     # A sampler scales what it feeds to the variance of the training noise, whatever the noise level; its ends are the first and
     # the last timestep.
-    extreme = {
-        "latents": OVERSHOOT * noise(8, 2, *shape),
-        "timesteps": torch.tensor([999.0, 0.0]),
-        "encoder_hidden_states": extreme_text,
-    }
+    extreme = {"latents": OVERSHOOT * noise(8, 2, *shape), "timesteps": torch.tensor([999.0, 0.0])}
+    if states:
+        text, extreme_text = torch.cat(states, dim=-1).chunk(2)
+        random |= {"encoder_hidden_states": noise(3, *text.shape)}
+        real |= {"encoder_hidden_states": text}
+        extreme |= {"encoder_hidden_states": extreme_text}
     if pooled is not None:
         pooled, extreme_pooled = pooled.chunk(2)
         ids = torch.tensor([[size[1], size[0], 0, 0, size[1], size[0]]] * 2, dtype=F32)
@@ -332,11 +343,13 @@ def _original(source: Source, component: Component) -> torch.nn.Module:
 
 def instantiate(source: Source, folder: str) -> torch.nn.Module:
     """A component's original module on the meta device, in eval mode: shapes, no weights."""
-    make = _text_encoder if folder in source.kind.tokenizers else _network
     config: dict[str, Any] = dict(source.configs[folder])
     try:
         with torch.device("meta"):
-            module = make(folder, config)
+            if folder in source.kind.tokenizers:
+                module = _text_encoder(folder, config)
+            else:
+                module = _network(source.kind.classes.get(folder, "ControlNetModel"), config)
     except Exception as error:  # whatever a constructor makes of values that nobody has checked
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BuildError(
@@ -353,17 +366,16 @@ def _text_encoder(folder: str, config: dict[str, Any]) -> torch.nn.Module:
     return module
 
 
-def _network(folder: str, config: dict[str, Any]) -> torch.nn.Module:
-    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+def _network(name: str, config: dict[str, Any]) -> torch.nn.Module:
+    import diffusers
 
-    classes: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
-    kind = classes.get(folder, ControlNetModel)
+    made: Any = getattr(diffusers, name)
     # diffusers would leave out what it does not know, and the network would be another one.
-    known = inspect.signature(kind.__init__).parameters
+    known = inspect.signature(made.__init__).parameters
     unknown = [key for key, value in config.items() if key not in known and key[:1] != "_" and value is not None]
     if unknown:
-        raise ValueError(f"{kind.__name__} does not know {', '.join(unknown[:3])}: update diffusers")
-    module: torch.nn.Module = kind.from_config(config)
+        raise ValueError(f"{name} does not know {', '.join(unknown[:3])}: update diffusers")
+    module: torch.nn.Module = made.from_config(config)
     return module
 
 

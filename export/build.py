@@ -41,6 +41,7 @@ from ldmrt.export.component import PREFIX, Component
 from ldmrt.export.controlnets import with_controlnets
 from ldmrt.export.cubins import architecture, compile_kernels
 from ldmrt.export.folder import BundleFolder
+from ldmrt.export.hub import is_id
 from ldmrt.export.options import Options
 from ldmrt.export.passes.widen import widen
 from ldmrt.export.resolve import resolve
@@ -109,7 +110,8 @@ def build_engines(
     """
     _require("diffusers", "transformers")
     report = on_progress or (lambda _what, _done, _total: None)
-    report(f"opening {model}", 0, 1)
+    if is_id(model):
+        report(f"fetching {model} from the Hub", 0, 1)
     source = resolve(model, base=base, vae=vae, variant=variant, revision=revision)
     if loras:
         source = source.with_loras(loras)
@@ -283,7 +285,9 @@ class _Build:
         """The precision of a component. Stable Diffusion XL's VAE overflows float16; its makers run it in float32."""
         narrow = self.options.dtype == "float16" and folder == "vae"
         upcast = narrow and self.source.kind.upcast_vae and self.source.configs["vae"].get("force_upcast", True)
-        return "float32" if upcast else self.options.dtype
+        # What is rounded may fall to another code.
+        quantized = folder == "vae" and self.source.is_quantized
+        return "float32" if upcast or quantized else self.options.dtype
 
     def drafts(
         self, component: Component, graphs: Sequence[Graph], size: tuple[int, int] | None
@@ -296,14 +300,18 @@ class _Build:
         if text:
             return [(specialize(last, {"rows": 1}), size, 1)]
         # With guidance an image takes two rows of the denoising network, without it one.
-        guided = bool(component.kinds) and self.source.guidance_embedding is None
+        guided = bool(component.kinds and self.source.kind.tokenizers) and self.source.guidance_embedding is None
         factors = (1, 2) if guided else (1,)
         if guided and self.options.is_tensorrt:
             # Each plan holds the weights again: one for each batch size, for the guidance that the model is used with. One for guidance
             # also serves without, two images at a time.
             factors = (2,) if self.guidance_scale > 1 else (1,)
         rows = sorted({factor * batch for batch in self.options.batch_sizes for factor in factors})
-        fixed = {"tokens": architectures.tokens(self.source)} if self.options.is_tensorrt and component.kinds else {}
+        fixed = (
+            {"tokens": architectures.tokens(self.source)}
+            if self.options.is_tensorrt and component.kinds and self.source.kind.tokenizers
+            else {}
+        )
         sized = [(specialize(last, {"rows": count, **fixed}), size, count) for count in rows]
         # What runs once per request is for every size, unless it reads a picture.
         pictures = [any(len(spec.shape) == 4 for spec in graph.inputs) for graph in whole]
@@ -461,8 +469,9 @@ class _Build:
         source, digest = self.source, cache(sha256)  # one file may hold several components
         files = {"scheduler/scheduler_config.json": source.config_file("scheduler")}
         for folder in source.folders:
-            files[f"{folder}/config.json"] = source.config_file(folder)
-            files |= {f"{folder}/{file.path.name}": file.path for file in source.weights(folder)}
+            where = source.kind.folders.get(folder, folder)
+            files[f"{where}/config.json"] = source.config_file(folder)
+            files |= {f"{where}/{file.path.name}": file.path for file in source.weights(folder)}
         files |= self.tokenizer_paths()
         return tuple(FileRecord(file=name, sha256=digest(path)) for name, path in files.items())
 

@@ -155,6 +155,18 @@ class ControlNet(torch.nn.Module):
         return (*down, mid)
 
 
+class UnconditionalUNet(torch.nn.Module):
+    """The denoising U-Net of a model that reads no text: `forward(latents (rows, C, h, w), timesteps (rows,)) -> (rows, C, h, w)`."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See the class."""
+        return (self.module(latents, timesteps, return_dict=False)[0],)
+
+
 class Decoder(torch.nn.Module):
     """The first stage's decoder: scaled latents (rows, C, h, w) to images (rows, 3, H, W) in [-1, 1] (not clamped)."""
 
@@ -183,3 +195,41 @@ class Encoder(torch.nn.Module):
         """See the class."""
         posterior = self.module.encode(image, return_dict=False)[0]
         return posterior.mean, posterior.logvar
+
+
+class QuantizedDecoder(torch.nn.Module):
+    """The decoder of a first stage with a codebook: scaled latents (rows, C, h, w) to images (rows, 3, H, W) in [-1, 1] (not clamped).
+
+    Each latent vector becomes the code nearest to it (van den Oord et al. 2017, arXiv 1711.00937, eq. 2); of |z - e|^2 = |z|^2 - 2 z e + |e|^2 the
+    first term is the same for all codes.
+    """
+
+    def __init__(self, module: Any, scaling_factor: float) -> None:
+        super().__init__()
+        self.module = module
+        self.scaling_factor = scaling_factor
+
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor]:
+        """See the class."""
+        codes = self.module.quantize.embedding.weight
+        vectors = (latents / self.scaling_factor).permute(0, 2, 3, 1)
+        nearness = vectors @ codes.t() - 0.5 * (codes * codes).sum(dim=1)
+        quantized = torch.nn.functional.embedding(nearness.argmax(dim=-1), codes).permute(0, 3, 1, 2)
+        module = self.module
+        spatial = quantized if module.config.norm_type == "spatial" else None
+        return (module.decoder(module.post_quant_conv(quantized), spatial),)
+
+
+class QuantizedEncoder(torch.nn.Module):
+    """The encoder of a first stage with a codebook: images (rows, 3, H, W) in [-1, 1] to latents before quantisation, unscaled. There is
+    no posterior: the log variance is the least that `AutoencoderKL` gives.
+    """
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the class."""
+        latents = self.module.encode(image, return_dict=False)[0]
+        return latents, torch.full_like(latents, -30.0)

@@ -42,9 +42,10 @@ def fetch(model: str, *, revision: str | None = None, variant: str | None = None
             "give its path"
         )
     kind = kind_of(str(read_json(index).get("_class_name")), Path(model))
-    folders = (*kind.classes, *kind.tokenizers.values(), "scheduler")
+    stems = {kind.folders.get(folder, folder): STEMS[folder] for folder in kind.classes}
+    folders = (*stems, *kind.tokenizers.values(), "scheduler")
     _fetch(model, revision, [f"{folder}/*.{ending}" for folder in folders for ending in ("json", "txt")])
-    path = _fetch_weights(model, revision, variant, {folder: STEMS[folder] for folder in kind.classes})
+    path = _fetch_weights(model, revision, variant, stems)
     return replace(Source.open(path, variant=variant), title=model)
 
 

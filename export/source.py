@@ -29,11 +29,13 @@ class Kind:
         name: what ldmrt calls it.
         title: what people call it.
         classes: component's folder -> class in model_index.json.
-        tokenizers: text encoder's folder -> its tokenizer's folder.
+        tokenizers: text encoder's folder -> its tokenizer's folder; empty for a model that reads no text.
         addition_embed_type: what its U-Net takes beside text and timestep, as its config says it.
         guidance_scale: what its makers recommend.
         upcast_vae: whether its VAE is known to overflow float16.
         inpainting: whether its U-Net takes, beside the latents, a mask and the latents of the picture without what it covers.
+        folders: component -> its folder, where that is called otherwise.
+        alternatives: component -> another class that it may have.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Kind:
     guidance_scale: float
     upcast_vae: bool = False
     inpainting: bool = False
+    folders: Mapping[str, str] = field(default_factory=dict)
+    alternatives: Mapping[str, str] = field(default_factory=dict)
 
 
 _DENOISER = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
@@ -66,6 +70,17 @@ KINDS = {
         addition_embed_type="text_time",
         guidance_scale=5.0,
         upcast_vae=True,
+    ),
+    # Rombach et al. 2022, arXiv 2112.10752: the models of CelebA-HQ, FFHQ and LSUN.
+    "LDMPipeline": Kind(
+        name="latent-diffusion",
+        title="Latent diffusion, unconditional",
+        classes={"unet": "UNet2DModel", "vae": "VQModel"},
+        tokenizers={},
+        addition_embed_type=None,
+        guidance_scale=1.0,
+        folders={"vae": "vqvae"},
+        alternatives={"vae": "AutoencoderKL"},
     ),
 }
 KINDS["StableDiffusionInpaintPipeline"] = replace(
@@ -148,13 +163,18 @@ class Source:
 
     def place(self, folder: str) -> Path:
         """Where a folder of the model is, or a ControlNet."""
-        return self.controlnets.get(folder, self.path / folder)
+        return self.controlnets.get(folder, self.path / self.kind.folders.get(folder, folder))
 
     @property
     def guidance_embedding(self) -> int | None:
         """Width of the embedding of the guidance scale that its U-Net takes in the place of classifier-free guidance, if it does."""
         width: int | None = self.configs["unet"].get("time_cond_proj_dim")
         return width
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its first stage has a codebook."""
+        return self.kind.classes["vae"] == "VQModel"
 
     @property
     def name(self) -> str:
@@ -191,11 +211,15 @@ class Source:
             )
         kind = kind_of(pipeline, path)
         for folder, name in kind.classes.items():
-            entry = index.get(folder)
+            entry = index.get(kind.folders.get(folder, folder))
             named = entry[-1] if isinstance(entry, list) and entry else entry
-            if named != name:
+            if named is not None and named == kind.alternatives.get(folder):
+                kind = replace(kind, classes={**kind.classes, folder: named})
+            elif named != name:
                 raise BuildError(f"{path}: its {folder} is a {named}, expected {name}; known kinds: {KNOWN_KINDS}")
-        configs = {folder: read_json(path / folder / "config.json") for folder in kind.classes}
+        configs = {
+            folder: read_json(path / kind.folders.get(folder, folder) / "config.json") for folder in kind.classes
+        }
         configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
         extra = path / "ldmrt-defaults.json"
         defaults = read_json(extra) if extra.is_file() else {}
@@ -458,7 +482,8 @@ def _check_values(
     for folder in kind.tokenizers:
         for key in ("max_position_embeddings", "vocab_size", "hidden_size"):
             check(f"{folder}/config.json", configs[folder], key, "a whole number", optional=False)
-    check("unet/config.json", configs["unet"], "cross_attention_dim", "a whole number", optional=False)
+    if kind.tokenizers:
+        check("unet/config.json", configs["unet"], "cross_attention_dim", "a whole number", optional=False)
     check("unet/config.json", configs["unet"], "sample_size", "a whole number")
     check("unet/config.json", configs["unet"], "time_cond_proj_dim", "a whole number")
     check("vae/config.json", configs["vae"], "latent_channels", "a whole number")
@@ -499,7 +524,7 @@ def _check_unet(path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]]
             f"{path}: its U-Net takes the guidance scale in {width} numbers, expected 4 or more; copy the model again"
         )
     widths = [int(configs[folder]["hidden_size"]) for folder in kind.tokenizers]
-    if sum(widths) != unet["cross_attention_dim"]:
+    if widths and sum(widths) != unet["cross_attention_dim"]:
         raise BuildError(
             f"{path}: its U-Net reads text of width {unet['cross_attention_dim']}, its text encoders make "
             f"{' + '.join(map(str, widths))}; the components are of different models"

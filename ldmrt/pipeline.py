@@ -80,7 +80,7 @@ class Pipeline:
             TextModel(Tokenizer.from_folder(folder), loader.only(encoder))
             for encoder, folder in self.bundle.check_tokenizers().items()
         ]
-        self.tokenizer = texts[0].tokenizer
+        self.tokenizer = texts[0].tokenizer if texts else None
         self._prompts = PromptEncoder(texts, self.device, zero_empty_negative=model.zero_empty_negative)
         sizes = tuple(dict.fromkeys(record.size for record in loader.records("step") if record.size))
         size = (model.defaults.width, model.defaults.height)
@@ -242,6 +242,8 @@ class Pipeline:
         names = [one.name for one in controls]
         inpainting = resolve_inpainting(self.bundle.manifest.model, (job.width, job.height), image, mask_image)
         given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
+        if not self.bundle.manifest.model.tokenizers:
+            _check_unconditional(job, given)
         clock = _Clock()
         with self._lock, torch.inference_mode():
             with clock("tokenize"):
@@ -458,6 +460,23 @@ def _is_network(component: str) -> bool:
 
 def _step(network: str) -> str:
     return STEP if network == "unet" else f"{network}.step"
+
+
+def _check_unconditional(job: Job, given: Given) -> None:
+    """Refuse what only a model that reads text takes.
+
+    Raises:
+        BadRequest: there is a prompt, an embedding, or guidance.
+    """
+    if any((*job.prompts, *job.negative_prompts)) or given != Given():
+        raise BadRequest(
+            "this model reads no text, and draws what it was trained on; leave the prompt empty", param="prompt"
+        )
+    if job.do_cfg:
+        raise BadRequest(
+            f"guidance_scale is {job.guidance_scale:g}, and this model reads no text that it could follow; use 1",
+            param="guidance_scale",
+        )
 
 
 def _delivered(images: torch.Tensor, output_type: OutputType) -> Any:

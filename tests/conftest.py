@@ -82,6 +82,14 @@ def tiny_model_inpainting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_model_ldm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like that of the latent diffusion model of CelebA-HQ: no text, a first stage with a codebook, 16 x 16 latents."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-ldm"
+    write_ldm(folder, seed=4)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle_inpainting(
     tiny_model_inpainting: Path, tiny_controlnets: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -114,6 +122,12 @@ def tiny_bundle_controlled(
     options: dict[str, Any] = {"dtype": "float32", "batch_sizes": (1, 2)}
     bundle: Bundle = ldmrt.build_engines(tiny_model, out, controlnets=tiny_controlnets, **options)
     return bundle.path
+
+
+@pytest.fixture(scope="session")
+def write_model_ldm() -> Callable[..., None]:
+    """`write_model_ldm(folder, seed=0, codebook=True)` writes such a model."""
+    return write_ldm
 
 
 @pytest.fixture(scope="session")
@@ -390,6 +404,53 @@ def write_controlnet(folder: Path, model: Path, seed: int) -> Path:
                     parameter.normal_(std=0.2)
     controlnet.save_pretrained(folder)
     return folder
+
+
+def write_ldm(folder: Path, *, seed: int, codebook: bool = True) -> None:
+    """Write an unconditional model with weights drawn from a seed; its first stage has a codebook, or is an AutoencoderKL."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel, VQModel
+
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    stage: dict[str, Any] = {
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "latent_channels": 3,
+        "norm_num_groups": 4,
+        "sample_size": SIZE,
+        "scaling_factor": 0.7,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        first: Any = VQModel(num_vq_embeddings=64, **stage) if codebook else AutoencoderKL(**stage)
+        unet = UNet2DModel(
+            sample_size=SIZE // 4,
+            in_channels=3,
+            out_channels=3,
+            layers_per_block=1,
+            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=8,
+            attention_head_dim=8,
+        )
+        for module in (first, unet):
+            _enliven(module)
+        if codebook:
+            torch.nn.init.normal_(first.quantize.embedding.weight)
+    first.save_pretrained(folder / "vqvae")
+    unet.save_pretrained(folder / "unet")
+    DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False).save_pretrained(
+        folder / "scheduler"
+    )
+    index = {
+        "_class_name": "LDMPipeline",
+        "_diffusers_version": "0.36.0",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+        "vqvae": ["diffusers", type(first).__name__],
+    }
+    _write_json(folder / "model_index.json", index)
 
 
 _NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
