@@ -89,7 +89,7 @@ KINDS["StableDiffusionInpaintPipeline"] = replace(
 KINDS["LatentConsistencyModelPipeline"] = replace(
     KINDS["StableDiffusionPipeline"], title="Latent Consistency Models", guidance_scale=8.5
 )
-KNOWN_KINDS = "; ".join(f"{kind.title} ({name}: {', '.join(kind.classes.values())})" for name, kind in KINDS.items())
+KNOWN_KINDS = "; ".join(f"{kind.title} ({name})" for name, kind in KINDS.items())
 
 # What weight files are called; a ControlNet's as the U-Net's.
 STEMS = {

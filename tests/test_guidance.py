@@ -106,7 +106,9 @@ def test_one_to_four_steps_without_guidance(tiny_model: Path, tiny_bundle: Path,
     file = path / "scheduler" / "scheduler_config.json"
     config = {**json.loads(file.read_text()), "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
     file.write_text(json.dumps(config))
-    (path / "ldmrt-defaults.json").write_text(json.dumps({"num_inference_steps": 1, "guidance_scale": 0}))
+    (path / "ldmrt-defaults.json").write_text(
+        json.dumps({"num_inference_steps": 1, "guidance_scale": 0, "sampler": "ddim"})
+    )
     pipe = Pipeline.from_bundle(ldmrt.build_engines(path, tmp_path / "bundle", dtype="float32").path)
     job = pipe(PROMPT, seed=0, output_type="latent").job
     assert (job.num_inference_steps, job.guidance_scale, job.do_cfg) == (1, 0.0, False)
