@@ -44,7 +44,8 @@ def fetch(model: str, *, revision: str | None = None, variant: str | None = None
     kind = kind_of(str(read_json(index).get("_class_name")), Path(model))
     stems = {kind.folders.get(folder, folder): STEMS[folder] for folder in kind.classes}
     folders = (*stems, *kind.tokenizers.values(), "scheduler")
-    _fetch(model, revision, [f"{folder}/*.{ending}" for folder in folders for ending in ("json", "txt")])
+    small = [f"{folder}/*.{ending}" for folder in folders for ending in ("json", "txt")]
+    _fetch(model, revision, [*small, "ldmrt-defaults.json"])
     path = _fetch_weights(model, revision, variant, stems)
     return replace(Source.open(path, variant=variant), title=model)
 
@@ -108,7 +109,10 @@ def _fetch(model: str, revision: str | None, patterns: Iterable[str]) -> Path:
     where = f"no such folder: {model}; and as an id on the Hub"
     try:
         folder = huggingface_hub.snapshot_download(
-            model, revision=revision, allow_patterns=[*patterns, "model_index.json", "config.json"], tqdm_class=_quiet()
+            model,
+            revision=revision,
+            allow_patterns=[*patterns, "model_index.json", "config.json"],
+            tqdm_class=_quiet(),
         )
     except GatedRepoError as error:
         raise BuildError(

@@ -350,5 +350,5 @@ def test_a_vae_of_another_kind(tiny_model: Path, tmp_path: Path) -> None:
     config = json.loads((tiny_model / "vae" / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "latent_channels": 16}))
     save_file({"a": torch.ones(1)}, folder / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(BuildError, match="takes 4 channels and its VAE makes 16"):
+    with pytest.raises(BuildError, match="takes 4 channels, expected 16 of"):
         resolve(tiny_model, vae=folder)
