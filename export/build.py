@@ -300,18 +300,15 @@ class _Build:
         if text:
             return [(specialize(last, {"rows": 1}), size, 1)]
         # With guidance an image takes two rows of the denoising network, without it one.
-        guided = bool(component.kinds and self.source.kind.tokenizers) and self.source.guidance_embedding is None
+        reads_text = bool(component.kinds and self.source.kind.tokenizers)
+        guided = reads_text and self.source.guidance_embedding is None
         factors = (1, 2) if guided else (1,)
         if guided and self.options.is_tensorrt:
             # Each plan holds the weights again: one for each batch size, for the guidance that the model is used with. One for guidance
             # also serves without, two images at a time.
             factors = (2,) if self.guidance_scale > 1 else (1,)
         rows = sorted({factor * batch for batch in self.options.batch_sizes for factor in factors})
-        fixed = (
-            {"tokens": architectures.tokens(self.source)}
-            if self.options.is_tensorrt and component.kinds and self.source.kind.tokenizers
-            else {}
-        )
+        fixed = {"tokens": architectures.tokens(self.source)} if self.options.is_tensorrt and reads_text else {}
         sized = [(specialize(last, {"rows": count, **fixed}), size, count) for count in rows]
         # What runs once per request is for every size, unless it reads a picture.
         pictures = [any(len(spec.shape) == 4 for spec in graph.inputs) for graph in whole]

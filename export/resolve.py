@@ -8,11 +8,10 @@ from pathlib import Path
 from ldmrt.errors import BuildError
 from ldmrt.export import hub
 from ldmrt.export.single_file import open_single_file, open_vae
-from ldmrt.export.source import Source, read_json, weight_files
+from ldmrt.export.source import STEMS, Source, read_json, weight_files
 from ldmrt.weights import WeightFile
 
 _VARIANT = re.compile(r"[A-Za-z0-9_]{1,32}")
-_VAE = "diffusion_pytorch_model"
 
 
 def resolve(
@@ -62,5 +61,5 @@ def _with_vae(source: Source, vae: str | Path, variant: str | None) -> Source:
     if not folder.is_dir():
         raise BuildError(f"no such VAE: {vae}; give a folder in the diffusers layout, or a safetensors file")
     config = folder / "config.json"
-    weights = [WeightFile(file) for file in weight_files(folder, _VAE, variant)]
+    weights = [WeightFile(file) for file in weight_files(folder, STEMS["vae"], variant)]
     return source.with_part("vae", weights, (config, read_json(config)))
