@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ldmrt.engines.tensorrt import LIBRARIES, Library, gpu_at_hand
+from ldmrt.engines.tensorrt import LIBRARIES, Library, gpu_at_hand, gpu_here
 from ldmrt.errors import BuildError
 from ldmrt.export.architectures import downscale
 from ldmrt.export.cubins import TARGETS, architecture
@@ -139,9 +139,8 @@ def _plan_targets(library: Library, targets: Sequence[str]) -> list[str]:
             "or use --engine tensorrt-rtx --target sm_89"
         )
     if not targets and here not in possible:
-        there = f"the GPU here is {here}" if here else "there is no GPU here"
         raise BuildError(
-            f"engine {library.kind}: {there}; say what to build for: --target {' or --target '.join(possible)}"
+            f"engine {library.kind}: {gpu_here(here)}; say what to build for: --target {' or --target '.join(possible)}"
         )
     for target in targets:
         if target not in possible:

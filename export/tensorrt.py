@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def build_plan(
     """
     trt = library.load()
     messages = log(library)
-    messages.errors.clear()
+    messages.first_error()  # what was not told belongs to another call
     builder = trt.Builder(messages)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, messages)
@@ -71,7 +72,7 @@ def build_plan(
     if built is None:
         where = f" for {', '.join(targets)}" if targets else ""
         raise BuildError(
-            f"{library.kind} cannot build {onnx.name}{where}: {messages.errors[-1][:300] if messages.errors else 'no reason given'}; use --engine torch"
+            f"{library.kind} cannot build {onnx.name}{where}: {messages.first_error() or 'no reason given'}; use --engine torch"
         )
     with replacing(plan) as file:
         file.write(memoryview(built))
@@ -79,16 +80,12 @@ def build_plan(
 
 def _in_a_thread(work: Callable[[], Any], stop: threading.Event) -> Any:
     """Run `work` beside the main thread, which alone hears Ctrl-C, and could not while it is inside the library."""
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(work()), name="ldmrt-tensorrt", daemon=True)
-    thread.start()
-    try:
-        thread.join()
-    except BaseException:
-        stop.set()
-        thread.join()
-        raise
-    return results[0] if results else None
+    with ThreadPoolExecutor(1, "ldmrt-tensorrt") as pool:
+        try:
+            return pool.submit(work).result()
+        except BaseException:
+            stop.set()
+            raise
 
 
 def _one_line(text: str) -> str:

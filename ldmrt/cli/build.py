@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ldmrt.cli.options import Dtype, EngineChoice, Json, LoraChoice, Size, Verbose, parse_lora, parse_size
+from ldmrt.cli.options import Dtype, EngineChoice, Json, LoraChoice, Size, Verbose, lora_option, parse_size
 from ldmrt.cli.output import print_json, progress_bar, size_text, table
 
 
@@ -47,14 +47,7 @@ def build_engines(
     workspace: Annotated[
         int | None, typer.Option(metavar="MIB", help="The most memory that a layer of a TensorRT plan may use, in MiB.")
     ] = None,
-    lora: Annotated[
-        list[LoraChoice] | None,
-        typer.Option(
-            metavar="PATH[:SCALE]",
-            parser=parse_lora,
-            help="LoRA to fuse into the weights, and how much of it (default: 1); repeatable.",
-        ),
-    ] = None,
+    lora: Annotated[list[LoraChoice] | None, lora_option("LoRA to fuse into the weights")] = None,
     json: Json = False,
     _verbose: Verbose = False,
 ) -> None:

@@ -18,8 +18,8 @@ from ldmrt.cli.options import (
     LoraChoice,
     Size,
     Verbose,
+    lora_option,
     parse_device,
-    parse_lora,
     parse_size,
 )
 from ldmrt.cli.output import print_json, progress_bar, shown_warnings
@@ -64,14 +64,7 @@ def generate(
     long_prompt: Annotated[
         LongPromptChoice, typer.Option(help="A prompt beyond the text encoder's window: in several windows, or cut.")
     ] = LongPromptChoice.chunk,
-    lora: Annotated[
-        list[LoraChoice] | None,
-        typer.Option(
-            metavar="PATH[:SCALE]",
-            parser=parse_lora,
-            help="LoRA to add to the weights, and how much of it (default: 1); repeatable.",
-        ),
-    ] = None,
+    lora: Annotated[list[LoraChoice] | None, lora_option("LoRA to add to the weights")] = None,
     engine: Annotated[
         EngineChoice, typer.Option(help="Which engines to use where the bundle has several kinds.")
     ] = EngineChoice.auto,

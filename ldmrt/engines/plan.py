@@ -119,7 +119,7 @@ class TensorRtEngine:
     # ------------------------------------------------------------------------------------------------ loading
 
     def _deserialize(self, plan: Path) -> Any:
-        log(self._library).errors.clear()
+        log(self._library).first_error()  # what was not told belongs to another call
         try:
             with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 engine = self._runtime.deserialize_cuda_engine(data)
@@ -209,11 +209,7 @@ class TensorRtEngine:
         return EngineMismatch(f"{self._label} {what} ({self._reason()}); see `ldmrt doctor`, or use --engine torch")
 
     def _reason(self) -> str:
-        """The first of the library's errors that has not been told yet; those behind it are its consequences."""
-        errors = log(self._library).errors
-        reason = errors[0][:200] if errors else "no reason given"
-        errors.clear()
-        return str(reason)
+        return log(self._library).first_error() or "no reason given"
 
 
 def _specs(engine: Any, plan: Path) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:

@@ -21,7 +21,7 @@ from ldmrt.export.build import _Build, _Draft
 from ldmrt.export.folder import BundleFolder
 from ldmrt.export.options import Options
 from ldmrt.export.source import Source
-from ldmrt.export.tensorrt import build_plan
+from ldmrt.export.tensorrt import _in_a_thread, build_plan
 from ldmrt.graph import Graph
 from ldmrt.pipeline import Pipeline
 from ldmrt.verify import read_trials, waiting
@@ -136,6 +136,16 @@ def test_a_graph_of_free_shapes_is_refused(tiny_bundle_onnx: Path, tmp_path: Pat
     with pytest.raises(BuildError, match=r"cannot build text_encoder-.* for sm_89: .*optimization profile"):
         build_plan(RTX, onnx_of(tiny_bundle_onnx, "text_encoder"), tmp_path / "plan", targets=["sm_89"])
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_raised_beside_the_main_thread_is_raised_in_it() -> None:
+    def work() -> None:
+        raise MemoryError("no room")
+
+    stop = threading.Event()
+    with pytest.raises(MemoryError, match="no room"):
+        _in_a_thread(work, stop)
+    assert stop.is_set()
 
 
 def test_an_interrupt_stops_the_build_and_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
