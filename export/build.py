@@ -6,11 +6,14 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, TypeVar
 
 import torch
 
@@ -44,10 +47,11 @@ from ldmrt.export.verify import reference_outputs
 from ldmrt.graph import Graph, dtype_of, rename_values, specialize, to_json
 from ldmrt.kernels.aot import write as write_cubins
 from ldmrt.schedule import NoiseSchedule
-from ldmrt.verify import Trial, certify, run_trials, unverified, write_trials
+from ldmrt.verify import Tensors, Trial, certify, run_trials, unverified, write_trials
 from ldmrt.weights import WeightFile, sha256, write as write_weights
 
 OnProgress = Callable[[str, int, int], None]
+_Made = TypeVar("_Made")
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -224,12 +228,16 @@ class _Build:
             self.keep([record for record in reused if record])
             self.progress(f"{label}: already built")
             return
-        records = [
-            record or self.write_engine(draft, key, weights)
-            for draft, key, record in zip(drafts, keys, reused, strict=True)
-        ]
-        self.progress(f"{label}: verifying")
-        self.keep(self.verify(component, checkpoint, records, [t for t in trials() if t.kind != "extreme"]))
+        tried = [trial for trial in trials() if trial.kind != "extreme"]
+        with _beside(
+            partial(reference_outputs, architectures.reference(component, checkpoint), tried, component.outputs)
+        ) as expected:
+            records = [
+                record or self.write_engine(draft, key, weights)
+                for draft, key, record in zip(drafts, keys, reused, strict=True)
+            ]
+            self.progress(f"{label}: verifying")
+            self.keep(self.verify(component, checkpoint, records, tried, expected()))
 
     def fit(
         self, draft: _Draft, label: str, checkpoint: Checkpoint, weights: str, trials: Callable[[], list[Trial]]
@@ -244,7 +252,7 @@ class _Build:
             modules = {key: module for module, (_, key) in checkpoint.keys.items()}
             # What random inputs reach, the extreme ones exceed.
             tried = [trial for trial in trials() if trial.kind != "random"]
-            ranges = audit(draft.graph, lambda name: checkpoint.load(modules[name]).float(), tried)
+            ranges = audit(draft.graph, lambda name: checkpoint.read(modules[name], torch.float32), tried)
             widened = {name: float(f"{largest:.3g}") for name, largest in too_large(ranges).items()}
             found = AuditRecord(
                 component=draft.graph.name, kind=self.options.engine, size=draft.size, key=key, widened=widened
@@ -391,19 +399,22 @@ class _Build:
         return self.folder.write(f"plans/{stem}.plan", write)
 
     def verify(
-        self, component: Component, checkpoint: Checkpoint, records: list[EngineRecord], trials: list[Trial]
+        self,
+        component: Component,
+        checkpoint: Checkpoint,
+        records: list[EngineRecord],
+        trials: list[Trial],
+        expected: list[Tensors],
     ) -> list[EngineRecord]:
         """Run the engines as the runtime would and compare them with the original module.
 
         A plan for another GPU than the one at hand cannot run here: its ONNX stands in for it, on ONNX Runtime and on real inputs, and
         what the original made of all of them is kept, so that `ldmrt verify` can complete its certificate where it runs.
         """
-        # Engines first, and gone before the original is loaded: the two never stand in memory together.
         foreign = any(self.is_foreign(record) for record in records)
         tried = [number for number, trial in enumerate(trials) if trial.kind == "real" or not foreign]
         shown = [trials[number] for number in tried]
         found = self.outputs(records, shown)
-        expected = reference_outputs(architectures.reference(component, checkpoint), trials, component.outputs)
         library = "transformers" if component.folder in self.source.kind.tokenizers else "diffusers"
         name = type(component.original).__name__
         reference = f"{library} {importlib.metadata.version(library)} {name}, float32" + (
@@ -524,7 +535,7 @@ class _Build:
             specs = [TensorSpec(key, file.entries[key].shape, dtype) for file, key in checkpoint.keys.values()]
 
             def load(key: str) -> torch.Tensor:
-                return checkpoint.load(modules_name[key]).to(dtype)
+                return checkpoint.read(modules_name[key], dtype)
 
             path = f"weights/{name}.safetensors"
             self.weights[name] = self.folder.write(path, lambda path: write_weights(path, specs, load))
@@ -581,6 +592,21 @@ class _Build:
                 *self.audits,
             ),
         )
+
+
+@contextmanager
+def _beside(work: Callable[[Event], _Made]) -> Iterator[Callable[[], _Made]]:
+    """Run `work(stop)` on a thread of its own while the caller writes engines, which keeps one core busy.
+
+    Gives what waits for its result. `stop` is set if the caller fails.
+    """
+    stop = Event()
+    with ThreadPoolExecutor(1, "ldmrt-reference") as pool:
+        try:
+            yield pool.submit(work, stop).result
+        except BaseException:
+            stop.set()
+            raise
 
 
 def _slot(record: EngineRecord) -> tuple[Any, ...]:
