@@ -114,10 +114,17 @@ def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
+def _extent(tensor: torch.Tensor) -> float:
+    """The largest magnitude; infinity and NaN count."""
+    flat = (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).reshape(-1)  # no copy of what lies in order
+    low, high = torch.aminmax(flat) if len(flat) else (flat.new_zeros(()),) * 2
+    return max(-float(low), float(high))
+
+
 def _largest(tensor: torch.Tensor) -> float:
     """The largest finite magnitude; 0 if there is none."""
-    largest = float(torch.linalg.vector_norm(tensor, math.inf)) if tensor.numel() else 0.0
-    return largest if math.isfinite(largest) else float(tensor.abs().nan_to_num(nan=0.0, posinf=0.0).max())
+    largest = _extent(tensor)
+    return largest if math.isfinite(largest) else _extent(tensor.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
 
 
 def _largest_score(node: Node, values: Mapping[str, torch.Tensor]) -> float:
@@ -129,7 +136,7 @@ def _largest_score(node: Node, values: Mapping[str, torch.Tensor]) -> float:
 
 
 def _checked(graph: Graph, name: str, weight: torch.Tensor) -> torch.Tensor:
-    largest = float(torch.linalg.vector_norm(weight, math.inf))
+    largest = _extent(weight)
     if not largest <= LARGEST:  # NaN is not, either
         raise BuildError(
             f"{graph.name}: the weight {name} reaches {largest:.3g}, float16 holds at most {LARGEST:.0f}: "
