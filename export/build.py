@@ -67,6 +67,8 @@ def build_engines(
     targets: Sequence[str] = (),
     optimization_level: int | None = None,
     workspace: int | None = None,
+    refit: bool = False,
+    weight_streaming: bool = False,
     loras: Sequence[tuple[str | Path, float]] = (),
     on_progress: OnProgress | None = None,
 ) -> Bundle:
@@ -85,6 +87,10 @@ def build_engines(
             uses Triton, if it is installed, when it runs on a GPU.
         optimization_level: how long TensorRT searches for fast kernels, 0 to 5; its own default if None.
         workspace: the most memory in bytes that a layer of a TensorRT plan may use besides its tensors; no limit if None.
+        refit: build TensorRT plans whose weights can be changed, with `Pipeline.load_lora` and `update_weights`. Needs the GPU; not yet
+            run on one.
+        weight_streaming: build TensorRT plans that can leave weights in the host's memory (`Pipeline.from_bundle(weight_budget=...)`).
+            They are not captured in CUDA graphs. Not yet run on a GPU.
         loras: LoRA files to fuse into the weights, each with its scale. A bundle holds the weights of one set of LoRAs.
         on_progress: called with (what is being done, steps done, steps in all).
 
@@ -109,6 +115,8 @@ def build_engines(
         targets=targets,
         optimization_level=optimization_level,
         workspace=workspace,
+        refit=refit,
+        weight_streaming=weight_streaming,
     )
     if options.kernel_targets:
         _require("triton")
@@ -327,10 +335,12 @@ class _Build:
         """What shapes a plan besides its graph; nothing for engines of other kinds, whose keys stay what they were."""
         if kind not in LIBRARIES:
             return {}
+        asked = {"refit": self.options.refit, "weight_streaming": self.options.weight_streaming}
         return {
             "targets": self.options.targets,
             "optimization_level": self.options.optimization_level,
             "workspace": self.options.workspace,
+            **{name: value for name, value in asked.items() if value},
         }
 
     def made(self, draft: _Draft) -> EngineRecord | None:
@@ -380,13 +390,15 @@ class _Build:
             files=tuple(files),
             weights=weights,
             targets=self.options.targets if kind in LIBRARIES else (),
+            refit=self.options.refit and kind in LIBRARIES,
+            weight_streaming=self.options.weight_streaming and kind in LIBRARIES,
             versions=self.versions(kind),
             certificate=Certificate(status="unverified", reference="", relative_error={}, tolerance=0.0),
         )
 
     def write_plan(self, kind: str, stem: str, component: str) -> FileRecord:
         """Build the plan of the ONNX file that has been written."""
-        from ldmrt.export.tensorrt import build_plan
+        from ldmrt.export.tensorrt import build_plan, give_memory_back
 
         def show(phase: str, done: int, total: int) -> None:
             self.on_progress(f"{component}: {kind}, {phase} {done}/{total}", self.done - 1, self.total)
@@ -394,6 +406,7 @@ class _Build:
         def write(path: Path) -> str:
             onnx = self.folder.path / f"{stem}.onnx"
             build_plan(LIBRARIES[kind], onnx, path, on_phase=show, **self.plan_options(kind))
+            give_memory_back()
             return sha256(path)
 
         return self.folder.write(f"plans/{stem}.plan", write)

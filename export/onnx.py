@@ -73,7 +73,7 @@ def write_onnx(graph: Graph, weights: Mapping[str, WeightFile], path: Path) -> s
     _place_weights(model, replay, graph, weights, path)
     with _quiet():
         _simplify(model)
-    digest = write_atomically(path, onnx_ir.to_proto(model).SerializeToString())
+    digest = write_atomically(path, _with_names(onnx_ir.to_proto(model), replay.names).SerializeToString())
     try:
         onnx.checker.check_model(str(path), full_check=False)
     except onnx.checker.ValidationError as error:
@@ -85,7 +85,7 @@ def write_onnx(graph: Graph, weights: Mapping[str, WeightFile], path: Path) -> s
 
 
 def _simplify(model: onnx_ir.Model) -> None:
-    """Compute what depends on nothing, and drop what is unused or there twice.
+    """Compute what depends on nothing, and drop what is unused. Weights that happen to be equal stay apart: they may not stay equal.
 
     onnxscript's rewriting rules are left out: they take half of the whole time, and both engines fuse by themselves.
     """
@@ -99,7 +99,6 @@ def _simplify(model: onnx_ir.Model) -> None:
     for simplify in (
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.DeduplicateInitializersPass(),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedOpsetsPass(),
     ):
@@ -190,6 +189,15 @@ def _place_weights(
             name=parameter,
             base_dir=path.parent,
         )
+
+
+def _with_names(model: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelProto:
+    """With the graph's names for weights and constants, under which a plan's weights can be changed."""
+    for tensor in model.graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    return model
 
 
 @contextmanager

@@ -47,6 +47,14 @@ def build_engines(
     workspace: Annotated[
         int | None, typer.Option(metavar="MIB", help="The most memory that a layer of a TensorRT plan may use, in MiB.")
     ] = None,
+    refit: Annotated[
+        bool,
+        typer.Option("--refit", help="TensorRT plans whose weights can be changed, by a LoRA too. Needs the GPU here."),
+    ] = False,
+    weight_streaming: Annotated[
+        bool,
+        typer.Option("--weight-streaming", help="TensorRT plans that can leave weights in the host's memory; slower."),
+    ] = False,
     lora: Annotated[list[LoraChoice] | None, lora_option("LoRA to fuse into the weights")] = None,
     json: Json = False,
     _verbose: Verbose = False,
@@ -67,6 +75,8 @@ def build_engines(
             targets=target or (),
             optimization_level=optimization_level,
             workspace=None if workspace is None else workspace << 20,
+            refit=refit,
+            weight_streaming=weight_streaming,
             loras=lora or (),
             on_progress=lambda what, done, total: update(description=what, completed=done, total=total),
         )
