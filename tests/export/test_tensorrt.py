@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from onnx import external_data_helper, helper, numpy_helper
 
 import ldmrt
 from ldmrt.bundle import MANIFEST, Bundle, FileRecord
@@ -24,10 +26,12 @@ from ldmrt.export.build import _Build, _Draft
 from ldmrt.export.folder import BundleFolder
 from ldmrt.export.options import Options
 from ldmrt.export.source import Source
-from ldmrt.export.tensorrt import _in_a_thread, build_plan
+from ldmrt.export.tensorrt import _check_refittable, _in_a_thread, build_plan
 from ldmrt.graph import Graph
 from ldmrt.pipeline import Pipeline
 from ldmrt.verify import read_trials, waiting
+from tests.engines.fake_tensorrt import Cuda, write_plan
+from tests.engines.tensorrt_gpu import RTX as FAKE_RTX
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'ldmrt[tensorrt-rtx]'", exc_type=ImportError)
 pytestmark = pytest.mark.rtx
@@ -87,14 +91,15 @@ def test_a_plan_does_not_run_on_a_cpu(rtx_bundle: Path) -> None:
 def test_the_key_changes_with_what_shapes_a_plan(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def key(targets: tuple[str, ...] = ("sm_89",), level: int | None = None, workspace: int | None = None) -> str:
-        options = Options("tensorrt-rtx", "float16", ((64, 64),), (1,), targets, level, workspace)
+    def key(targets: tuple[str, ...] = ("sm_89",), level: int | None = None, **more: Any) -> str:
+        options = Options("tensorrt-rtx", "float16", ((64, 64),), (1,), targets, level, **more)
         build = _Build(Source.open(tiny_model), BundleFolder(tmp_path), options, lambda _what, _done, _total: None)
         build.weights = {"vae": FileRecord(file="weights/vae", sha256="0" * 64)}
         graph = Graph(name="decoder", inputs=(), weights={}, constants={}, nodes=(), outputs={})
         return build.key(_Draft(graph, (64, 64), 1, "float16"), "vae")
 
     keys = [key(), key(("sm_86",)), key(("sm_86", "sm_89")), key(level=3), key(level=4), key(workspace=1 << 30)]
+    keys += [key(refit=True), key(weight_streaming=True)]
     assert keys[0] == key()
     monkeypatch.setattr(RTX.load(), "__version__", "1.99.0")
     keys.append(key())
@@ -126,6 +131,35 @@ def test_progress_and_the_log(rtx_bundle: Path, tmp_path: Path, caplog: pytest.L
     assert phases
     assert all(0 <= done <= total for _, done, total in phases)
     assert any(record.name == "ldmrt.tensorrt" for record in caplog.records)
+
+
+def test_weights_that_may_stay_in_the_hosts_memory(rtx_bundle: Path, tmp_path: Path) -> None:
+    graph = onnx_of(rtx_bundle, "decoder")
+    build_plan(RTX, graph, tmp_path / "streaming", targets=["sm_86", "sm_89"], weight_streaming=True)
+    build_plan(RTX, graph, tmp_path / "whole", targets=["sm_86", "sm_89"])
+    assert (tmp_path / "streaming").read_bytes() != (tmp_path / "whole").read_bytes()
+
+
+def test_weights_of_a_plan_that_do_not_change(tmp_path: Path) -> None:
+    """With the strict fake: the library itself needs a GPU to build a plan whose weights change, and to read it."""
+    weights = [numpy_helper.from_array(np.ones(4, np.float32), name) for name in ("a", "b")]
+    for weight in weights:
+        external_data_helper.set_external_data(weight, "weights", 0, 16)
+    graph = helper.make_graph([], "step", [], [], weights)
+    (tmp_path / "step.onnx").write_bytes(helper.make_model(graph).SerializeToString())
+    Cuda.active = True
+    try:
+        for held in (("a", "b"), ("a",)):
+            plan = write_plan({}, {"y": (1,)}, refit=True, weights=dict.fromkeys(held, 1.0))
+            if "b" in held:
+                _check_refittable(FAKE_RTX, plan, tmp_path / "step.onnx")
+            else:
+                with pytest.raises(
+                    BuildError, match=r"does not let 1 weights of step.onnx change, b among them .*--refit"
+                ):
+                    _check_refittable(FAKE_RTX, plan, tmp_path / "step.onnx")
+    finally:
+        Cuda.active = False
 
 
 def test_what_is_no_graph_is_refused_with_the_reason(tmp_path: Path) -> None:
