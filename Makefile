@@ -60,7 +60,8 @@ sanitize: $(VENV)/.stamp-test
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 LDMRT_NATIVE=$(SANITIZED) \
 	$(BIN)/python -m pytest -q tests/kernels/test_sampler.py tests/kernels/test_group_norm.py tests/kernels/test_add_group_norm.py \
 	  tests/kernels/test_layer_norm.py tests/kernels/test_geglu.py tests/kernels/test_upsample.py tests/kernels/test_attention.py \
-	  tests/kernels/test_linear.py tests/kernels/test_linear_geglu.py tests/kernels/test_convolution.py -k "native or cpp or cpu or packed"
+	  tests/kernels/test_linear.py tests/kernels/test_linear_geglu.py tests/kernels/test_convolution.py \
+	  tests/kernels/test_winograd.py -k "native or cpp or cpu or packed"
 
 format: $(VENV)/.stamp-lint
 	$(BIN)/ruff format .

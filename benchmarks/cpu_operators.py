@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ldmrt.bench.ledger import append, summary
 from ldmrt.bench.measure import alternate, copy_rate, gemm_rate
 from ldmrt.graph import dtype_name
-from ldmrt.kernels import native
+from ldmrt.kernels import native, winograd
 from ldmrt.kernels.add_group_norm import add_group_norm_silu_native, add_group_norm_silu_reference
 from ldmrt.kernels.attention import attention_native, attention_reference
 from ldmrt.kernels.convolution import arranged_weight, conv2d, library_weight
@@ -37,8 +37,8 @@ EPS, GROUPS = 1e-5, 32
 CPU = torch.device("cpu")
 # The instruction sets that most bodies are compiled for.
 VECTOR_LEVELS = ("baseline", "avx2", "avx512")
-# What two bodies may differ by: the references and torch round to the dtype more than once.
-AGREE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+# What two bodies may differ by: the references and torch round to the dtype more than once, minimal filtering loses digits.
+AGREE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 Body = Callable[[], Any]
 
@@ -108,6 +108,8 @@ def product_problems(dtype: torch.dtype) -> Iterator[Problem]:
             {"torch": partial(attention_reference, *arguments)},
             flops=4 * queries * keys * heads * size,
         )
+    if dtype == torch.float32 and native.takes_winograd():
+        yield from winograd_problems()
     if dtype != torch.bfloat16 or not native.takes_packed():
         return
     for rows, inner, out in ((4096, 320, 320), (1024, 640, 640), (256, 1280, 1280), (4096, 1280, 320)):
@@ -139,6 +141,31 @@ def product_problems(dtype: torch.dtype) -> Iterator[Problem]:
             {"amx": partial(conv2d, x, arranged_weight(weight, 1, 1), 1, 1)},
             {"torch": partial(conv2d, x, library_weight(weight, 1, 1), 1, 1)},
             flops=18 * channels * out * side**2,
+        )
+
+
+def winograd_problems() -> Iterator[Problem]:
+    """Convolutions of the built-in model, with guidance, and of SD1.5 in float32: by tiles of 2 and of 4; the one that an engine
+    would take comes last.
+    """
+    for rows, channels, out, side in (
+        (2, 64, 64, 16), (2, 128, 128, 16), (2, 128, 128, 8), (2, 160, 160, 4), (2, 320, 160, 4), (1, 16, 16, 128), (1, 16, 32, 128),
+        (1, 32, 32, 128), (1, 64, 64, 64), (1, 320, 320, 64), (1, 640, 640, 32), (1, 1280, 1280, 32), (1, 1280, 1280, 16), (1, 1280, 1280, 8),
+        (1, 2560, 1280, 8), (1, 256, 256, 256),
+    ):  # fmt: skip
+        x = picture(rows, channels, side, side, dtype=torch.float32, seed=0)
+        weight = random(out, channels, 3, 3, dtype=torch.float32, seed=1)
+        chosen = winograd.tile(weight.shape, side, side)
+        bodies = {
+            f"tiles of {size}": partial(winograd.conv2d_winograd, x, winograd.pack(weight, size))
+            for size in sorted(get_args(winograd.Tile), key=lambda size: size == chosen)
+        }
+        yield Problem(
+            f"convolution, {rows} x {channels} to {out} at {side} x {side}",
+            torch.float32,
+            bodies,
+            {"torch": partial(conv2d, x, library_weight(weight, 1, 1), 1, 1)},
+            flops=18 * rows * channels * out * side**2,
         )
 
 

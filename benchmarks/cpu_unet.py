@@ -1,6 +1,6 @@
-"""SD1.5's networks at real size on a CPU, beside torch eager, torch.compile, OpenVINO, ONNX Runtime and stable-diffusion.cpp.
+"""The networks of SD1.5, or SDXL's U-Net, at real size on a CPU, beside torch eager, torch.compile, OpenVINO, ONNX Runtime and stable-diffusion.cpp.
 
-    python benchmarks/cpu_unet.py [--network unet] [--batch 1] [--dtype bfloat16] [--runs 7] [--work DIR] [--contenders A,B]
+    python benchmarks/cpu_unet.py [--architecture sd15] [--network unet] [--batch 1] [--dtype bfloat16] [--runs 7] [--work DIR] [--contenders A,B]
 
 Each contender has a process and loads the network once. Their outputs are compared with torch's in float32 first. Then they run in
 turn, one at a time, and between two of them the machine's own rate of matrix products is measured. The rows go to
@@ -38,13 +38,13 @@ from ldmrt.bundle import Bundle
 from ldmrt.export.verify import noise
 from ldmrt.graph import dtype_of, specialize
 from ldmrt.verify import relative_error
-from original_layout import original
+from original_layout import in_original_layout
 from random_checkpoint import write_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "cpu_unet.jsonl"
 CONTENDER = Path(__file__).parent / "cpu_suite" / "contender.py"
 OURS = "ldmrt"
-TOKENS, SIDE = 77, 64
+TOKENS = 77
 # The most that a peer may be off torch's float32 by before its time means nothing, by L2 norm.
 AGREE = {"float32": 1e-3, "bfloat16": 5e-2}
 # ONNX Runtime has float32 alone, whatever is asked for.
@@ -119,23 +119,36 @@ def opened(name: str, arguments: argparse.Namespace, work: Path, dtype: str) -> 
 def prepare(arguments: argparse.Namespace, work: Path) -> None:
     """Write what the contenders read, unless it is there."""
     if not (work / "model").is_dir():
-        write_checkpoint("sd15", work / "model", dtype=torch.float16)
+        write_checkpoint(arguments.architecture, work / "model", dtype=torch.float16)
     bundle = work / f"bundle-{arguments.dtype}"
     if not (bundle / "ldmrt.json").is_file():
         command = [sys.executable, "-P", "-m", "ldmrt", "build-engines", str(work / "model"), "--out", str(bundle)]
         subprocess.run([*command, "--dtype", arguments.dtype, "--engine", "torch"], check=True)
     if ORIGINAL in arguments.contenders.split(",") and not (work / "original.safetensors").is_file():
-        save_file({name: each.contiguous() for name, each in original(work / "model")}, work / "original.safetensors")
+        save_file(
+            {name: each.contiguous() for name, each in in_original_layout(work / "model")},
+            work / "original.safetensors",
+        )
     batch = arguments.batch
+    config = json.loads((work / "model" / "unet" / "config.json").read_text())
+    side = config["sample_size"]
     inputs = {
         "unet": {
-            "latents": noise(1, batch, 4, SIDE, SIDE),
+            "latents": noise(1, batch, 4, side, side),
             "timesteps": torch.full((batch,), 500.0),
-            "encoder_hidden_states": noise(2, batch, TOKENS, 768),
+            "encoder_hidden_states": noise(2, batch, TOKENS, config["cross_attention_dim"]),
         },
-        "decoder": {"latents": noise(1, batch, 4, SIDE, SIDE)},
+        "decoder": {"latents": noise(1, batch, 4, side, side)},
         "text_encoder": {"input_ids": torch.arange(batch * TOKENS).view(batch, TOKENS) * 37 % 49408},
     }
+    if config["addition_embed_type"] == "text_time":
+        size = 8.0 * side
+        inputs["unet"] |= {
+            "text_embeds": noise(
+                3, batch, config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+            ),
+            "time_ids": torch.tensor([[size, size, 0.0, 0.0, size, size]]).expand(batch, -1).contiguous(),
+        }
     save_file(inputs[arguments.network], work / f"inputs-{arguments.network}-{batch}.safetensors")
 
 
@@ -153,6 +166,7 @@ def work_of(arguments: argparse.Namespace, bundle: Bundle) -> int:
 def main() -> None:
     """Compare, time, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default="sd15", choices=("sd15", "sdxl"))
     parser.add_argument("--network", default="unet", choices=sorted(FOLDERS))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(AGREE))
@@ -230,7 +244,7 @@ def report(
     console: Console,
 ) -> None:
     """Write a row for each contender, and print them as a table."""
-    title = f"SD1.5 {arguments.network}, batch {arguments.batch}, {arguments.dtype}, {torch.get_num_threads()} threads"
+    title = f"{arguments.architecture} {arguments.network}, batch {arguments.batch}, {arguments.dtype}, {torch.get_num_threads()} threads"
     table = Table(title=f"{title}: {flops / 1e12:.3f} TFLOP")
     for column in ("", "s (median)", "min", "p90", "times ours", "of GEMM rate", "off fp32", "load s", "peak GB"):
         table.add_column(column, justify="left" if not column else "right")
@@ -238,6 +252,7 @@ def report(
         ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[OURS], strict=True))
         share = statistics.median(flops / s / r for s, r in zip(seconds[name], rates[name], strict=True))
         figures = {
+            "architecture": arguments.architecture,
             "network": arguments.network,
             "batch": arguments.batch,
             "dtype": PRECISION.get((name, arguments.dtype), arguments.dtype),

@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ldmrt.graph import dtype_of
 from ldmrt.pipeline import builtin_bundle
 
-ARCHITECTURES = Path(__file__).parent / "architectures"
+ARCHITECTURES = Path(__file__).parents[1] / "export" / "known"
 CLASSES: dict[str, Any] = {
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
@@ -33,7 +33,7 @@ def write_checkpoint(name: str, out: Path, *, dtype: torch.dtype, seed: int = 0)
     """Write the checkpoint in the diffusers layout.
 
     Args:
-        name: an architecture: a file in benchmarks/architectures.
+        name: an architecture: a file in export/known.
         out: the folder.
         dtype: how to store the weights.
         seed: of the weights.

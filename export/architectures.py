@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
 import torch
 
+from ldmrt.components import CONTROLLED_STEP, parts
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BuildError
 from ldmrt.export.component import (
+    DOWN_RESIDUALS,
+    MASKED,
+    MID_RESIDUAL,
+    TIMESTEP_COND,
     Component,
+    ControlNet,
     Decoder,
     Encoder,
     PenultimateTextEncoder,
+    QuantizedDecoder,
+    QuantizedEncoder,
     TextEncoder,
+    UnconditionalUNet,
     UNet,
-    UNetTextTime,
 )
 from ldmrt.export.passes.hoist import Kind
 from ldmrt.export.source import Checkpoint, Source
 from ldmrt.export.verify import noise, sample_picture
+from ldmrt.guidance import embedding
+from ldmrt.network import sizes
 from ldmrt.tokenizer import Tokenizer
 from ldmrt.verify import Trial
 
@@ -49,6 +60,12 @@ def downscale(source: Source) -> int:
     return int(2 ** (len(source.configs["vae"]["block_out_channels"]) - 1))
 
 
+def scaling(source: Source) -> tuple[float, float]:
+    """Factor and shift of the latents: denoised are (encoded - shift) * factor."""
+    vae = source.configs["vae"]
+    return float(vae.get("scaling_factor", 0.18215)), float(vae.get("shift_factor") or 0.0)
+
+
 def tokens(source: Source) -> int:
     """Length of a prompt in one window, which text encoders take and a network of fixed shapes is made for."""
     return int(source.configs[next(iter(source.kind.tokenizers))]["max_position_embeddings"])
@@ -62,6 +79,10 @@ def components(source: Source, sizes: Sequence[tuple[int, int]]) -> Iterator[Pla
         yield None, text_encoder(source, folder), partial(_text_trials, source, folder)
     for size in sizes:
         yield size, unet(source, size), partial(_unet_trials, source, size)
+        if source.controlnets:
+            yield size, controlled_unet(source, size), partial(_controlled_trials, source, size)
+        for folder in source.controlnets:
+            yield size, controlnet(source, folder, size), partial(_controlnet_trials, source, size)
         encoded = cache(partial(_encoded_picture, source, size))
         yield size, decoder(source, size), partial(_decoder_trials, source, size, encoded)
         yield size, encoder(source, size), partial(_encoder_trials, size, encoded)
@@ -85,36 +106,103 @@ def text_encoder(source: Source, folder: str) -> Component:
 
 def unet(source: Source, size: tuple[int, int]) -> Component:
     """The denoising network."""
+    inputs, kinds = _unet_inputs(source, size)
+    if source.kind.tokenizers:
+        wrapper: torch.nn.Module = UNet(instantiate(source, "unet"), [spec.name for spec in inputs])
+    else:
+        wrapper = UnconditionalUNet(instantiate(source, "unet"))
+    return Component("unet", "unet", wrapper, inputs, ("model_output",), kinds)
+
+
+def controlled_unet(source: Source, size: tuple[int, int]) -> Component:
+    """The denoising network with the residuals of ControlNets added to its skip connections and its middle."""
+    inputs, kinds = _unet_inputs(source, size)
+    residuals = _residuals(source, next(iter(source.controlnets)), size)
+    inputs += residuals
+    wrapper = UNet(instantiate(source, "unet"), [spec.name for spec in inputs])
+    kinds |= {spec.name: "step" for spec in residuals}
+    return Component("controlled_unet", "unet", wrapper, inputs, ("model_output",), kinds, parts(CONTROLLED_STEP))
+
+
+def controlnet(source: Source, folder: str, size: tuple[int, int]) -> Component:
+    """A ControlNet. Its picture is the request's; how much of it is added is told anew at every step."""
+    inputs, kinds = _controlnet_inputs(source, size)
+    wrapper = ControlNet(instantiate(source, folder), [spec.name for spec in inputs])
+    outputs = tuple(spec.name for spec in _residuals(source, folder, size))
+    return Component(folder, folder, wrapper, inputs, outputs, kinds, parts(f"{folder}.step"))
+
+
+def _unet_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[TensorSpec, ...], dict[str, Kind]]:
+    """What the U-Net takes, and the class of each."""
+    inputs, kinds = _denoising_inputs(source, size)
+    if not source.kind.tokenizers:
+        return inputs[:2], kinds
+    if source.kind.inpainting:
+        channels, height, width = _latent_shape(source, size)
+        inputs += tuple(
+            TensorSpec(name, ("rows", count, height, width), F32)
+            for name, count in zip(MASKED, (1, channels), strict=True)
+        )
+        kinds |= dict.fromkeys(MASKED, "request")
+    if source.guidance_embedding is not None:
+        inputs += (TensorSpec(TIMESTEP_COND, ("rows", source.guidance_embedding), F32),)
+        kinds |= {TIMESTEP_COND: "request"}
+    return inputs, kinds
+
+
+def _denoising_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[TensorSpec, ...], dict[str, Kind]]:
+    """What the U-Net and its ControlNets both take, and the class of each."""
     channels, height, width = _latent_shape(source, size)
-    text = int(source.configs["unet"]["cross_attention_dim"])
+    text = int(source.configs["unet"].get("cross_attention_dim") or 0)
     inputs = [
         TensorSpec("latents", ("rows", channels, height, width), F32),
         TensorSpec("timesteps", ("rows",), F32),
         TensorSpec("encoder_hidden_states", ("rows", "tokens", text), F32),
     ]
     kinds: dict[str, Kind] = {"latents": "step", "timesteps": "schedule", "encoder_hidden_states": "request"}
-    wrapper = UNet(instantiate(source, "unet"))
     if source.kind.addition_embed_type is not None:
-        wrapper = UNetTextTime(wrapper.module)
         pooled = int(source.configs["text_encoder_2"]["projection_dim"])
         inputs += [TensorSpec("text_embeds", ("rows", pooled), F32), TensorSpec("time_ids", ("rows", TIME_IDS), F32)]
         kinds |= {"text_embeds": "request", "time_ids": "request"}
-    return Component("unet", "unet", wrapper, tuple(inputs), ("model_output",), kinds)
+    return tuple(inputs), kinds
+
+
+def _controlnet_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[TensorSpec, ...], dict[str, Kind]]:
+    """What a ControlNet takes, and the class of each."""
+    inputs, kinds = _denoising_inputs(source, size)
+    inputs += (
+        TensorSpec("controlnet_cond", ("rows", 3, size[1], size[0]), F32),
+        TensorSpec("conditioning_scale", ("rows",), F32),
+    )
+    return inputs, {**kinds, "controlnet_cond": "request", "conditioning_scale": "schedule"}
+
+
+def _residuals(source: Source, folder: str, size: tuple[int, int]) -> tuple[TensorSpec, ...]:
+    """What a ControlNet makes: run on the meta device, where it says its shapes and computes nothing."""
+    specs, _ = _controlnet_inputs(source, size)
+    wrapper = ControlNet(instantiate(source, folder), [spec.name for spec in specs])
+    examples = [torch.empty(sizes(s, rows=2, tokens=tokens(source)), device="meta") for s in specs]
+    with torch.inference_mode():
+        made = wrapper(*examples)
+    names = [*(f"{DOWN_RESIDUALS}.{number}" for number in range(len(made) - 1)), MID_RESIDUAL]
+    return tuple(TensorSpec(name, ("rows", *tensor.shape[1:]), F32) for name, tensor in zip(names, made, strict=True))
 
 
 def decoder(source: Source, size: tuple[int, int]) -> Component:
     """The first stage's decoder."""
-    vae = source.configs["vae"]
-    scaling, shift = float(vae.get("scaling_factor", 0.18215)), float(vae.get("shift_factor") or 0.0)
+    factor, shift = scaling(source)
     inputs = (TensorSpec("latents", ("rows", *_latent_shape(source, size)), F32),)
-    return Component("decoder", "vae", Decoder(instantiate(source, "vae"), scaling, shift), inputs, ("image",))
+    module = instantiate(source, "vae")
+    wrapper = QuantizedDecoder(module, factor) if source.is_quantized else Decoder(module, factor, shift)
+    return Component("decoder", "vae", wrapper, inputs, ("image",))
 
 
 def encoder(source: Source, size: tuple[int, int]) -> Component:
     """The first stage's encoder."""
     inputs = (TensorSpec("image", ("rows", 3, size[1], size[0]), F32),)
     outputs = ("latent_mean", "latent_logvar")
-    return Component("encoder", "vae", Encoder(instantiate(source, "vae")), inputs, outputs)
+    wrapper = QuantizedEncoder if source.is_quantized else Encoder
+    return Component("encoder", "vae", wrapper(instantiate(source, "vae")), inputs, outputs)
 
 
 def _latent_shape(source: Source, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -126,7 +214,7 @@ def _latent_shape(source: Source, size: tuple[int, int]) -> tuple[int, int, int]
 
 
 def _prompt_ids(source: Source, folder: str, prompts: Sequence[str]) -> torch.Tensor:
-    tokenizer = Tokenizer.from_folder(source.path / source.kind.tokenizers[folder])
+    tokenizer = Tokenizer.from_folder(source.tokenizer_folder(folder))
     return torch.cat([torch.from_numpy(tokenizer.windows(prompt, 1).ids) for prompt in prompts])
 
 
@@ -142,7 +230,7 @@ def _text_trials(source: Source, folder: str) -> list[Trial]:
     ]
 
 
-def _unet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
+def _denoising_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
     shape, steps = _latent_shape(source, size), torch.tensor([999.0, 261.0])
     states, pooled = [], None
     for folder in source.kind.tokenizers:
@@ -151,16 +239,16 @@ def _unet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
             found, *more = original(_prompt_ids(source, folder, (*PROMPTS, *EXTREME_PROMPTS)))
         states.append(found[0])
         pooled = more[0] if more else pooled
-    text, extreme_text = torch.cat(states, dim=-1).chunk(2)
-    random = {"latents": noise(2, 2, *shape), "timesteps": steps, "encoder_hidden_states": noise(3, *text.shape)}
-    real = {"latents": noise(4, 2, *shape), "timesteps": steps.flip(0), "encoder_hidden_states": text}
+    random = {"latents": noise(2, 2, *shape), "timesteps": steps}
+    real = {"latents": noise(4, 2, *shape), "timesteps": steps.flip(0)}
     # A sampler scales what it feeds to the variance of the training noise, whatever the noise level; its ends are the first and
     # the last timestep.
-    extreme = {
-        "latents": OVERSHOOT * noise(8, 2, *shape),
-        "timesteps": torch.tensor([999.0, 0.0]),
-        "encoder_hidden_states": extreme_text,
-    }
+    extreme = {"latents": OVERSHOOT * noise(8, 2, *shape), "timesteps": torch.tensor([999.0, 0.0])}
+    if states:
+        text, extreme_text = torch.cat(states, dim=-1).chunk(2)
+        random |= {"encoder_hidden_states": noise(3, *text.shape)}
+        real |= {"encoder_hidden_states": text}
+        extreme |= {"encoder_hidden_states": extreme_text}
     if pooled is not None:
         pooled, extreme_pooled = pooled.chunk(2)
         ids = torch.tensor([[size[1], size[0], 0, 0, size[1], size[0]]] * 2, dtype=F32)
@@ -168,6 +256,60 @@ def _unet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
         real |= {"text_embeds": pooled, "time_ids": ids}
         extreme |= {"text_embeds": extreme_pooled, "time_ids": ids}
     return [Trial("random", random), Trial("real", real), Trial("extreme", extreme)]
+
+
+def _unet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
+    return [
+        Trial(t.kind, {**t.inputs, **_unets_own(source, size, number)})
+        for number, t in enumerate(_denoising_trials(source, size))
+    ]
+
+
+def _unets_own(source: Source, size: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
+    """What the U-Nets of some models take, and ControlNets do not, for two rows: half of a picture to be edited, and some latents; a
+    weak and a strong guidance.
+    """
+    found: dict[str, torch.Tensor] = {}
+    if source.kind.inpainting:
+        channels, height, width = _latent_shape(source, size)
+        mask = torch.zeros(2, 1, height, width)
+        mask[0, :, : (height + 1) // 2] = mask[1, :, :, : (width + 1) // 2] = 1
+        found |= {"mask": mask, "masked_image_latents": noise(30 + seed, 2, channels, height, width)}
+    if source.guidance_embedding is not None:
+        weights = [embedding(scale, source.guidance_embedding) for scale in (1.5, 10.0)]
+        found[TIMESTEP_COND] = torch.stack(weights)
+    return found
+
+
+def _controlnet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
+    """As the U-Net's, with a picture for each row, and more of it for the one than for the other."""
+    shape, scales = (2, 3, size[1], size[0]), torch.tensor([1.0, 0.4])
+    pictures = {
+        "random": noise(11, *shape).sigmoid(),
+        "real": sample_picture(*size).mul(0.5).add(0.5).expand(shape),
+        "extreme": noise(12, *shape).sign().clamp(min=0),
+    }
+    return [
+        Trial(t.kind, {**t.inputs, "controlnet_cond": pictures[t.kind], "conditioning_scale": scales})
+        for t in _denoising_trials(source, size)
+    ]
+
+
+def _controlled_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
+    """As the U-Net's, with the residuals that the first of its ControlNets makes; instead of random ones noise."""
+    folder = next(iter(source.controlnets))
+    component = controlnet(source, folder, size)
+    original = _original(source, component)
+    found = []
+    for number, trial in enumerate(_controlnet_trials(source, size)):
+        with torch.inference_mode():
+            made = original(*trial.inputs.values())
+        if trial.kind == "random":
+            made = [noise(20 + number, *tensor.shape) for tensor in made]
+        inputs = {name: t for name, t in trial.inputs.items() if name not in ("controlnet_cond", "conditioning_scale")}
+        inputs |= _unets_own(source, size, number)
+        found.append(Trial(trial.kind, inputs | dict(zip(component.outputs, made, strict=True))))
+    return found
 
 
 def _encoded_picture(source: Source, size: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -210,15 +352,17 @@ def _original(source: Source, component: Component) -> torch.nn.Module:
 
 def instantiate(source: Source, folder: str) -> torch.nn.Module:
     """A component's original module on the meta device, in eval mode: shapes, no weights."""
-    make = _text_encoder if folder in source.kind.tokenizers else _network
     config: dict[str, Any] = dict(source.configs[folder])
     try:
         with torch.device("meta"):
-            module = make(folder, config)
+            if folder in source.kind.tokenizers:
+                module = _text_encoder(folder, config)
+            else:
+                module = _network(source.kind.classes.get(folder, "ControlNetModel"), config)
     except Exception as error:  # whatever a constructor makes of values that nobody has checked
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BuildError(
-            f"{source.path / folder / 'config.json'} does not describe a model ({reason}); copy the model again"
+            f"{source.config_file(folder)} does not describe a model ({reason}); copy the model again"
         ) from error
     return module.eval()
 
@@ -231,11 +375,16 @@ def _text_encoder(folder: str, config: dict[str, Any]) -> torch.nn.Module:
     return module
 
 
-def _network(folder: str, config: dict[str, Any]) -> torch.nn.Module:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+def _network(name: str, config: dict[str, Any]) -> torch.nn.Module:
+    import diffusers
 
-    classes: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
-    module: torch.nn.Module = classes[folder].from_config(config)
+    made: Any = getattr(diffusers, name)
+    # diffusers would leave out what it does not know, and the network would be another one.
+    known = inspect.signature(made.__init__).parameters
+    unknown = [key for key, value in config.items() if key not in known and key[:1] != "_" and value is not None]
+    if unknown:
+        raise ValueError(f"{name} does not know {', '.join(unknown[:3])}: update diffusers")
+    module: torch.nn.Module = made.from_config(config)
     return module
 
 

@@ -23,6 +23,7 @@ from ldmrt.bundle import (
     AuditRecord,
     Bundle,
     Certificate,
+    ControlNetRecord,
     Defaults,
     EngineRecord,
     FileRecord,
@@ -31,23 +32,28 @@ from ldmrt.bundle import (
     ModelRecord,
     engine_key,
 )
-from ldmrt.engines.protocol import Engine, TensorSpec
-from ldmrt.engines.tensorrt import LIBRARIES, gpu_at_hand
+from ldmrt.components import CONTROLLED_STEP, CONTROLNET, STEP, runs_once
+from ldmrt.engines.protocol import TensorSpec
+from ldmrt.engines.tensorrt import LIBRARIES
 from ldmrt.errors import BuildError
 from ldmrt.export import architectures
 from ldmrt.export.audit import audit, too_large
+from ldmrt.export.certificates import certified
 from ldmrt.export.compile import compile_component
 from ldmrt.export.component import PREFIX, Component
+from ldmrt.export.controlnets import with_controlnets
 from ldmrt.export.cubins import architecture, compile_kernels
 from ldmrt.export.folder import BundleFolder
+from ldmrt.export.hub import is_id
 from ldmrt.export.options import Options
 from ldmrt.export.passes.widen import widen
+from ldmrt.export.resolve import resolve
 from ldmrt.export.source import Checkpoint, Source
 from ldmrt.export.verify import reference_outputs
 from ldmrt.graph import Graph, dtype_of, rename_values, specialize, to_json
 from ldmrt.kernels.aot import write as write_cubins
 from ldmrt.schedule import NoiseSchedule
-from ldmrt.verify import Tensors, Trial, certify, run_trials, unverified, write_trials
+from ldmrt.verify import Trial
 from ldmrt.weights import WeightFile, sha256, write as write_weights
 
 OnProgress = Callable[[str, int, int], None]
@@ -70,12 +76,17 @@ def build_engines(
     refit: bool = False,
     weight_streaming: bool = False,
     loras: Sequence[tuple[str | Path, float]] = (),
+    base: str | Path | None = None,
+    vae: str | Path | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    controlnets: Sequence[str | Path] = (),
     on_progress: OnProgress | None = None,
 ) -> Bundle:
     """Compile a model into a bundle, or add engines to the bundle that is there.
 
     Args:
-        model: folder of a model in the diffusers layout.
+        model: folder of a model in the diffusers layout, safetensors file in the original one, or id on the Hub (see `export.resolve`).
         out: the bundle's folder. If it is the model's own, the weights are used where they lie and are not written again.
         engine: `auto` (torch), `torch`, `onnxruntime` (CPU, float32), `tensorrt` (for the GPU at hand) or `tensorrt-rtx` (for any of
             its GPUs, whether it is there or not). `context` and `schedule` are on the torch engine in any case.
@@ -92,6 +103,12 @@ def build_engines(
         weight_streaming: build TensorRT plans that can leave weights in the host's memory (`Pipeline.from_bundle(weight_budget=...)`).
             They are not captured in CUDA graphs. Not yet run on a GPU.
         loras: LoRA files to fuse into the weights, each with its scale. A bundle holds the weights of one set of LoRAs.
+        base: the model that has what a file does not: folder, file or id on the Hub.
+        vae: the VAE to take instead of the model's own: folder, file or id on the Hub.
+        variant: which copy of the weights to take where there are several, such as `fp16`.
+        revision: branch, tag or commit of an id on the Hub.
+        controlnets: folders of ControlNets to make engines of, and a step of the U-Net that reads them. They are added to those that
+            the bundle has.
         on_progress: called with (what is being done, steps done, steps in all).
 
     Returns:
@@ -103,9 +120,13 @@ def build_engines(
         BundleError: a weight file is damaged.
     """
     _require("diffusers", "transformers")
-    source = Source.open(Path(model))
+    report = on_progress or (lambda _what, _done, _total: None)
+    if is_id(model):
+        report(f"fetching {model} from the Hub", 0, 1)
+    source = resolve(model, base=base, vae=vae, variant=variant, revision=revision)
     if loras:
         source = source.with_loras(loras)
+    source = with_controlnets(source, controlnets)
     options = Options.resolve(
         source,
         engine=engine,
@@ -122,8 +143,7 @@ def build_engines(
         _require("triton")
     if options.engine != "torch":
         _require("onnx", "onnxscript", "onnxruntime")
-    build = _Build(source, BundleFolder(Path(out)), options, on_progress or (lambda _what, _done, _total: None))
-    return build.run()
+    return _Build(source, BundleFolder(Path(out)), options, report).run()
 
 
 @dataclass(frozen=True)
@@ -148,6 +168,7 @@ class _Build:
     on_progress: OnProgress
     source_files: tuple[FileRecord, ...] = ()
     loras: tuple[LoraRecord, ...] = ()
+    controlnets: tuple[ControlNetRecord, ...] = ()
     weights: dict[str, FileRecord] = field(default_factory=dict)
     engines: list[EngineRecord] = field(default_factory=list)
     kernels: tuple[FileRecord, ...] = ()
@@ -159,7 +180,7 @@ class _Build:
     @property
     def in_place(self) -> bool:
         """Whether the bundle is the model's own folder."""
-        return self.folder.path.resolve() == self.source.path.resolve()
+        return self.folder.path.resolve() == self.source.path.resolve() and not self.source.parts
 
     @property
     def guidance_scale(self) -> float:
@@ -194,6 +215,7 @@ class _Build:
                     f"{self.folder.path} holds a bundle with {_named(old.loras)} fused, this build is with {_named(self.loras)}; "
                     "choose another --out, or remove it"
                 )
+            self.controlnets = self.known_controlnets()
             for size, component, trials in components:
                 self.build_component(size, component, trials)
             self.compile_kernels()
@@ -245,7 +267,8 @@ class _Build:
                 for draft, key, record in zip(drafts, keys, reused, strict=True)
             ]
             self.progress(f"{label}: verifying")
-            self.keep(self.verify(component, checkpoint, records, tried, expected()))
+            bundle = Bundle(self.folder.path, self.manifest(()))
+            self.keep(certified(self.folder, bundle, component, checkpoint, records, tried, expected()))
 
     def fit(
         self, draft: _Draft, label: str, checkpoint: Checkpoint, weights: str, trials: Callable[[], list[Trial]]
@@ -278,7 +301,9 @@ class _Build:
         """The precision of a component. Stable Diffusion XL's VAE overflows float16; its makers run it in float32."""
         narrow = self.options.dtype == "float16" and folder == "vae"
         upcast = narrow and self.source.kind.upcast_vae and self.source.configs["vae"].get("force_upcast", True)
-        return "float32" if upcast else self.options.dtype
+        # What is rounded may fall to another code.
+        quantized = folder == "vae" and self.source.is_quantized
+        return "float32" if upcast or quantized else self.options.dtype
 
     def drafts(
         self, component: Component, graphs: Sequence[Graph], size: tuple[int, int] | None
@@ -291,19 +316,24 @@ class _Build:
         if text:
             return [(specialize(last, {"rows": 1}), size, 1)]
         # With guidance an image takes two rows of the denoising network, without it one.
-        factors = (1, 2) if component.kinds else (1,)
-        if component.kinds and self.options.is_tensorrt:
+        reads_text = bool(component.kinds and self.source.kind.tokenizers)
+        guided = reads_text and self.source.guidance_embedding is None
+        factors = (1, 2) if guided else (1,)
+        if guided and self.options.is_tensorrt:
             # Each plan holds the weights again: one for each batch size, for the guidance that the model is used with. One for guidance
             # also serves without, two images at a time.
             factors = (2,) if self.guidance_scale > 1 else (1,)
         rows = sorted({factor * batch for batch in self.options.batch_sizes for factor in factors})
-        fixed = {"tokens": architectures.tokens(self.source)} if self.options.is_tensorrt and component.kinds else {}
+        fixed = {"tokens": architectures.tokens(self.source)} if self.options.is_tensorrt and reads_text else {}
         sized = [(specialize(last, {"rows": count, **fixed}), size, count) for count in rows]
-        return [*((graph, None, None) for graph in whole), *sized]
+        # What runs once per request is for every size, unless it reads a picture.
+        pictures = [any(len(spec.shape) == 4 for spec in graph.inputs) for graph in whole]
+        once = [(graph, size if has else None, None) for graph, has in zip(whole, pictures, strict=True)]
+        return [*once, *sized]
 
     def kind(self, component: str) -> str:
-        """`context` and `schedule` run once per request, on the torch engine whatever runs the rest."""
-        return "torch" if component in ("context", "schedule") else self.options.engine
+        """What runs once per request is on the torch engine, whatever runs the rest."""
+        return "torch" if runs_once(component) else self.options.engine
 
     def versions(self, kind: str) -> dict[str, str]:
         """The libraries that have a say in an engine."""
@@ -411,70 +441,6 @@ class _Build:
 
         return self.folder.write(f"plans/{stem}.plan", write)
 
-    def verify(
-        self,
-        component: Component,
-        checkpoint: Checkpoint,
-        records: list[EngineRecord],
-        trials: list[Trial],
-        expected: list[Tensors],
-    ) -> list[EngineRecord]:
-        """Run the engines as the runtime would and compare them with the original module.
-
-        A plan for another GPU than the one at hand cannot run here: its ONNX stands in for it, on ONNX Runtime and on real inputs, and
-        what the original made of all of them is kept, so that `ldmrt verify` can complete its certificate where it runs.
-        """
-        foreign = any(self.is_foreign(record) for record in records)
-        tried = [number for number, trial in enumerate(trials) if trial.kind == "real" or not foreign]
-        shown = [trials[number] for number in tried]
-        found = self.outputs(records, shown)
-        library = "transformers" if component.folder in self.source.kind.tokenizers else "diffusers"
-        name = type(component.original).__name__
-        reference = f"{library} {importlib.metadata.version(library)} {name}, float32" + (
-            ", LoRAs fused" if checkpoint.fused else ""
-        )
-        made = [expected[number] for number in tried]
-        certificates = {
-            record.key: certify(record.label, record.dtype, shown, found[record.key], made, reference)
-            for record in records
-            if record.key in found
-        }
-        # The parts of a network that run once per request are verified within the whole network.
-        whole = next(iter(certificates.values()))
-        records = [r.model_copy(update={"certificate": certificates.get(r.key, whole)}) for r in records]
-        if not foreign:
-            return records
-        digest = hashlib.sha256("".join(sorted(record.key for record in records)).encode()).hexdigest()[:8]
-        name = f"trials/{component.name}-{digest}.safetensors"
-        kept = self.folder.write(name, lambda path: write_trials(path, trials, expected))
-        return [unverified(r, kept) if self.is_foreign(r) else r for r in records]
-
-    def is_foreign(self, record: EngineRecord) -> bool:
-        """Whether an engine is for another GPU than the one at hand."""
-        return record.kind in LIBRARIES and gpu_at_hand() not in record.targets
-
-    def outputs(self, records: list[EngineRecord], trials: list[Trial]) -> dict[str, list[dict[str, torch.Tensor]]]:
-        """What each engine makes of each trial, by the engine's key; `context` and `schedule` run within `step`."""
-        bundle = Bundle(self.folder.path, self.manifest(()))
-        plans = any(record.kind in LIBRARIES and not self.is_foreign(record) for record in records)
-        device = torch.device("cuda" if plans else "cpu")
-        named = {record.component: record for record in records}
-
-        def load(record: EngineRecord, component: str) -> Engine:
-            record = record if component == record.component else named[component]
-            if not self.is_foreign(record):
-                return bundle.load(record, device)
-            from ldmrt.engines.onnxruntime import OnnxRuntimeEngine
-
-            return OnnxRuntimeEngine(bundle.checked(record.files[1]), threads=torch.get_num_threads(), once=True)
-
-        # One engine after the other: several of a large network do not fit into memory together.
-        return {
-            record.key: run_trials(record, trials, partial(load, record), device)
-            for record in records
-            if record.component not in ("context", "schedule")
-        }
-
     def compile_kernels(self) -> None:
         """Compile the kernels of all the bundle's engines for the targets, and for those it has kernels for already."""
         old = self.folder.old
@@ -501,7 +467,7 @@ class _Build:
         return [
             TensorSpec("latents", (r.rows or 1, channels, r.size[1] // factor, r.size[0] // factor), dtype_of(r.dtype))
             for r in self.manifest(()).engines
-            if r.component == "step" and r.kind in LIBRARIES and r.size is not None
+            if r.component in (STEP, CONTROLLED_STEP) and r.kind in LIBRARIES and r.size is not None
         ]
 
     # ------------------------------------------------------------------------------------------------ files
@@ -510,30 +476,56 @@ class _Build:
         """Bytes that the bundle will need."""
         copies = sum(
             entry.nbytes // entry.dtype.itemsize * dtype_of(self.precision(folder)).itemsize
-            for folder in self.source.folders
-            for path in self.source.weight_files(folder)
-            for entry in WeightFile(path).entries.values()
+            for folder in (*self.source.folders, *self.source.controlnets)
+            for file in self.source.weights(folder)
+            for entry in file.entries.values()
         )
         return (64 << 20) + (0 if self.in_place and self.options.engine == "torch" else copies)
 
     def hash_source(self) -> tuple[FileRecord, ...]:
         """The model's files and their hashes."""
-        root = self.source.path
-        paths = [root / "scheduler" / "scheduler_config.json"]
-        for folder in self.source.folders:
-            paths += [root / folder / "config.json", *self.source.weight_files(folder)]
-        paths += self.tokenizer_paths()
-        return tuple(FileRecord(file=path.relative_to(root).as_posix(), sha256=sha256(path)) for path in paths)
+        source, digest = self.source, cache(sha256)  # one file may hold several components
+        files = {"scheduler/scheduler_config.json": source.config_file("scheduler")}
+        for folder in source.folders:
+            where = source.kind.folders.get(folder, folder)
+            files[f"{where}/config.json"] = source.config_file(folder)
+            files |= {f"{where}/{file.path.name}": file.path for file in source.weights(folder)}
+        files |= self.tokenizer_paths()
+        return tuple(FileRecord(file=name, sha256=digest(path)) for name, path in files.items())
 
-    def tokenizer_paths(self) -> list[Path]:
-        """The tokenizers' files in the model."""
-        folders = self.source.kind.tokenizers.values()
-        found = [path for folder in folders for path in sorted((self.source.path / folder).iterdir())]
-        return [path for path in found if path.suffix in (".json", ".txt") and path.is_file()]
+    def known_controlnets(self) -> tuple[ControlNetRecord, ...]:
+        """The bundle's ControlNets and this build's, each with the hashes of its files.
+
+        Raises:
+            BuildError: the bundle has another ControlNet of the same name.
+        """
+        old = self.folder.old
+        known = {record.name: record for record in (old.controlnets if old is not None else ())}
+        for folder, root in self.source.controlnets.items():
+            name = folder.removeprefix(CONTROLNET)
+            paths = [root / "config.json", *(weights.path for weights in self.source.weights(folder))]
+            record = ControlNetRecord(
+                name=name, files=tuple(FileRecord(file=path.name, sha256=sha256(path)) for path in paths)
+            )
+            if known.setdefault(name, record) != record:
+                raise BuildError(
+                    f"{self.folder.path} holds another ControlNet called {name}; rename the folder {root}, or choose another --out"
+                )
+        return tuple(known.values())
+
+    def tokenizer_paths(self) -> dict[str, Path]:
+        """The tokenizers' files in the model, by their names in the bundle."""
+        return {
+            f"{folder}/{path.name}": path
+            for encoder, folder in self.source.kind.tokenizers.items()
+            for path in sorted(self.source.tokenizer_folder(encoder).iterdir())
+            if path.suffix in (".json", ".txt") and path.is_file()
+        }
 
     def weights_for(self, folder: str, checkpoint: Checkpoint) -> str:
         """The weight file that a component's engines read, written if need be. Returns its name in the manifest."""
-        if self.in_place and len(checkpoint.files) == 1 and self.options.engine == "torch":
+        mapped = self.in_place and folder in self.source.folders and self.options.engine == "torch"
+        if mapped and len(checkpoint.files) == 1:
             name = checkpoint.files[0].path.relative_to(self.source.path).as_posix()
             self.weights[folder] = next(record for record in self.source_files if record.file == name)
             return folder
@@ -557,8 +549,7 @@ class _Build:
     def copy_tokenizer(self) -> tuple[FileRecord, ...]:
         """The tokenizers' files, in the bundle."""
         files = []
-        for path in self.tokenizer_paths():
-            name = f"{path.parent.name}/{path.name}"
+        for name, path in self.tokenizer_paths().items():
             if self.in_place:
                 files.append(FileRecord(file=name, sha256=sha256(path)))
             else:
@@ -585,16 +576,22 @@ class _Build:
                 downscale=architectures.downscale(self.source),
                 tokenizers=dict(self.source.kind.tokenizers),
                 zero_empty_negative=self.source.zero_empty_negative,
+                inpainting=self.source.kind.inpainting,
+                guidance_embedding=self.source.guidance_embedding,
+                scaling_factor=architectures.scaling(self.source)[0],
+                shift_factor=architectures.scaling(self.source)[1],
                 schedule=NoiseSchedule.from_config(self.source.configs["scheduler"]).to_dict(),
                 defaults=Defaults(
                     width=width,
                     height=height,
                     num_inference_steps=int(given.get("num_inference_steps", 50)),
                     guidance_scale=self.guidance_scale,
+                    sampler=self.source.sampler,
                 ),
             ),
             source=self.source_files,
             loras=self.loras,
+            controlnets=self.controlnets,
             tokenizer_files=tokenizer_files,
             weights={**(old.weights if old else {}), **self.weights},
             engines=(*kept, *self.engines),

@@ -27,7 +27,7 @@ class Compiled:
     """A component's graphs, their rows still free.
 
     Attributes:
-        graphs: one, named after the component; or `context`, `schedule` and `step` for a denoising network.
+        graphs: one, named after the component; or for a denoising network three, which `Component.parts` names.
         passes: what each pass did: nodes after `captured` and `clean`, `PASS.found` and `PASS.fused` of the fusing passes, nodes of
             each class of `hoist`.
     """
@@ -73,7 +73,8 @@ def compile_component(
     hoisted = hoist(graph, component.kinds)
     passes |= {kind: count for kind, count in hoisted.counts.items() if count}
     step = layout(hoisted.step) if fused else hoisted.step
-    return Compiled((hoisted.context, hoisted.schedule, step), passes)
+    graphs = (hoisted.context, hoisted.schedule, step)
+    return Compiled(tuple(g.replace(name=n) for g, n in zip(graphs, component.parts, strict=True)), passes)
 
 
 def _cast(inputs: tuple[TensorSpec, ...], dtype: torch.dtype) -> list[TensorSpec]:

@@ -6,16 +6,22 @@ terms. `Component.kinds` gives the class of each input of a denoising network, f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ldmrt.components import STEP, parts
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.export.passes.hoist import Kind
 
 PREFIX = "module."  # every wrapper holds the original module under this name
+UNET_INPUTS = ("latents", "timesteps", "encoder_hidden_states")
+ADDED = ("text_embeds", "time_ids")  # what Stable Diffusion XL's networks take besides
+MASKED = ("mask", "masked_image_latents")  # what inpainting models' do
+TIMESTEP_COND = "timestep_cond"  # what models distilled with guidance do
+DOWN_RESIDUALS, MID_RESIDUAL = "down_residuals", "mid_residual"
 
 
 @dataclass(frozen=True)
@@ -23,12 +29,14 @@ class Component:
     """One thing to compile.
 
     Attributes:
-        name: `text_encoder` (and `text_encoder_2`), `unet`, `decoder` or `encoder`.
-        folder: the subfolder of the model that its weights come from.
+        name: `text_encoder` (and `text_encoder_2`), `unet`, `controlled_unet` (which reads the residuals of ControlNets),
+            `controlnet.NAME`, `decoder` or `encoder`.
+        folder: the subfolder of the model that its weights come from, or the name of a ControlNet.
         module: the wrapper.
         inputs: its inputs; string dimensions are free.
         outputs: names of its outputs.
         kinds: for a denoising network, the class of each input.
+        parts: for a denoising network, what the graphs that it is cut into are called.
     """
 
     name: str
@@ -37,6 +45,7 @@ class Component:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
     kinds: Mapping[str, Kind] = field(default_factory=dict)
+    parts: tuple[str, str, str] = parts(STEP)
 
     @property
     def original(self) -> torch.nn.Module:
@@ -82,39 +91,80 @@ class PenultimateTextEncoder(torch.nn.Module):
 
 
 class UNet(torch.nn.Module):
-    """The denoising U-Net.
+    """The denoising U-Net: `forward(*inputs) -> (rows, C, h, w)`, the prediction in the model's own terms (epsilon or v).
 
-    `forward(latents (rows, C, h, w), timesteps (rows,), encoder_hidden_states (rows, tokens, width)) -> (rows, C, h, w)`, the
-    prediction in the model's own terms (epsilon or v).
+    Args:
+        module: diffusers' U-Net.
+        names: what `forward` is given, in order. Always `latents` (rows, C, h, w), `timesteps` (rows,) and
+            `encoder_hidden_states` (rows, tokens, width); with Stable Diffusion XL also the pooled text embedding `text_embeds`
+            (rows, projection) and `time_ids` (rows, 6): original height and width, top and left of the crop, target height and
+            width; for inpainting `mask` (rows, 1, h, w) and `masked_image_latents` (rows, C, h, w), which are joined to the
+            latents; with the guidance scale embedded `timestep_cond` (rows, width); and the residuals of ControlNets, `down_residuals.I` and `mid_residual`.
     """
+
+    def __init__(self, module: Any, names: Sequence[str] = UNET_INPUTS) -> None:
+        super().__init__()
+        self.module = module
+        self.names = tuple(names)
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See the class."""
+        given = dict(zip(self.names, inputs, strict=True))
+        residuals = [tensor for name, tensor in given.items() if name.startswith(f"{DOWN_RESIDUALS}.")]
+        joined = [given[name] for name in ("latents", *MASKED) if name in given]
+        result = self.module(
+            torch.cat(joined, dim=1) if len(joined) > 1 else joined[0],
+            given["timesteps"],
+            given["encoder_hidden_states"],
+            timestep_cond=given.get(TIMESTEP_COND),
+            added_cond_kwargs={name: given[name] for name in ADDED if name in given},
+            down_block_additional_residuals=residuals or None,
+            mid_block_additional_residual=given.get(MID_RESIDUAL),
+            return_dict=False,
+        )
+        return (result[0],)
+
+
+class ControlNet(torch.nn.Module):
+    """A ControlNet (Zhang et al. 2023, arXiv 2302.05543): `forward(*inputs)` gives what is to be added to the U-Net's skip
+    connections, from the first to the last, and to the result of its middle.
+
+    Args:
+        module: diffusers' ControlNet.
+        names: what `forward` is given, in order: what the U-Net is (see there), then the picture `controlnet_cond`
+            (rows, 3, H, W) in [0, 1], and `conditioning_scale` (rows,), a factor for all of its results.
+    """
+
+    def __init__(self, module: Any, names: Sequence[str]) -> None:
+        super().__init__()
+        self.module = module
+        self.names = tuple(names)
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See the class."""
+        given = dict(zip(self.names, inputs, strict=True))
+        down, mid = self.module(
+            given["latents"],
+            given["timesteps"],
+            given["encoder_hidden_states"],
+            given["controlnet_cond"],
+            conditioning_scale=given["conditioning_scale"][:, None, None, None],
+            added_cond_kwargs={name: given[name] for name in ADDED if name in given},
+            return_dict=False,
+        )
+        return (*down, mid)
+
+
+class UnconditionalUNet(torch.nn.Module):
+    """The denoising U-Net of a model that reads no text: `forward(latents (rows, C, h, w), timesteps (rows,)) -> (rows, C, h, w)`."""
 
     def __init__(self, module: Any) -> None:
         super().__init__()
         self.module = module
 
-    def forward(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, encoder_hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the class."""
-        return (self.module(latents, timesteps, encoder_hidden_states, return_dict=False)[0],)
-
-
-class UNetTextTime(UNet):
-    """The denoising U-Net of Stable Diffusion XL, which also takes the pooled text embedding `text_embeds` (rows, projection)
-    and `time_ids` (rows, 6): original height and width, top and left of the crop, target height and width.
-    """
-
-    def forward(  # type: ignore[override]
-        self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        text_embeds: torch.Tensor,
-        time_ids: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        """See the class."""
-        extra = {"text_embeds": text_embeds, "time_ids": time_ids}
-        return (self.module(latents, timesteps, encoder_hidden_states, added_cond_kwargs=extra, return_dict=False)[0],)
+        return (self.module(latents, timesteps, return_dict=False)[0],)
 
 
 class Decoder(torch.nn.Module):
@@ -145,3 +195,41 @@ class Encoder(torch.nn.Module):
         """See the class."""
         posterior = self.module.encode(image, return_dict=False)[0]
         return posterior.mean, posterior.logvar
+
+
+class QuantizedDecoder(torch.nn.Module):
+    """The decoder of a first stage with a codebook: scaled latents (rows, C, h, w) to images (rows, 3, H, W) in [-1, 1] (not clamped).
+
+    Each latent vector becomes the code nearest to it (van den Oord et al. 2017, arXiv 1711.00937, eq. 2); of |z - e|^2 = |z|^2 - 2 z e + |e|^2 the
+    first term is the same for all codes.
+    """
+
+    def __init__(self, module: Any, scaling_factor: float) -> None:
+        super().__init__()
+        self.module = module
+        self.scaling_factor = scaling_factor
+
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor]:
+        """See the class."""
+        codes = self.module.quantize.embedding.weight
+        vectors = (latents / self.scaling_factor).permute(0, 2, 3, 1)
+        nearness = vectors @ codes.t() - 0.5 * (codes * codes).sum(dim=1)
+        quantized = torch.nn.functional.embedding(nearness.argmax(dim=-1), codes).permute(0, 3, 1, 2)
+        module = self.module
+        spatial = quantized if module.config.norm_type == "spatial" else None
+        return (module.decoder(module.post_quant_conv(quantized), spatial),)
+
+
+class QuantizedEncoder(torch.nn.Module):
+    """The encoder of a first stage with a codebook: images (rows, 3, H, W) in [-1, 1] to latents before quantisation, unscaled. There is
+    no posterior: the log variance is the least that `AutoencoderKL` gives.
+    """
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the class."""
+        latents = self.module.encode(image, return_dict=False)[0]
+        return latents, torch.full_like(latents, -30.0)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ldmrt.components import CONTROLLED_STEP, STEP
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BuildError
 from ldmrt.graph import Graph
@@ -72,7 +73,7 @@ def variants(graphs: Iterable[Graph], arch: int, latents: Sequence[TensorSpec] =
             free = {size for spec in graph.inputs for size in spec.shape if isinstance(size, str)}
             for rows in _ROWS if "rows" in free else (1,):
                 rehearse(graph, {"rows": rows, "tokens": _TOKENS})
-            if graph.name == "step":
+            if graph.name in (STEP, CONTROLLED_STEP):
                 _update(next(spec for spec in graph.inputs if spec.name == "latents"))
         for spec in latents:
             _update(spec)

@@ -73,7 +73,8 @@ def write_onnx(graph: Graph, weights: Mapping[str, WeightFile], path: Path) -> s
     _place_weights(model, replay, graph, weights, path)
     with _quiet():
         _simplify(model)
-    digest = write_atomically(path, _with_names(onnx_ir.to_proto(model), replay.names).SerializeToString())
+    names = {name: known for name, known in replay.names.items() if known in graph.weights}
+    digest = write_atomically(path, _with_names(onnx_ir.to_proto(model), names).SerializeToString())
     try:
         onnx.checker.check_model(str(path), full_check=False)
     except onnx.checker.ValidationError as error:
@@ -192,7 +193,7 @@ def _place_weights(
 
 
 def _with_names(model: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelProto:
-    """With the graph's names for weights and constants, under which a plan's weights can be changed."""
+    """With the graph's names for weights, under which a plan's can be changed. They have dots in them, which no value of a graph has."""
     for tensor in model.graph.initializer:
         tensor.name = names.get(tensor.name, tensor.name)
     for node in model.graph.node:

@@ -1,21 +1,23 @@
-"""Where a model comes from: a folder in the diffusers layout.
+"""What a model is made of: its kind, its configs, and where its weights and tokenizers lie.
 
-Configs are read as JSON, weights as safetensors; nothing is unpickled and nothing is fetched.
+Configs are read as JSON, weights as safetensors; nothing is unpickled. A folder in the diffusers layout is opened here; what else people
+have is brought to this form in `export.resolve`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ldmrt.errors import BadRequest, BuildError
 from ldmrt.lora import Lora, check_scale, fused
+from ldmrt.samplers.registry import default_sampler, resolve
 from ldmrt.weights import Entry, WeightFile
 
 
@@ -27,10 +29,13 @@ class Kind:
         name: what ldmrt calls it.
         title: what people call it.
         classes: component's folder -> class in model_index.json.
-        tokenizers: text encoder's folder -> its tokenizer's folder.
+        tokenizers: text encoder's folder -> its tokenizer's folder; empty for a model that reads no text.
         addition_embed_type: what its U-Net takes beside text and timestep, as its config says it.
         guidance_scale: what its makers recommend.
         upcast_vae: whether its VAE is known to overflow float16.
+        inpainting: whether its U-Net takes, beside the latents, a mask and the latents of the picture without what it covers.
+        folders: component -> its folder, where that is called otherwise.
+        alternatives: component -> another class that it may have.
     """
 
     name: str
@@ -40,6 +45,9 @@ class Kind:
     addition_embed_type: str | None
     guidance_scale: float
     upcast_vae: bool = False
+    inpainting: bool = False
+    folders: Mapping[str, str] = field(default_factory=dict)
+    alternatives: Mapping[str, str] = field(default_factory=dict)
 
 
 _DENOISER = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
@@ -63,29 +71,79 @@ KINDS = {
         guidance_scale=5.0,
         upcast_vae=True,
     ),
+    # Rombach et al. 2022, arXiv 2112.10752: the models of CelebA-HQ, FFHQ and LSUN.
+    "LDMPipeline": Kind(
+        name="latent-diffusion",
+        title="Latent diffusion, unconditional",
+        classes={"unet": "UNet2DModel", "vae": "VQModel"},
+        tokenizers={},
+        addition_embed_type=None,
+        guidance_scale=1.0,
+        folders={"vae": "vqvae"},
+        alternatives={"vae": "AutoencoderKL"},
+    ),
 }
-KNOWN_KINDS = "; ".join(f"{kind.title} ({name}: {', '.join(kind.classes.values())})" for name, kind in KINDS.items())
+KINDS["StableDiffusionInpaintPipeline"] = replace(
+    KINDS["StableDiffusionPipeline"], title="Stable Diffusion 1.x and 2.x for inpainting", inpainting=True
+)
+KINDS["LatentConsistencyModelPipeline"] = replace(
+    KINDS["StableDiffusionPipeline"], title="Latent Consistency Models", guidance_scale=8.5
+)
+KNOWN_KINDS = "; ".join(f"{kind.title} ({name})" for name, kind in KINDS.items())
 
-_STEMS = {
+# What weight files are called; a ControlNet's as the U-Net's.
+STEMS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+# Halves of a model, by how their files are called: taken where there is nothing else.
+VARIANTS = ("fp16", "bf16")
+
+# Configs and tokenizers of models that people have as one file, which holds neither. `clip` and `open_clip` are the same vocabulary
+# (OpenAI's CLIP, MIT licence), padded with the end token and with `!`.
+_KNOWN = Path(__file__).parent / "known"
+
+
+class Weights(Protocol):
+    """Weights of a component under the names that diffusers and transformers give them: a `WeightFile`, or a view of one."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Dtype and shape of each."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __getitem__(self, name: str, /) -> torch.Tensor: ...
+
+    def release(self, name: str, /) -> None:
+        """Give back the memory that reading a tensor took."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder, recognised.
+    """A model, recognised.
 
     Attributes:
-        path: the folder.
+        path: its folder.
         kind: the family member.
         configs: the JSON config of each component and of the noise schedule (`scheduler`).
         defaults: what the model's maker recommends (optional file `ldmrt-defaults.json`).
         zero_empty_negative: whether an empty negative prompt means embeddings of zeros (`force_zeros_for_empty_prompt`).
         loras: LoRAs that its weights are to be taken with, each with its scale.
+        variant: which of several copies of the weights to take where there are several, such as `fp16`.
+        title: its name; None for the folder's.
+        parts: components whose weights are not the folder's own.
+        files: configs that are not the folder's own, by component.
+        tokenizers: folders of tokenizers that are not the folder's own, by text encoder.
+        controlnets: the folders of ControlNets that it is to be used with, by component (`controlnet.NAME`); their configs are
+            among `configs`.
     """
 
     path: Path
@@ -94,30 +152,57 @@ class Source:
     defaults: Mapping[str, Any]
     zero_empty_negative: bool = False
     loras: tuple[tuple[Lora, float], ...] = ()
+    variant: str | None = None
+    title: str | None = None
+    parts: Mapping[str, tuple[Weights, ...]] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
+    tokenizers: Mapping[str, Path] = field(default_factory=dict)
+    controlnets: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """The folders that have weights."""
+        """The model's own folders that have weights."""
         return tuple(self.kind.classes)
+
+    def place(self, folder: str) -> Path:
+        """Where a folder of the model is, or a ControlNet."""
+        return self.controlnets.get(folder, self.path / self.kind.folders.get(folder, folder))
+
+    @property
+    def guidance_embedding(self) -> int | None:
+        """Width of the embedding of the guidance scale that its U-Net takes in the place of classifier-free guidance, if it does."""
+        width: int | None = self.configs["unet"].get("time_cond_proj_dim")
+        return width
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its first stage has a codebook."""
+        return self.kind.classes["vae"] == "VQModel"
 
     @property
     def name(self) -> str:
-        """The folder's name."""
-        return self.path.resolve().name
+        """What people call it."""
+        return self.title or self.path.resolve().name
+
+    @property
+    def sampler(self) -> str:
+        """The sampler to use where nothing else is asked for: the maker's recommendation, or the scheduler's of diffusers."""
+        given = self.defaults.get("sampler")
+        return default_sampler(self.configs["scheduler"]) if given is None else resolve(given).name
 
     @classmethod
-    def open(cls, path: Path) -> Source:
-        """Recognise a model.
+    def open(cls, path: Path, *, variant: str | None = None) -> Source:
+        """Recognise a model's folder in the diffusers layout.
+
+        Args:
+            path: the folder.
+            variant: which of several copies of the weights to take, such as `fp16`; the one without a name if None.
 
         Raises:
             BuildError: there is no model at `path`, or of a kind that ldmrt does not build.
         """
-        if not path.exists():
+        if not path.is_dir():
             raise BuildError(f"no such folder: {path}; give the folder of a model in the diffusers layout")
-        if path.is_file():
-            raise BuildError(
-                f"{path} is a file; give the folder of a model in the diffusers layout (with a model_index.json)"
-            )
         if not (path / "model_index.json").is_file():
             found = ", ".join(sorted(item.name for item in path.iterdir())[:6]) or "nothing"
             raise BuildError(f"{path} is not a model folder: expected a model_index.json, found {found}")
@@ -127,15 +212,17 @@ class Source:
             raise BuildError(
                 f"{path / 'model_index.json'} does not name a pipeline (_class_name); copy the model again"
             )
-        kind = KINDS.get(pipeline)
-        if kind is None:
-            raise BuildError(f"{path} is a {pipeline}, which ldmrt does not build yet; known kinds: {KNOWN_KINDS}")
+        kind = kind_of(pipeline, path)
         for folder, name in kind.classes.items():
-            entry = index.get(folder)
+            entry = index.get(kind.folders.get(folder, folder))
             named = entry[-1] if isinstance(entry, list) and entry else entry
-            if named != name:
+            if named is not None and named == kind.alternatives.get(folder):
+                kind = replace(kind, classes={**kind.classes, folder: named})
+            elif named != name:
                 raise BuildError(f"{path}: its {folder} is a {named}, expected {name}; known kinds: {KNOWN_KINDS}")
-        configs = {folder: read_json(path / folder / "config.json") for folder in kind.classes}
+        configs = {
+            folder: read_json(path / kind.folders.get(folder, folder) / "config.json") for folder in kind.classes
+        }
         configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
         extra = path / "ldmrt-defaults.json"
         defaults = read_json(extra) if extra.is_file() else {}
@@ -144,7 +231,54 @@ class Source:
         for folder in kind.tokenizers.values():
             if not (path / folder).is_dir():
                 raise BuildError(f"{path} has no folder {folder}; copy the model again")
-        return cls(path, kind, configs, defaults, bool(index.get("force_zeros_for_empty_prompt", False)))
+        zeros = bool(index.get("force_zeros_for_empty_prompt", False))
+        source = cls(path, kind, configs, defaults, zeros, variant=variant)
+        if variant is not None and not any(_is_variant(file, variant) for file in path.glob("*/*.safetensors")):
+            raise BuildError(f"{path} has no variant {variant!r} of its weights; leave out --variant")
+        return source
+
+    @classmethod
+    def known(cls, name: str) -> Source:
+        """The configs and tokenizers of a model that is widely known, without weights: `sd15`, `sd21`, `sdxl` or `sdxl-refiner`.
+
+        Raises:
+            BuildError: it is of a kind that ldmrt does not build.
+        """
+        path = _KNOWN / f"{name}.json"
+        configs = read_json(path)
+        kind = kind_of(configs["pipeline"], path)
+        return cls(
+            _KNOWN,
+            kind,
+            {folder: configs[folder] for folder in (*kind.classes, "scheduler")},
+            {},
+            bool(configs.get("force_zeros_for_empty_prompt", False)),
+            title=name,
+            files=dict.fromkeys((*kind.classes, "scheduler"), path),
+            tokenizers={encoder: _KNOWN / folder for encoder, folder in configs["tokenizers"].items()},
+        )
+
+    def with_part(
+        self, folder: str, weights: Sequence[Weights], config: tuple[Path, Mapping[str, Any]] | None = None
+    ) -> Source:
+        """The same model with a component from elsewhere.
+
+        Args:
+            folder: the component.
+            weights: its weights.
+            config: its config and the file that it is from; the one that is there if None.
+
+        Raises:
+            BuildError: the component does not fit the others.
+        """
+        source = replace(self, parts={**self.parts, folder: tuple(weights)})
+        if config is not None:
+            source = replace(
+                source, files={**self.files, folder: config[0]}, configs={**self.configs, folder: config[1]}
+            )
+            _check_values(self.path, self.kind, source.configs, self.defaults)
+            _check_unet(self.path, self.kind, source.configs)
+        return source
 
     def with_loras(self, loras: Sequence[tuple[str | Path, float]]) -> Source:
         """The same model with LoRAs fused into its weights.
@@ -156,11 +290,7 @@ class Source:
             BuildError: a file is no LoRA, or one for another architecture, or a scale is not finite.
         """
         shapes = {
-            folder: {
-                name: entry.shape
-                for path in self.weight_files(folder)
-                for name, entry in WeightFile(path).entries.items()
-            }
+            folder: {name: entry.shape for file in self.weights(folder) for name, entry in file.entries.items()}
             for folder in ("unet", *self.kind.tokenizers)
         }
         read = []
@@ -172,31 +302,75 @@ class Source:
             raise BuildError(str(error)) from error
         return replace(self, loras=tuple(read))
 
-    def weight_files(self, folder: str) -> list[Path]:
-        """The safetensors files of a component: one, or several when sharded.
+    def config_file(self, folder: str) -> Path:
+        """The file that a component's config, or that of the `scheduler`, is from."""
+        name = "scheduler_config.json" if folder == "scheduler" else "config.json"
+        return self.files.get(folder, self.place(folder) / name)
+
+    def tokenizer_folder(self, encoder: str) -> Path:
+        """Where the tokenizer of a text encoder lies."""
+        return self.tokenizers.get(encoder, self.path / self.kind.tokenizers[encoder])
+
+    def weights(self, folder: str) -> list[Weights]:
+        """A component's weights.
 
         Raises:
             BuildError: there are none; says so when there are pickles instead.
+            BundleError: a file is damaged.
         """
-        where, stem = self.path / folder, _STEMS[folder]
-        for variant in ("", ".fp16"):
-            single = where / f"{stem}{variant}.safetensors"
-            if single.is_file():
-                return [single]
-            shards = where / f"{stem}.safetensors.index{variant}.json"
-            if shards.is_file():
-                shard_of = read_json(shards).get("weight_map")
-                names = list(shard_of.values()) if isinstance(shard_of, dict) else []
-                if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-                    raise BuildError(f"{shards} does not name its shards; copy the model again")
-                return [where / name for name in sorted(set(names))]
-        pickles = [item.name for item in sorted(where.iterdir()) if item.suffix in _PICKLES] if where.is_dir() else []
-        if pickles:
-            raise BuildError(
-                f"{where} has only {pickles[0]}, a pickle: loading one can run any code, so ldmrt never does; save the model again "
-                "with diffusers' save_pretrained(safe_serialization=True), or take its safetensors version"
-            )
-        raise BuildError(f"{where} has no weights: expected {stem}.safetensors; copy the model again")
+        if folder in self.parts:
+            return list(self.parts[folder])
+        return [
+            WeightFile(path)
+            for path in weight_files(self.place(folder), STEMS.get(folder, STEMS["unet"]), self.variant)
+        ]
+
+
+def kind_of(pipeline: str, where: Path) -> Kind:
+    """The kind of a model, by its pipeline's class.
+
+    Raises:
+        BuildError: it is none that ldmrt builds.
+    """
+    if pipeline not in KINDS:
+        raise BuildError(f"{where} is a {pipeline}, which ldmrt does not build yet; known kinds: {KNOWN_KINDS}")
+    return KINDS[pipeline]
+
+
+def weight_files(where: Path, stem: str, variant: str | None = None) -> list[Path]:
+    """The safetensors files of a component: one, or several when sharded.
+
+    Args:
+        where: its folder.
+        stem: how its files are called, but for the variant and the ending.
+        variant: the copy to take where there are several; if None, the one without a name, or the only one there is.
+
+    Raises:
+        BuildError: there are none; says so when there are pickles instead.
+    """
+    for infix in ("", *(f".{name}" for name in VARIANTS)) if variant is None else (f".{variant}", ""):
+        single = where / f"{stem}{infix}.safetensors"
+        if single.is_file():
+            return [single]
+        shards = where / f"{stem}.safetensors.index{infix}.json"
+        if shards.is_file():
+            shard_of = read_json(shards).get("weight_map")
+            names = list(shard_of.values()) if isinstance(shard_of, dict) else []
+            if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+                raise BuildError(f"{shards} does not name its shards; copy the model again")
+            return [where / name for name in sorted(set(names))]
+    pickles = [item.name for item in sorted(where.iterdir()) if item.suffix in PICKLES] if where.is_dir() else []
+    if pickles:
+        raise BuildError(
+            f"{where} has only {pickles[0]}, a pickle: loading one can run any code, so building never does; take its safetensors "
+            f"version, or convert it: ldmrt convert {where / pickles[0]} {where / stem}.safetensors"
+        )
+    raise BuildError(f"{where} has no weights: expected {stem}.safetensors; copy the model again")
+
+
+def _is_variant(file: Path, variant: str) -> bool:
+    """Whether a weight file, or a shard, is of a variant."""
+    return f".{variant}.safetensors" in file.name or f".{variant}-0" in file.name
 
 
 class Checkpoint:
@@ -215,9 +389,9 @@ class Checkpoint:
             BundleError: a file is damaged.
         """
         self._changes = [(lora.layers.get(folder, {}), scale) for lora, scale in source.loras]
-        self.files = [WeightFile(path) for path in source.weight_files(folder)]
-        found: dict[str, WeightFile] = {name: file for file in self.files for name in file}
-        self.keys: dict[str, tuple[WeightFile, str]] = {}
+        self.files = source.weights(folder)
+        found: dict[str, Weights] = {name: file for file in self.files for name in file}
+        self.keys: dict[str, tuple[Weights, str]] = {}
         missing = []
         for name, tensor in module.state_dict().items():
             key = next((alias for alias in _aliases(name) if alias in found), None)
@@ -227,16 +401,21 @@ class Checkpoint:
             entry: Entry = found[key].entries[key]
             if entry.shape != tuple(tensor.shape):
                 raise BuildError(
-                    f"{found[key].path}: {key} has the shape {entry.shape}, the config.json beside it expects {tuple(tensor.shape)}; "
+                    f"{found[key].path}: {key} has the shape {entry.shape}, {source.config_file(folder)} expects {tuple(tensor.shape)}; "
                     "the weights and the config are of different models: copy the model again"
+                )
+            if not entry.dtype.is_floating_point:
+                raise BuildError(
+                    f"{found[key].path}: {key} is {str(entry.dtype).removeprefix('torch.')}, expected floating point; "
+                    "quantised weights are not built: take the model's float16 or float32 version"
                 )
             self.keys[name] = (found[key], key)
         if missing:
-            raise BuildError(_list_keys(source.path / folder, "lacks", missing))
+            raise BuildError(_list_keys(source.place(folder), "lacks", missing))
         used = {key for _, key in self.keys.values()}
         extra = [name for name in found if name not in used and not name.endswith("position_ids")]
         if extra:
-            raise BuildError(_list_keys(source.path / folder, "has, and its config.json does not know,", extra))
+            raise BuildError(_list_keys(source.place(folder), "has, and its config.json does not know,", extra))
 
     def load(self, name: str) -> torch.Tensor:
         """A tensor by the module's name, in the file's dtype; in float32 where a LoRA changes it."""
@@ -306,7 +485,7 @@ def _check_values(
     def check(where: str, values: Mapping[str, Any], key: str, what: str, *, optional: bool = True) -> None:
         value = values.get(key)
         whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        number = whole or (isinstance(value, float) and math.isfinite(value))
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if value is None and optional:
             return
         if not (whole if what == "a whole number" else number):
@@ -315,14 +494,20 @@ def _check_values(
     for folder in kind.tokenizers:
         for key in ("max_position_embeddings", "vocab_size", "hidden_size"):
             check(f"{folder}/config.json", configs[folder], key, "a whole number", optional=False)
-    check("unet/config.json", configs["unet"], "cross_attention_dim", "a whole number", optional=False)
+    if kind.tokenizers:
+        check("unet/config.json", configs["unet"], "cross_attention_dim", "a whole number", optional=False)
     check("unet/config.json", configs["unet"], "sample_size", "a whole number")
+    check("unet/config.json", configs["unet"], "time_cond_proj_dim", "a whole number")
     check("vae/config.json", configs["vae"], "latent_channels", "a whole number")
     check("vae/config.json", configs["vae"], "scaling_factor", "a number")
     check("vae/config.json", configs["vae"], "shift_factor", "a number")
     for key in ("width", "height", "num_inference_steps"):
         check("ldmrt-defaults.json", defaults, key, "a whole number")
     check("ldmrt-defaults.json", defaults, "guidance_scale", "a number")
+    try:
+        resolve(str(defaults.get("sampler", "ddim")))
+    except BadRequest as error:
+        raise BuildError(f"{path / 'ldmrt-defaults.json'}: {error}") from error
     channels = configs["vae"].get("block_out_channels")
     if not isinstance(channels, list) or not 1 <= len(channels) <= 8:
         raise BuildError(
@@ -333,19 +518,25 @@ def _check_values(
 def _check_unet(path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]]) -> None:
     unet, vae = configs["unet"], configs["vae"]
     latents = vae.get("latent_channels", 4)
-    if unet.get("in_channels", 4) != latents:
+    channels = 2 * latents + 1 if kind.inpainting else latents
+    if unet.get("in_channels", 4) != channels:
         raise BuildError(
-            f"{path}: its U-Net takes {unet.get('in_channels')} channels and its VAE makes {latents}; "
-            f"inpainting and other concatenating models are not built yet; known kinds: {KNOWN_KINDS}"
+            f"{path}: its U-Net takes {unet.get('in_channels')} channels, expected {channels} of {kind.title}, whose VAE makes "
+            f"{latents}; known kinds: {KNOWN_KINDS}"
         )
     expected = {"addition_embed_type": kind.addition_embed_type}
-    for key in ("addition_embed_type", "class_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type"):
+    for key in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
         if unet.get(key) != expected.get(key):
             raise BuildError(
                 f"{path}: its U-Net has {key} = {unet.get(key)!r}, which is not built yet; known kinds: {KNOWN_KINDS}"
             )
+    width = unet.get("time_cond_proj_dim")
+    if width is not None and width < 4:
+        raise BuildError(
+            f"{path}: its U-Net takes the guidance scale in {width} numbers, expected 4 or more; copy the model again"
+        )
     widths = [int(configs[folder]["hidden_size"]) for folder in kind.tokenizers]
-    if sum(widths) != unet["cross_attention_dim"]:
+    if widths and sum(widths) != unet["cross_attention_dim"]:
         raise BuildError(
             f"{path}: its U-Net reads text of width {unet['cross_attention_dim']}, its text encoders make "
             f"{' + '.join(map(str, widths))}; the components are of different models"

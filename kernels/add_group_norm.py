@@ -214,9 +214,10 @@ def _prepared(x: Tensor, residual: Tensor | None, joined: Tensor | None) -> _Pre
 def empty(x: Tensor, channels: int, new: Callable[..., Tensor] = Tensor.new_empty) -> Tensor:
     """Room for a result of so many channels, made by `new(x, shape)`."""
     rows, _, *spatial = x.shape
-    if _is_channels_last(x):
-        return new(x, (rows, *spatial, channels)).movedim(-1, 1)
-    return new(x, (rows, channels, *spatial))
+    if not _is_channels_last(x):
+        return new(x, (rows, channels, *spatial))
+    result = new(x, (rows, *spatial, channels))
+    return result.permute(0, 3, 1, 2) if result.dim() == 4 else result.movedim(-1, 1)
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -226,7 +227,11 @@ def _is_channels_last(x: Tensor) -> bool:
 
 def _in_order(tensor: Tensor, *, channels_last: bool) -> Tensor:
     """The tensor with its channels side by side, or its positions; itself, if they are."""
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else tensor.contiguous()
+    if not channels_last:
+        return tensor.contiguous()
+    if tensor.dim() == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _check(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmrt.kernels import launch, memory, native
+from ldmrt.kernels import launch, memory, native, winograd
 from ldmrt.kernels.linear import PANEL, STEP, is_packed, pack, takes_packed
 from ldmrt.kernels.tuning import Operator
 
@@ -107,6 +107,8 @@ def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """
     if is_packed(weight):
         return conv2d_native(x, weight, stride, padding)
+    if winograd.is_packed(weight):
+        return winograd.conv2d_winograd(x, weight)
     _check(x, weight, stride, padding)
     if weight.is_mkldnn:
         return _conv2d_arranged(x, weight, stride, padding)
@@ -124,14 +126,22 @@ def conv2d_reference(x: Tensor, weight: Tensor, stride: int, padding: int) -> Te
     return F.conv2d(x, weight, None, stride, padding)
 
 
-def arranged_weight(weight: Tensor, stride: int, padding: int) -> Tensor:
-    """Weights in the order in which the native body or, where it does not take them, oneDNN's convolution reads them.
+def arranged_weight(weight: Tensor, stride: int, padding: int, tile: winograd.Tile | None = None) -> Tensor:
+    """Weights in the order in which a native body or, where none takes them, oneDNN's convolution reads them.
 
     A tensor that only `conv2d` of that stride and padding can read; `copy_` from another one changes it in place. Weights
-    that are not on a CPU, or of a dtype that neither takes there, come back as they are.
+    that are not on a CPU, or of a dtype that none takes there, come back as they are.
+
+    Args:
+        weight: (O, C, S, S).
+        stride: of the filter.
+        padding: on every side.
+        tile: by which to convolve float32 (`ldmrt.kernels.winograd.tile`), if by one at all.
     """
     if takes_packed(weight, weight.shape[1]):
         return pack(weight.movedim(1, -1).flatten(1))
+    if tile is not None:
+        return winograd.pack(weight, tile)
     return library_weight(weight, stride, padding)
 
 

@@ -290,6 +290,8 @@ def layout_of(x: Tensor) -> str | None:
     """The order that a tensor has in memory, if it is one of the kernels'; a picture of one pixel or channel has both."""
     if x.is_contiguous():
         return "contiguous"
+    if x.dim() == 4:
+        return "channels last" if x.is_contiguous(memory_format=torch.channels_last) else None
     return "channels last" if x.movedim(1, -1).is_contiguous() else None
 
 

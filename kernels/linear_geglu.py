@@ -22,7 +22,7 @@ Body = Literal["triton", "library"]
 
 # A column's offset in the weights is 32-bit.
 _MAX_WEIGHTS = 2**31
-_SHORT_SUM, _MANY_ROWS = 640, 1024
+_MANY_ROWS, _ROWS_A_TERM = 1024, 1.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def candidates(arch: int, problem: Problem) -> list[Choice]:
         return [library]
     # Measured on an H100 and an H200 (benchmarks/results/gpu.jsonl): with long sums and few rows the library's product is so much
     # the faster that it may write its result.
-    triton_first = arch == 90 and problem.inner <= _SHORT_SUM and problem.rows >= _MANY_ROWS
+    triton_first = arch == 90 and problem.rows >= max(_MANY_ROWS, _ROWS_A_TERM * problem.inner)
     return [*triton, library] if triton_first else [library, *triton]
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-LARGE = 4 << 20  # bytes: malloc keeps smaller blocks by itself
+LARGE = 1 << 20  # bytes: malloc keeps smaller blocks by itself
 _HUGE_PAGE = 2 << 20
 
 _Block = npt.NDArray[np.uint8]

@@ -20,7 +20,7 @@ import torch  # also brings the OpenMP runtime that the library then shares, wit
 from torch import Tensor
 
 FILE_NAME = "libldmrt_cpu.so"
-ABI_VERSION = 3  # ldmrt_abi_version() in kernels/cpu/dispatch.cpp
+ABI_VERSION = 4  # ldmrt_abi_version() in kernels/cpu/dispatch.cpp
 
 # The numbers of `enum class Element` in kernels/cpu/dispatch.h.
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -40,6 +40,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "ldmrt_pack": [*[_pointer] * 2, *[_int64] * 2],
     "ldmrt_linear": [*[_pointer] * 4, *[_int64] * 4, _int32],
     "ldmrt_conv2d": [*[_pointer] * 3, *[_int64] * 8],
+    "ldmrt_winograd_pack": [*[_pointer] * 2, *[_int64] * 3],
+    "ldmrt_winograd": [*[_pointer] * 3, *[_int64] * 6],
     "ldmrt_sampler_step": [*[_pointer] * 5, _int32, *[_pointer] * 6, *[_int64] * 2],
 }
 
@@ -115,6 +117,12 @@ def takes_packed() -> bool:
     return found is not None and bool(found.ldmrt_takes_packed())
 
 
+def takes_winograd() -> bool:
+    """Whether the bodies of this processor are wide enough for kernels/winograd.py to be ahead of oneDNN."""
+    found = library()
+    return found is not None and bool(found.ldmrt_takes_winograd())
+
+
 def run(name: str, *arguments: Tensor | float | None) -> None:
     """Call a body. Nothing is checked here: tensors must lie as the body takes them, and on the CPU.
 
@@ -122,7 +130,7 @@ def run(name: str, *arguments: Tensor | float | None) -> None:
         name: the symbol.
         arguments: tensors, as pointers; None for a null pointer; numbers.
     """
-    _function(name)(*(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments))
+    _function(name)(*[each.data_ptr() if isinstance(each, Tensor) else each for each in arguments])
 
 
 @cache
@@ -134,7 +142,9 @@ def _function(name: str) -> Any:
 
 def vector(values: Tensor | None) -> Tensor | None:
     """A vector in float32, side by side in memory, as the bodies take weights and biases."""
-    return None if values is None else values.float().contiguous()
+    if values is None or (values.dtype == torch.float32 and values.is_contiguous()):
+        return values
+    return values.float().contiguous()
 
 
 def available() -> bool:

@@ -1,6 +1,6 @@
 """The sampler's update: from the model's output to the next model input, for every slot at once.
 
-A sampler is a table with one row of coefficients per model evaluation (ldmrt/schedule.py makes them in float64). Each
+A sampler is a table with one row of coefficients per model evaluation (ldmrt/samplers/ makes them in float64). Each
 slot points at its own row, so slots may use different samplers and be at different steps. With m the model output after
 guidance, a row says, for the denoised estimate d and a basis B = (x, m, d, saved, h1, h2, h3, noise),
 
@@ -54,7 +54,9 @@ class Column(IntEnum):
     PUSHED = 19
     PUSH = 27  # 0 or 1
     NEXT_INPUT_SCALE = 28
-    # 29 to 31 are reserved, and zero.
+    THRESHOLD_RATIO = 29  # of kernels/adjust.py, as is the next; 0: no thresholding
+    THRESHOLD_MAX = 30
+    # 31 is reserved, and zero.
 
 
 def sampler_step(
@@ -129,18 +131,12 @@ def sampler_step_reference(
     model_input: Tensor,
 ) -> None:
     """`sampler_step` in plain torch. It never waits for the device, so it can be captured in a CUDA graph."""
-
-    def per_slot(values: Tensor) -> Tensor:
-        return values.view(-1, 1, 1, 1)
-
     active = cond_row >= 0
     guided = active & (uncond_row >= 0)
     entry = torch.where(active, row, 0)
     columns = table[entry].unbind(1)  # WIDTH x (slots,)
 
-    m_cond = model_output[cond_row.clamp(min=0)].float()
-    m_uncond = model_output[uncond_row.clamp(min=0)].float()
-    m = torch.where(per_slot(guided), m_uncond + per_slot(guidance_scale) * (m_cond - m_uncond), m_cond)
+    m, _ = guide(model_output, guidance_scale, cond_row, uncond_row)
 
     def term(column: int, value: Tensor) -> Tensor:
         coefficient = per_slot(columns[column])
@@ -173,6 +169,23 @@ def sampler_step_reference(
     extended[torch.where(active, cond_row, rows)] = next_input
     extended[torch.where(guided, uncond_row, rows)] = next_input
     model_input.copy_(extended[:rows])
+
+
+def guide(model_output: Tensor, guidance_scale: Tensor, cond_row: Tensor, uncond_row: Tensor) -> tuple[Tensor, Tensor]:
+    """Classifier-free guidance (arXiv 2207.12598) of every slot; that of an idle slot has no meaning.
+
+    Returns:
+        The model's output after guidance and that for the prompt alone, both (slots, C, H, W) float32.
+    """
+    m_cond = model_output[cond_row.clamp(min=0)].float()
+    m_uncond = model_output[uncond_row.clamp(min=0)].float()
+    guided = per_slot((cond_row >= 0) & (uncond_row >= 0))
+    return torch.where(guided, m_uncond + per_slot(guidance_scale) * (m_cond - m_uncond), m_cond), m_cond
+
+
+def per_slot(values: Tensor) -> Tensor:
+    """(slots,) as (slots, 1, 1, 1), to go with latents."""
+    return values.view(-1, 1, 1, 1)
 
 
 def sampler_step_triton(

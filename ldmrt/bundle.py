@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ldmrt.components import CONTROLLED_STEP, CONTROLNET_NAME, STEP
 from ldmrt.engines.activation import ActivationMemory
 from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.engines.tensorrt import LIBRARIES, check
@@ -36,7 +37,8 @@ _INTERFACES: dict[str, dict[str, int]] = {
     "text_encoder": {"input_ids": 2, "hidden_states": 4},
     "context": {"encoder_hidden_states": 3},
     "schedule": {"timesteps": 1},
-    "step": {"latents": 4},
+    STEP: {"latents": 4},
+    CONTROLLED_STEP: {"latents": 4},
     "decoder": {"latents": 4, "image": 4},
     "encoder": {"image": 4, "latent_mean": 4, "latent_logvar": 4},
 }
@@ -59,6 +61,18 @@ class LoraRecord(FileRecord):
     scale: float
 
 
+class ControlNetRecord(_Record):
+    """A ControlNet whose engines are in the bundle.
+
+    Attributes:
+        name: its folder's name, part of the names of its components.
+        files: what it was made from, relative to its folder; not in the bundle.
+    """
+
+    name: str = Field(pattern=f"^{CONTROLNET_NAME}$")
+    files: tuple[FileRecord, ...] = Field(min_length=1)
+
+
 class Certificate(_Record):
     """What is known of an engine's correctness.
 
@@ -79,7 +93,7 @@ class EngineRecord(_Record):
     """One compiled component.
 
     Attributes:
-        component: `text_encoder`, `text_encoder_2`, `context`, `schedule`, `step`, `decoder` or `encoder`.
+        component: `text_encoder`, `text_encoder_2`, `decoder`, `encoder`, or a part of a denoising network (`ldmrt.components`).
         kind: which engine runs it.
         dtype: the precision it computes in.
         size: width and height in pixels that it was made for, or None if it does not depend on them.
@@ -138,7 +152,7 @@ class AuditRecord(_Record):
     """What a component's float16 engines compute in float32, because float16 does not hold it (`ldmrt.export.audit`).
 
     Attributes:
-        component: `text_encoder`, `text_encoder_2`, `unet`, `decoder` or `encoder`.
+        component: `text_encoder`, `text_encoder_2`, `unet`, `controlled_unet`, `controlnet.NAME`, `decoder` or `encoder`.
         kind: the kind of the engines.
         size: width and height in pixels, or None if the component does not depend on them.
         key: hash of what was audited.
@@ -170,18 +184,28 @@ class ModelRecord(_Record):
         name: the source's name, for people.
         latent_channels: channels of the latents.
         downscale: pixels per latent cell, each way.
-        tokenizers: folder of the tokenizer of each text encoder, in the order in which their outputs are joined.
+        tokenizers: folder of the tokenizer of each text encoder, in the order in which their outputs are joined; none for a model that
+            reads no text.
         zero_empty_negative: whether an empty negative prompt means embeddings of zeros.
+        inpainting: whether it draws into the masked part of a picture, and nothing else.
+        guidance_embedding: width of the embedding of the guidance scale that the U-Net takes in the place of classifier-free guidance;
+            None if it takes none.
+        scaling_factor: the latents that are denoised are (encoded - shift_factor) * scaling_factor.
+        shift_factor: see there.
         schedule: the noise schedule (`ldmrt.schedule.NoiseSchedule.from_dict`).
         defaults: see `Defaults`.
     """
 
-    kind: str = Field(pattern="^stable-diffusion(-xl)?$")
+    kind: str = Field(pattern="^(stable-diffusion(-xl)?|latent-diffusion)$")
     name: str
     latent_channels: int = Field(ge=1, le=1024)
     downscale: int = Field(ge=1, le=1024)
-    tokenizers: dict[str, str] = Field(min_length=1)
+    tokenizers: dict[str, str]
     zero_empty_negative: bool = False
+    inpainting: bool = False
+    guidance_embedding: int | None = Field(default=None, ge=4)
+    scaling_factor: float = Field(default=0.18215, gt=0)
+    shift_factor: float = 0.0
     schedule: dict[str, Any]
     defaults: Defaults
 
@@ -195,6 +219,7 @@ class Manifest(_Record):
         model: see `ModelRecord`.
         source: files that the bundle was made from, with their hashes.
         loras: LoRAs that were fused into the weights.
+        controlnets: the ControlNets there are engines of, in the order in which a request names their pictures.
         tokenizer_files: files of the tokenizer.
         weights: weight files by name (`unet.bfloat16`).
         engines: the compiled components.
@@ -208,6 +233,7 @@ class Manifest(_Record):
     model: ModelRecord
     source: tuple[FileRecord, ...]
     loras: tuple[LoraRecord, ...] = ()
+    controlnets: tuple[ControlNetRecord, ...] = ()
     tokenizer_files: tuple[FileRecord, ...]
     weights: dict[str, FileRecord]
     engines: tuple[EngineRecord, ...]
@@ -479,11 +505,13 @@ def _as_agreed(record: EngineRecord, engine: Engine) -> Engine:
         BundleError: one is missing or has another form.
     """
     found = {**engine.inputs, **engine.outputs}
+    if record.component == "context" and not found:  # a model that is told nothing
+        return engine
     fits = all(
         name in found and len(found[name].shape) == dimensions
         for name, dimensions in _INTERFACES.get(record.component, {}).items()
     )
-    if fits and record.component == "step":
+    if fits and record.component in (STEP, CONTROLLED_STEP):
         latents = engine.inputs.get("latents")
         fits = latents is not None and [spec.shape for spec in engine.outputs.values()] == [latents.shape]
     if not fits:

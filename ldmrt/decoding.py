@@ -1,4 +1,4 @@
-"""The decoder behind a denoising loop, over static buffers, so that one CUDA graph can hold a whole image."""
+"""Latents to pixels: by a call, or over static buffers behind a denoising loop, so that one CUDA graph can hold a whole image."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from ldmrt.engines.protocol import Engine
 from ldmrt.errors import EngineMismatch
+from ldmrt.loader import EngineLoader
 
 
 class Decoding:
@@ -41,3 +42,32 @@ class Decoding:
             self._given[: len(part)].copy_(part)
             self._engine.enqueue()
             self.images[first : first + rows].copy_(self._made[: len(part)])
+
+
+def decode(loader: EngineLoader, latents: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Pictures of latents, as many at a time as the bundle's decoders of that size take.
+
+    Args:
+        loader: gives the decoders.
+        latents: (n, C, h, w) float32, on any device.
+        size: (width, height) in pixels.
+
+    Returns:
+        (n, 3, height, width), on the loader's device, in the decoder's precision.
+
+    Raises:
+        EngineMismatch: there is no decoder.
+    """
+    records = loader.records("decoder", size)
+    decoded = []
+    done = 0
+    while done < len(latents):
+        left = len(latents) - done
+        record = max((r for r in records if (r.rows or 1) <= left), key=lambda r: r.rows or 1, default=records[0])
+        rows = record.rows or 1
+        engine = loader.load(record)
+        batch = torch.zeros((rows, *latents.shape[1:]), dtype=engine.inputs["latents"].dtype, device=loader.device)
+        batch[: min(rows, left)].copy_(latents[done : done + rows])
+        decoded.append(engine.run({"latents": batch})["image"][: min(rows, left)])
+        done += rows
+    return torch.cat(decoded)

@@ -1,24 +1,23 @@
 """The sampling loop: one step over static buffers, for images that may each be at another step.
 
-A step is three things in a row: the `step` engine, the sampler's update (guidance, one row of coefficients, the next model input),
-and the advance of the row indices. Its state lies in static buffers and nothing is read back, so that the same calls can be
+A step is three things in a row: the `step` engine, behind those of ControlNets if there are any, the sampler's update (guidance, one
+row of coefficients, the next model input), and the advance of the row indices. Its state lies in static buffers and nothing is read back, so that the same calls can be
 captured as a CUDA graph; on the CPU they run as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ldmrt.capture import Recorder, Work
-from ldmrt.engines.protocol import Engine, TensorSpec
+from ldmrt.engines.protocol import Engine
 from ldmrt.errors import EngineMismatch
-from ldmrt.schedule import SamplerTable
+from ldmrt.network import Conditioning, Network, Parts, sizes
+from ldmrt.samplers.table import SamplerTable
 from ldmrt.slots import Slots
-
-Conditioning = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,24 +26,27 @@ class _Admitted:
 
     table: SamplerTable
     conditionings: tuple[Conditioning, ...]
+    controls: tuple[Conditioning, ...]
 
 
 class Denoiser:
     """A batch of images being denoised.
 
     Args:
-        context: turns the request's inputs into what the step reads of them (keys and values), once per request.
-        schedule: turns timesteps, and perhaps the request's inputs, into what the step reads of them, once per request for all
-            steps.
-        step: the denoising network; its row count is the batch's.
+        context: see `ldmrt.network.Parts`, as for the next two.
+        schedule: see there.
+        step: see there; its row count is the batch's.
         capacity: images at a time. An image takes one row, or two with guidance.
         tokens: length of the text embeddings.
         evaluations: the most model evaluations of one image.
         with_noise: whether samplers that draw noise may be admitted.
+        with_rescale: whether guidance may be rescaled.
+        with_thresholds: whether samplers that threshold may be admitted.
         device: where all of it lies.
         recorder: captures the step as a CUDA graph; None to launch its kernels one by one, as on a CPU.
         generation: counts the changes of the weights. What was computed from other weights is then computed anew, for the
             images that are under way too.
+        controlnets: the parts of ControlNets, of as many rows as the step. Their residuals are summed; the step reads them.
     """
 
     def __init__(
@@ -57,13 +59,15 @@ class Denoiser:
         tokens: int,
         evaluations: int,
         with_noise: bool,
+        with_rescale: bool = False,
+        with_thresholds: bool = False,
         device: torch.device,
         recorder: Recorder | None = None,
         generation: Callable[[], int] = lambda: 0,
+        controlnets: Sequence[Parts] = (),
     ) -> None:
         latents = step.inputs["latents"]
-        rows, *latent_shape = _sizes(latents)
-        self._context, self._schedule, self._step = context, schedule, step
+        rows, *latent_shape = sizes(latents)
         self.capacity, self.tokens, self.rows = capacity, tokens, rows
         self.slots = Slots(
             capacity,
@@ -73,28 +77,31 @@ class Denoiser:
             device=device,
             model_dtype=latents.dtype,
             with_noise=with_noise,
+            with_rescale=with_rescale,
+            with_thresholds=with_thresholds,
         )
         self._slot_of_row = torch.zeros(rows, dtype=torch.int64, device=device)
         # A row's entries of the schedule's tables are its own: its text may have a say in them.
         self._offset = torch.zeros(rows, dtype=torch.int64, device=device)
         self._entry = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._contexts = {
-            name: torch.zeros(_sizes(spec, rows=rows, tokens=tokens), dtype=spec.dtype, device=device)
-            for name, spec in context.outputs.items()
-        }
-        self._current = {
-            name: torch.zeros(_sizes(spec, rows=rows), dtype=spec.dtype, device=device)
-            for name, spec in schedule.outputs.items()
-        }
-        self._tables = {
-            name: torch.zeros(
-                (rows * self.slots.entries_per_slot, *tensor.shape[1:]), dtype=tensor.dtype, device=device
-            )
-            for name, tensor in self._current.items()
-        }
         output = next(iter(step.outputs.values()))
-        self._output = torch.zeros(_sizes(output), dtype=output.dtype, device=device)
-        step.bind({"latents": self.slots.model_input, output.name: self._output, **self._contexts, **self._current})
+        self._output = torch.zeros(sizes(output), dtype=output.dtype, device=device)
+
+        def network(parts: Parts, buffers: Mapping[str, torch.Tensor]) -> Network:
+            entries = self.slots.entries_per_slot
+            buffers = {"latents": self.slots.model_input, **buffers}
+            return Network(parts, tokens=tokens, entries=entries, device=device, buffers=buffers)
+
+        def residuals() -> dict[str, torch.Tensor]:
+            made = controlnets[0].step.outputs if controlnets else {}
+            return {name: torch.zeros(sizes(spec), dtype=spec.dtype, device=device) for name, spec in made.items()}
+
+        # Those of the first ControlNet, to which the others' are added: one after the other in the same place.
+        self._residuals, self._further = residuals(), residuals() if len(controlnets) > 1 else {}
+        self._controlnets = [
+            network(parts, self._further if number else self._residuals) for number, parts in enumerate(controlnets)
+        ]
+        self._network = network(Parts(context, schedule, step), {output.name: self._output, **self._residuals})
         self._admitted: dict[int, _Admitted] = {}
         self._generation = generation
         self._made_at = generation()
@@ -113,6 +120,8 @@ class Denoiser:
         cond: Conditioning,
         uncond: Conditioning | None,
         noise: torch.Tensor | None = None,
+        guidance_rescale: float = 0.0,
+        controls: Sequence[Conditioning] = (),
     ) -> None:
         """Put an image into a slot.
 
@@ -125,9 +134,11 @@ class Denoiser:
                 and what else the model has.
             uncond: the same for the negative prompt, or None for no guidance.
             noise: (evaluations, C, h, w) float32 for a sampler that draws noise.
+            guidance_rescale: how far to bring the deviation of the guided output back, 0 to 1; ignored without `uncond`.
+            controls: for each ControlNet `controlnet_cond` (3, H, W) in [0, 1], and `conditioning_scale` (evaluations,).
 
         Raises:
-            EngineMismatch: there is no row left for it.
+            EngineMismatch: there is no row left for it, or the ControlNets are not as many.
             BadRequest: the sampler has more evaluations than the batch was made for.
         """
         per_image = self.rows // self.capacity
@@ -136,10 +147,13 @@ class Denoiser:
             raise EngineMismatch(
                 f"a batch of {self.capacity} in {self.rows} rows has no room for guidance, which takes two rows an image"
             )
+        if len(controls) != len(self._controlnets):
+            raise EngineMismatch(f"{len(controls)} controls were given for {len(self._controlnets)} ControlNets")
         first = slot * per_image
         rows = slice(first, first + len(conditionings))
+        admitted = _Admitted(table, conditionings, tuple(controls))
         self._refresh()
-        self._prepare(slot, _Admitted(table, conditionings))
+        self._prepare(slot, admitted)
         self._slot_of_row[rows] = slot
         self.slots.admit(
             slot,
@@ -149,8 +163,9 @@ class Denoiser:
             cond_row=first,
             uncond_row=None if uncond is None else first + 1,
             noise=noise,
+            guidance_rescale=guidance_rescale,
         )
-        self._admitted[slot] = _Admitted(table, conditionings)
+        self._admitted[slot] = admitted
 
     def step(self) -> None:
         """One model evaluation and one sampler update for every admitted slot."""
@@ -206,9 +221,12 @@ class Denoiser:
         slots = self.slots
         torch.index_select(slots.row, 0, self._slot_of_row, out=self._entry)
         self._entry.add_(self._offset)
-        for name, current in self._current.items():
-            torch.index_select(self._tables[name], 0, self._entry, out=current)
-        self._step.enqueue()
+        for number, controlnet in enumerate(self._controlnets):
+            controlnet.enqueue(self._entry)
+            if number:
+                for name, residual in self._residuals.items():
+                    residual.add_(self._further[name])
+        self._network.enqueue(self._entry)
         slots.update(self._output)
 
     def latents(self, slot: int) -> torch.Tensor:
@@ -230,31 +248,8 @@ class Denoiser:
     def _prepare(self, slot: int, admitted: _Admitted) -> None:
         """Compute what the step reads of a slot's request and timesteps, into the static buffers."""
         first = slot * (self.rows // self.capacity)
-        rows = slice(first, first + len(admitted.conditionings))
-        stacked = {
-            name: torch.stack([one[name].to(spec.dtype) for one in admitted.conditionings])
-            for name, spec in self._context.inputs.items()
-        }
-        for name, tensor in self._context.run(stacked).items():
-            self._contexts[name][rows].copy_(tensor)
-        entries = self.slots.entries_per_slot
-        for row, conditioning in enumerate(admitted.conditionings, start=first):
-            for name, tensor in self._scheduled(admitted.table, conditioning).items():
-                self._tables[name][row * entries : row * entries + len(tensor)].copy_(tensor)
-            self._offset[row] = (row - slot) * entries
-
-    def _scheduled(self, table: SamplerTable, conditioning: Conditioning) -> Mapping[str, torch.Tensor]:
-        """What the step reads of the timesteps, for all of a sampler's evaluations at once."""
-        inputs = {}
-        for name, spec in self._schedule.inputs.items():
-            if name == "timesteps":
-                inputs[name] = torch.from_numpy(table.timesteps).to(device=self._entry.device, dtype=spec.dtype)
-            else:
-                value = conditioning[name].to(spec.dtype)
-                inputs[name] = value.expand(table.evaluations, *value.shape)
-        return self._schedule.run(inputs)
-
-
-def _sizes(spec: TensorSpec, **free: int) -> tuple[int, ...]:
-    """The shape of a tensor, its free dimensions given."""
-    return tuple(free[size] if isinstance(size, str) else size for size in spec.shape)
+        self._network.prepare(first, admitted.table, admitted.conditionings)
+        for controlnet, control in zip(self._controlnets, admitted.controls, strict=True):
+            controlnet.prepare(first, admitted.table, [{**one, **control} for one in admitted.conditionings])
+        for row in range(first, first + len(admitted.conditionings)):
+            self._offset[row] = (row - slot) * self.slots.entries_per_slot

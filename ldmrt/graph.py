@@ -378,7 +378,7 @@ def _check(graph: Graph) -> None:
                 raise ValueError(f"node {node.name!r} reads {name!r}, which is not defined before it")
         define(node.name)
         _check_shape(node.name, node.shape)
-    if not graph.outputs:
+    if graph.nodes and not graph.outputs:
         raise ValueError("it has no outputs")
     for name, value in graph.outputs.items():
         if value not in known:

@@ -105,7 +105,7 @@ def parameters_text(
         prompt: the prompt.
         negative_prompt: left out when empty.
         steps: `Steps`.
-        sampler: `Sampler`, in capitals.
+        sampler: `Sampler`, as that knows it (`ldmrt.samplers.registry.Choice.title`).
         guidance_scale: `CFG scale`.
         seed: `Seed`, of this picture.
         width: the first half of `Size`, in pixels.
@@ -115,7 +115,7 @@ def parameters_text(
     """
     settings: dict[str, object] = {
         "Steps": steps,
-        "Sampler": sampler.upper(),
+        "Sampler": sampler,
         "CFG scale": f"{guidance_scale:g}",
         "Seed": seed,
         "Size": f"{width}x{height}",

@@ -6,6 +6,7 @@ import torch
 
 from ldmrt.bundle import Bundle, EngineRecord
 from ldmrt.capture import Recorder
+from ldmrt.components import STEP, is_step, parts, runs_once
 from ldmrt.engines.captured import CapturedEngine
 from ldmrt.engines.protocol import Engine
 from ldmrt.engines.tensorrt import LIBRARIES
@@ -53,7 +54,7 @@ class EngineLoader:
         kinds = kinds_of(bundle)
         self.bundle, self.device, self._dtype, self._weight_budget = bundle, device, dtype, weight_budget
         self.kind = kind or ("torch" if "torch" in kinds or not kinds else min(kinds))
-        steps = [r for r in bundle.manifest.engines if r.component == "step" and r.kind == self.kind]
+        steps = [r for r in bundle.manifest.engines if is_step(r.component) and r.kind == self.kind]
         self.recorder = recorder if all(record.can_be_captured for record in steps) else None
         self._engines: dict[str, Engine] = {}
         if self.kind not in kinds:
@@ -69,7 +70,7 @@ class EngineLoader:
             EngineMismatch: there is none.
         """
         # What runs once per request is on the torch engine, whatever runs the steps.
-        kind = "torch" if component in ("context", "schedule") else self.kind
+        kind = "torch" if runs_once(component) else self.kind
         found = self.bundle.find(component, kind=kind, dtype=self._dtype, size=size)
         if not found:
             raise EngineMismatch(
@@ -84,7 +85,7 @@ class EngineLoader:
         """An engine, loaded once."""
         if record.key not in self._engines:
             engine = self.bundle.load(record, self.device, weight_budget=self._weight_budget)
-            if self.recorder is not None and record.kind == "torch" and record.component != "step":
+            if self.recorder is not None and record.kind == "torch" and not is_step(record.component):
                 engine = CapturedEngine(engine, self.recorder)
             self._engines[record.key] = engine
         return self._engines[record.key]
@@ -100,7 +101,7 @@ class EngineLoader:
         Raises:
             EngineMismatch: an engine cannot run here, or there is none of that size.
         """
-        for component in ("context", "schedule", "step", "decoder"):
+        for component in (*parts(STEP), "decoder"):
             for record in self.records(component, size):
                 self.load(record)
 
@@ -111,7 +112,7 @@ class EngineLoader:
 
 def kinds_of(bundle: Bundle) -> list[str]:
     """The engine kinds of a bundle, in the order in which one takes the place of another that cannot run."""
-    present = {record.kind for record in bundle.manifest.engines if record.component == "step"}
+    present = {record.kind for record in bundle.manifest.engines if record.component == STEP}
     return [kind for kind in _KINDS if kind in present]
 
 

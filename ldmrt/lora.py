@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmrt import original
 from ldmrt.errors import BadRequest, BundleError
 from ldmrt.weights import WeightFile
 
@@ -305,12 +306,11 @@ def _flat(module: str) -> str:
 
 def _called(shapes: Shapes) -> dict[str, str]:
     """The names of a component's weights, by what a LoRA may call their modules."""
-    downs = {name.split(".")[3] for name in shapes if name.startswith("down_blocks.0.resnets.")}
+    originals = original.unet(shapes)
     names: dict[str, str] = {}
     for name, shape in shapes.items():
         if name.endswith(".weight") and len(shape) >= 2:
-            module = name.removesuffix(".weight")
-            for flat in (_flat(module), _flat(_original(module, shapes, len(downs)))):
+            for flat in (_flat(called.removesuffix(".weight")) for called in (name, originals[name])):
                 # Before peft, diffusers called the projections of every attention to_q, to_k, to_v and to_out.
                 for alias in (
                     flat,
@@ -319,48 +319,6 @@ def _called(shapes: Shapes) -> dict[str, str]:
                 ):
                     names[alias] = name
     return names
-
-
-_RESNET = {
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_ALONE = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-
-
-def _original(module: str, shapes: Shapes, blocks: int) -> str:
-    """What the original code of Stable Diffusion (CompVis, Stability AI) calls a module of the U-Net.
-
-    Args:
-        module: its path in diffusers.
-        shapes: the U-Net's weights.
-        blocks: residual blocks of a level on the way down; on the way up there is one more.
-    """
-    found = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|\w+samplers)\.(\d+)\.(.+)", module)
-    if found is None:
-        return _ALONE.get(module, module)
-    way, level, kind, number, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
-    if kind == "resnets":
-        rest = _RESNET.get(rest, rest)
-    if way == "mid":
-        return f"middle_block.{1 if kind == 'attentions' else 2 * number}.{rest}"
-    first = level * (blocks + 1)
-    if kind == "downsamplers":
-        return f"input_blocks.{first + blocks + 1}.0.op"
-    if kind == "upsamplers":
-        attends = any(name.startswith(f"up_blocks.{level}.attentions.") for name in shapes)
-        return f"output_blocks.{first + blocks}.{2 if attends else 1}.{rest}"
-    block = f"input_blocks.{first + number + 1}" if way == "down" else f"output_blocks.{first + number}"
-    return f"{block}.{int(kind == 'attentions')}.{rest}"
 
 
 def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:

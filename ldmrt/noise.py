@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ldmrt.errors import BadRequest
-from ldmrt.schedule import SamplerTable
+from ldmrt.samplers.table import SamplerTable
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -19,10 +19,12 @@ def draw(
     *,
     generator: Generators | None = None,
     latents: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    encoding: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Draw all the noise of a call, float32.
 
-    A generator gives first the initial latents of its images, then their noise step by step: what diffusers would draw from it.
+    A generator gives first the initial latents of its images, then what the encoding of a picture draws (once for all its images),
+    then their noise step by step: what diffusers would draw from it.
 
     Args:
         seeds: one for each image; each starts a generator of its own.
@@ -30,9 +32,11 @@ def draw(
         table: the sampler, which says in which evaluations it draws.
         generator: instead of the seeds: one for all images, or one for each.
         latents: (n, C, h, w), instead of drawing them.
+        encoding: whether a picture is encoded.
 
     Returns:
-        Initial latents (n, C, h, w), and the noise (n, evaluations, C, h, w) of samplers that draw some, else None.
+        Initial latents (n, C, h, w); the noise (n, evaluations, C, h, w) of samplers that draw some, else None; that of the encoding
+        (n, C, h, w), or None.
 
     Raises:
         BadRequest: the generators or the latents do not fit the images.
@@ -52,12 +56,14 @@ def draw(
             "the generator is on a GPU, expected torch.Generator('cpu'): noise is drawn on the CPU", param="generator"
         )
     block = (images, *shape)
-    starts, noises = [], []
+    starts, noises, encodings = [], [], []
     for one in generators:
         if latents is None:
             starts.append(torch.randn(block, generator=one))
+        if encoding:
+            encodings.append(torch.randn((1, *shape), generator=one).expand(block))
         if table.uses_noise:
             drawn = [torch.randn(block, generator=one) if d else torch.zeros(block) for d in table.draws_noise.tolist()]
             noises.append(torch.stack(drawn, dim=1))
     start = torch.cat(starts) if latents is None else latents.detach().to("cpu", torch.float32)
-    return start, torch.cat(noises) if noises else None
+    return start, torch.cat(noises) if noises else None, torch.cat(encodings) if encodings else None

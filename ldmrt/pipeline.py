@@ -15,21 +15,27 @@ from typing import Any, Literal
 
 import torch
 
-from ldmrt import choices, image as pixels
+from ldmrt import choices, control, image as pixels
 from ldmrt.adapters import Adapters
 from ldmrt.bundle import Bundle, EngineRecord
 from ldmrt.capture import Recorder
+from ldmrt.components import CONTROLNET, STEP, parts
+from ldmrt.conditioning import Picture
 from ldmrt.config import parse_device
-from ldmrt.decoding import Decoding
+from ldmrt.decoding import Decoding, decode
 from ldmrt.denoise import Denoiser
-from ldmrt.engines.protocol import Engine
+from ldmrt.denoisers import Denoisers
 from ldmrt.errors import BadRequest, EngineMismatch, NumericalError
+from ldmrt.guidance import embedding
+from ldmrt.inpainting import resolve as resolve_inpainting
 from ldmrt.loader import EngineLoader, kinds_of
 from ldmrt.lora import Lora
 from ldmrt.noise import Generators, draw
 from ldmrt.parameters import Parameters
 from ldmrt.request import Defaults, Job, LongPrompt, Request, resolve
-from ldmrt.schedule import NoiseSchedule, SamplerTable, sampler_table
+from ldmrt.samplers.make import sampler_table
+from ldmrt.samplers.table import SamplerTable
+from ldmrt.schedule import NoiseSchedule
 from ldmrt.text import Embedding, Given, PromptEncoder, TextModel
 from ldmrt.tokenizer import Tokenizer
 
@@ -76,7 +82,7 @@ class Pipeline:
             TextModel(Tokenizer.from_folder(folder), loader.only(encoder))
             for encoder, folder in self.bundle.check_tokenizers().items()
         ]
-        self.tokenizer = texts[0].tokenizer
+        self.tokenizer = texts[0].tokenizer if texts else None
         self._prompts = PromptEncoder(texts, self.device, zero_empty_negative=model.zero_empty_negative)
         sizes = tuple(dict.fromkeys(record.size for record in loader.records("step") if record.size))
         size = (model.defaults.width, model.defaults.height)
@@ -91,10 +97,9 @@ class Pipeline:
             size_multiple=model.downscale,
             max_steps=self.schedule.train_steps,
             max_clip_skip=self._prompts.layers - 1,
+            guidance_embedded=model.guidance_embedding is not None,
         )
-        self._denoisers: dict[tuple[int, ...], Denoiser] = {}
-        self._decodings: dict[Denoiser, Decoding] = {}
-        self._capture = capture
+        self._denoisers = Denoisers(loader, capture)
         self._adapters = Adapters(self._weights)
         self._lock = threading.Lock()
 
@@ -157,6 +162,7 @@ class Pipeline:
         width: int | None = None,
         height: int | None = None,
         *,
+        guidance_rescale: float = 0.0,
         generator: Generators | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
@@ -165,6 +171,12 @@ class Pipeline:
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         clip_skip: int | None = None,
         long_prompt: LongPrompt = "chunk",
+        image: Picture | None = None,
+        mask_image: Picture | None = None,
+        control_image: Picture | Sequence[Picture | None] | None = None,
+        controlnet_scale: float | Sequence[float] = 1.0,
+        control_start: float | Sequence[float] = 0.0,
+        control_end: float | Sequence[float] = 1.0,
         output_type: OutputType = "pil",
         on_step: OnStep | None = None,
     ) -> Result:
@@ -174,13 +186,16 @@ class Pipeline:
             prompt: one prompt or several; not needed with `prompt_embeds`.
             negative_prompt: what not to show; one for all prompts or one each.
             num_inference_steps: denoising steps.
-            guidance_scale: classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598); at most 1 is without.
-            sampler: `ddim`.
-            eta: DDIM's noise, 0 to 1.
+            guidance_scale: classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598); at most 1 is without. To a model that was
+                distilled with guidance (LCM) it is an input, without a negative prompt.
+            sampler: such as `ddim`, `Euler a` or `dpm++ 2m karras`; docs/samplers.md lists them.
+            eta: the noise of `ddim` and `tcd`, 0 to 1.
             seed: of the first image; image i has seed + i. Drawn, and reported in the result, if not given.
             num_images_per_prompt: images for each prompt.
             width: in pixels, a size that the bundle has engines for.
             height: in pixels.
+            guidance_rescale: brings the deviation of the guided output back to that of the unguided one, from 0, not at all, to 1
+                (Lin et al. 2023, arXiv 2305.08891, section 3.4); against pictures that are too bright.
             generator: a `torch.Generator` on the CPU for all images, or one for each; instead of `seed`.
             latents: (n, C, h, w) float32, standard normal, instead of noise from a seed.
             prompt_embeds: (1 or n, tokens, width), instead of encoding the prompt.
@@ -190,6 +205,14 @@ class Pipeline:
             clip_skip: how many of the text encoder's last layers to leave out.
             long_prompt: `chunk` encodes a prompt longer than the text encoder's window in several windows, as AUTOMATIC1111 does;
                 `cut` drops the rest, with a warning.
+            image: for an inpainting model, the picture to draw into, a PIL image or an array of uint8 (H, W, 3); it is resized.
+            mask_image: the same, white where it is to be drawn anew.
+            control_image: for each ControlNet of the bundle (`bundle.manifest.controlnets`, in order) the picture that it follows, or
+                None to leave it out; a picture alone for a single one. All images of the call follow it. A PIL image or an array of
+                uint8 (H, W, 3); it is resized.
+            controlnet_scale: how much of each ControlNet, one number for all or one for each.
+            control_start: the share of the steps after which each begins, 0 to 1, likewise.
+            control_end: the share of the steps after which each ends.
             output_type: `pil`, `np` or `latent`.
             on_step: called after every step with its index and the latents (images at a time, C, h, w) float32. It may raise, for
                 instance `ldmrt.Cancelled`, to stop.
@@ -207,6 +230,7 @@ class Pipeline:
                 negative_prompt=negative_prompt,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
+                guidance_rescale=guidance_rescale,
                 sampler=sampler,
                 eta=eta,
                 seed=seed,
@@ -220,7 +244,19 @@ class Pipeline:
         )
         if output_type not in ("pil", "np", "latent"):
             raise BadRequest(f"output_type is {output_type!r}, expected pil, np or latent", param="output_type")
+        controls = control.resolve(
+            [record.name for record in self.bundle.manifest.controlnets],
+            (job.width, job.height),
+            pictures=control_image,
+            scale=controlnet_scale,
+            start=control_start,
+            end=control_end,
+        )
+        names = [one.name for one in controls]
+        inpainting = resolve_inpainting(self.bundle.manifest.model, (job.width, job.height), image, mask_image)
         given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
+        if not self.bundle.manifest.model.tokenizers:
+            _check_unconditional(job, given)
         clock = _Clock()
         with self._lock, torch.inference_mode():
             with clock("tokenize"):
@@ -229,12 +265,24 @@ class Pipeline:
                 texts = self._prompts.embed(job, windows, given)
             with clock("prepare"):
                 table = sampler_table(job.sampler, self.schedule, job.num_inference_steps, job.eta)
-                starts, noises = draw(job.seeds, self._latent_shape(job), table, generator=generator, latents=latents)
+                starts, noises, encoding = draw(
+                    job.seeds,
+                    self._latent_shape(job),
+                    table,
+                    generator=generator,
+                    latents=latents,
+                    encoding=inpainting is not None,
+                )
+                own: list[dict[str, torch.Tensor]] = [self._guidance(job)] * len(starts)
+                if inpainting is not None and encoding is not None:
+                    encoder = self._loader.load(self._loader.records("encoder", (job.width, job.height))[0])
+                    masked = inpainting.conditionings(encoder, self.bundle.manifest.model, encoding, self.device)
+                    own = [one | more for one, more in zip(own, masked, strict=True)]
             finals = torch.empty_like(starts)
             decoded: dict[int, torch.Tensor] = {}
-            for group in self._groups(job, texts):
+            for group in self._denoisers.groups(job, [len(cond.states) for cond, _ in texts], names):
                 with clock("prepare"):
-                    denoiser = self._denoiser(job, table, len(group), len(texts[group[0]][0].states))
+                    denoiser = self._denoisers.get(job, table, len(group), len(texts[group[0]][0].states), names)
                 try:
                     with clock("prepare"):
                         for slot, number in enumerate(group):
@@ -244,14 +292,15 @@ class Pipeline:
                                 latents=starts[number],
                                 table=table,
                                 guidance_scale=job.guidance_scale,
-                                cond=conditioning(cond, job),
-                                uncond=None if uncond is None else conditioning(uncond, job),
+                                cond=conditioning(cond, job) | own[number],
+                                uncond=None if uncond is None else conditioning(uncond, job) | own[number],
                                 noise=None if noises is None else noises[number],
+                                guidance_rescale=job.guidance_rescale,
+                                controls=[one.conditioning(table.evaluations, self.device) for one in controls],
                             )
                     with clock("denoise"):
-                        decoding = (
-                            self._decodings.get(denoiser) if on_step is None and output_type != "latent" else None
-                        )
+                        wanted = on_step is None and output_type != "latent"
+                        decoding = self._denoisers.decoding(denoiser) if wanted else None
                         self._denoise(denoiser, table, len(group), on_step, decoding)
                         finals[group] = denoiser.slots.x[: len(group)].cpu()
                         if decoding is not None:
@@ -270,7 +319,7 @@ class Pipeline:
                 elif decoded:
                     images = _delivered(torch.stack([decoded[number] for number in range(len(finals))]), output_type)
                 else:
-                    images = _delivered(self._decode(job, finals), output_type)
+                    images = _delivered(decode(self._loader, finals, (job.width, job.height)), output_type)
         # A tensor made in inference mode could not be used in a caller's own computation.
         finals = finals.clone()
         images = finals if output_type == "latent" else images
@@ -282,8 +331,8 @@ class Pipeline:
         LoRAs stay on the weights. The first values of those that change are kept, where they are used, for `restore_weights`.
 
         Args:
-            component: `unet`, `text_encoder`, `text_encoder_2`, `decoder` or `encoder`. The last two share their file, not their
-                weights.
+            component: `unet`, `controlnet.NAME`, `text_encoder`, `text_encoder_2`, `decoder` or `encoder`. The last two share their
+                file, not their weights.
             tensors: new values by the names of the model's weight file; the other weights stay as they are.
 
         Raises:
@@ -351,23 +400,24 @@ class Pipeline:
 
     def _parameters(self, component: str) -> Parameters:
         """A component's weights, all of its engines loaded, so that their names are known."""
-        parts = ("context", "schedule", "step") if component == "unet" else (component,)
+        needed = parts(_step(component)) if _is_network(component) else (component,)
         known = {record.component for record in self.bundle.manifest.engines}
-        if component in ("context", "schedule", "step") or not known.issuperset(parts):
+        if component in parts(STEP) or not known.issuperset(needed):
             raise BadRequest(
-                f"component is {component!r}, expected unet, text_encoder, decoder or encoder", param="component"
+                f"component is {component!r}, expected unet, text_encoder, decoder, encoder or controlnet.NAME",
+                param="component",
             )
         if not self._record(component).takes_weights:
             raise EngineMismatch(
                 f"{self.kind} engines hold weights of their own, which cannot be changed in place: use the torch engine"
             )
-        for part in parts:
+        for part in needed:
             self._loader.load(self._loader.records(part)[0])
         return self._weights(component)
 
     def _record(self, component: str) -> EngineRecord:
         """An engine that reads a component's weights."""
-        return self._loader.records("step" if component == "unet" else component)[0]
+        return self._loader.records(_step(component) if _is_network(component) else component)[0]
 
     def _weights(self, component: str) -> Parameters:
         return self.bundle.parameters(self._record(component).weights, self.device)
@@ -384,8 +434,7 @@ class Pipeline:
 
     def images_at_a_time(self, width: int, height: int, *, guidance: bool) -> int:
         """The largest batch that the bundle's step engines run at once."""
-        rows = max(record.rows or 1 for record in self._loader.records("step", (width, height)))
-        return max(1, rows // (2 if guidance else 1))
+        return self._denoisers.images_at_a_time((width, height), guidance=guidance)
 
     # ------------------------------------------------------------------------------------------------ stages
 
@@ -393,64 +442,10 @@ class Pipeline:
         model = self.bundle.manifest.model
         return model.latent_channels, job.height // model.downscale, job.width // model.downscale
 
-    def _groups(self, job: Job, texts: list[Text]) -> Iterator[list[int]]:
-        """Image numbers that run together: as many as the largest step engine takes, with equally long text."""
-        per_image = 2 if job.do_cfg else 1
-        records = self._loader.records("step", (job.width, job.height))
-        available = sorted({(record.rows or 1) // per_image for record in records} - {0})
-        if not available:
-            raise EngineMismatch(
-                f"{self.bundle.path} has no step engine of 2 rows, which guidance needs; "
-                "build one with `ldmrt build-engines`"
-            )
-        by_tokens: dict[int, list[int]] = {}
-        for number, (cond, _) in enumerate(texts):
-            by_tokens.setdefault(len(cond.states), []).append(number)
-        for numbers in by_tokens.values():
-            start = 0
-            while start < len(numbers):
-                size = max((n for n in available if n <= len(numbers) - start), default=available[0])
-                yield numbers[start : start + size]
-                start += size
-
-    def _denoiser(self, job: Job, table: SamplerTable, images: int, tokens: int) -> Denoiser:
-        """The denoiser for a batch; kept, since its buffers are what a captured step is bound to."""
-        per_image = 2 if job.do_cfg else 1
-        records = [
-            r for r in self._loader.records("step", (job.width, job.height)) if (r.rows or 1) // per_image >= images
-        ]
-        record = records[0]
-        _check_tokens(self._loader.load(record), tokens)
-        capacity = (record.rows or 1) // per_image
-        evaluations = max(64, 1 << (table.evaluations - 1).bit_length())
-        key = (job.width, job.height, record.rows or 1, capacity, tokens, evaluations, table.uses_noise)
-        if key not in self._denoisers:
-            # A step engine is bound to one set of buffers: whoever had it before gives it up.
-            self._denoisers = {k: v for k, v in self._denoisers.items() if k[:3] != key[:3]}
-            self._denoisers[key] = Denoiser(
-                self._loader.only("context"),
-                self._loader.only("schedule"),
-                self._loader.load(record),
-                capacity=capacity,
-                tokens=tokens,
-                evaluations=evaluations,
-                with_noise=table.uses_noise,
-                device=self.device,
-                recorder=self._loader.recorder,
-                generation=lambda: self._loader.generation("step"),
-            )
-            self._decodings = {d: decoding for d, decoding in self._decodings.items() if d in self._denoisers.values()}
-        denoiser = self._denoisers[key]
-        if self._loader.recorder is not None and self._capture == "loop":
-            denoiser.capture(table.evaluations)
-        elif self._loader.recorder is not None and self._capture == "image":
-            if denoiser not in self._decodings:
-                records = self._loader.records("decoder", (job.width, job.height))
-                fitting = [r for r in records if (r.rows or 1) <= capacity]
-                decoder = self._loader.load(max(fitting or records[:1], key=lambda r: r.rows or 1))
-                self._decodings[denoiser] = Decoding(decoder, denoiser.slots.x)
-            denoiser.capture(table.evaluations, self._decodings[denoiser].work)
-        return denoiser
+    def _guidance(self, job: Job) -> dict[str, torch.Tensor]:
+        """What a model that takes the guidance scale as an input reads of it; nothing for others."""
+        width = self.bundle.manifest.model.guidance_embedding
+        return {} if width is None else {"timestep_cond": embedding(job.guidance_scale, width).to(self.device)}
 
     def _denoise(
         self,
@@ -470,23 +465,31 @@ class Pipeline:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _decode(self, job: Job, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (n, C, h, w) to pictures (n, 3, H, W)."""
-        records = self._loader.records("decoder", (job.width, job.height))
-        decoded = []
-        done = 0
-        while done < len(latents):
-            left = len(latents) - done
-            record = max((r for r in records if (r.rows or 1) <= left), key=lambda r: r.rows or 1, default=records[0])
-            rows = record.rows or 1
-            engine = self._loader.load(record)
-            spec = engine.inputs["latents"]
-            batch = torch.zeros((rows, *latents.shape[1:]), dtype=spec.dtype, device=self.device)
-            batch[: min(rows, left)].copy_(latents[done : done + rows])
-            images = engine.run({"latents": batch})["image"][: min(rows, left)]
-            decoded.append(images)
-            done += rows
-        return torch.cat(decoded)
+
+def _is_network(component: str) -> bool:
+    """Whether a component's engines are the parts of a denoising network."""
+    return component == "unet" or component.startswith(CONTROLNET)
+
+
+def _step(network: str) -> str:
+    return STEP if network == "unet" else f"{network}.step"
+
+
+def _check_unconditional(job: Job, given: Given) -> None:
+    """Refuse what only a model that reads text takes.
+
+    Raises:
+        BadRequest: there is a prompt, an embedding, or guidance.
+    """
+    if any((*job.prompts, *job.negative_prompts)) or given != Given():
+        raise BadRequest(
+            "this model reads no text, and draws what it was trained on; leave the prompt empty", param="prompt"
+        )
+    if job.do_cfg:
+        raise BadRequest(
+            f"guidance_scale is {job.guidance_scale:g}, and this model reads no text that it could follow; use 1",
+            param="guidance_scale",
+        )
 
 
 def _first_that_loads(load: Callable[[str | None], Pipeline], bundle: Bundle, engine: str | None) -> Pipeline:
@@ -527,17 +530,6 @@ def conditioning(embedding: Embedding, job: Job) -> dict[str, torch.Tensor]:
         sizes = (job.height, job.width, 0, 0, job.height, job.width)
         inputs["time_ids"] = torch.tensor(sizes, dtype=torch.float32, device=embedding.states.device)
     return inputs
-
-
-def _check_tokens(step: Engine, tokens: int) -> None:
-    """Check that a prompt's length is the engine's, if that is fixed: a dimension of a step's text inputs is free but in TensorRT plans."""
-    for spec in step.inputs.values():
-        if len(spec.shape) == 3 and isinstance(spec.shape[1], int) and spec.shape[1] != tokens:
-            raise BadRequest(
-                f'the prompt takes {tokens} tokens, and this engine is made for {spec.shape[1]}: shorten it, use long_prompt="cut", '
-                "or build with --engine torch",
-                param="prompt",
-            )
 
 
 class _Clock:

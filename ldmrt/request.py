@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from ldmrt.errors import BadRequest
-from ldmrt.schedule import SAMPLERS
+from ldmrt.samplers.registry import Choice, resolve as find_sampler
 
 T = TypeVar("T")
 LongPrompt = Literal["chunk", "cut"]
@@ -33,8 +33,10 @@ class Request:
         negative_prompt: one for all prompts, or as many as there are prompts. Used only when guidance_scale > 1.
         num_inference_steps: steps of the sampler.
         guidance_scale: how far to follow the prompt (arXiv 2207.12598, as 1 + w there); 1 or less: without guidance.
-        sampler: a key of `ldmrt.schedule.SAMPLERS`.
-        eta: DDIM's noise, 0 to 1.
+        guidance_rescale: how far to bring the deviation of the guided output back to that of the unguided one, 0 to 1
+            (arXiv 2305.08891, section 3.4). Used only when guidance_scale > 1.
+        sampler: a name that `ldmrt.samplers.registry.resolve` knows.
+        eta: the noise of the samplers that have it, 0 to 1.
         seed: of the first image; image i of the whole call gets seed + i.
         num_images_per_prompt: images for each prompt.
         width: in pixels.
@@ -47,6 +49,7 @@ class Request:
     negative_prompt: str | Sequence[str] | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
     sampler: str | None = None
     eta: float = 0.0
     seed: int | None = None
@@ -72,6 +75,7 @@ class Defaults:
         max_steps: the steps the model was trained with.
         max_images: the most images of one call.
         max_clip_skip: the layers that can be left out.
+        guidance_embedded: whether the model takes the guidance scale as an input, in the place of classifier-free guidance.
     """
 
     width: int
@@ -84,6 +88,7 @@ class Defaults:
     max_steps: int = 1000
     max_images: int = 1000
     max_clip_skip: int = 11
+    guidance_embedded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +99,10 @@ class Job:
         prompts: at least one.
         negative_prompts: one for each prompt.
         seeds: one for each image.
+        sampler: its name in `ldmrt.samplers.registry`, with its noise levels.
         num_images_per_prompt: see `Request`, as are the others.
         seed_was_drawn: no seed was given; whoever wants the images again needs `seeds`.
+        guidance_embedded: see `Defaults`.
     """
 
     prompts: tuple[str, ...]
@@ -105,12 +112,14 @@ class Job:
     seed_was_drawn: bool
     num_inference_steps: int
     guidance_scale: float
+    guidance_rescale: float
     sampler: str
     eta: float
     width: int
     height: int
     clip_skip: int
     long_prompt: LongPrompt
+    guidance_embedded: bool
 
     @property
     def num_images(self) -> int:
@@ -120,7 +129,7 @@ class Job:
     @property
     def do_cfg(self) -> bool:
         """Whether the model runs twice for each image, with the prompt and with the negative prompt."""
-        return self.guidance_scale > 1
+        return self.guidance_scale > 1 and not self.guidance_embedded
 
 
 def resolve(request: Request, defaults: Defaults) -> Job:
@@ -143,6 +152,9 @@ def resolve(request: Request, defaults: Defaults) -> Job:
         seed = secrets.randbelow(_DRAWN_SEED_LIMIT)
     seed = _whole("seed", seed, low=0, high=_SEED_LIMIT - images)
     width, height = _size(request, defaults)
+    sampler = _sampler(_either(request.sampler, defaults.sampler))
+    eta = _number("eta", request.eta, low=0.0, high=1.0)
+    sampler.check_eta(eta)
     return Job(
         prompts=prompts,
         negative_prompts=_negative_prompts(request.negative_prompt, len(prompts)),
@@ -156,13 +168,21 @@ def resolve(request: Request, defaults: Defaults) -> Job:
             high=defaults.max_steps,
         ),
         guidance_scale=_number("guidance_scale", _either(request.guidance_scale, defaults.guidance_scale), low=0.0),
-        sampler=_one_of("sampler", _either(request.sampler, defaults.sampler), tuple(SAMPLERS)),
-        eta=_number("eta", request.eta, low=0.0, high=1.0),
+        guidance_rescale=_number("guidance_rescale", request.guidance_rescale, low=0.0, high=1.0),
+        sampler=sampler.name,
+        eta=eta,
         width=width,
         height=height,
         clip_skip=_whole("clip_skip", _either(request.clip_skip, 0), low=0, high=defaults.max_clip_skip),
         long_prompt=_one_of("long_prompt", request.long_prompt, get_args(LongPrompt)),
+        guidance_embedded=defaults.guidance_embedded,
     )
+
+
+def _sampler(value: object) -> Choice:
+    if not isinstance(value, str):
+        raise BadRequest(f"sampler is of type {type(value).__name__}, expected str", param="sampler")
+    return find_sampler(value)
 
 
 def _prompts(value: object) -> tuple[str, ...]:

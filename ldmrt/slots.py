@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ldmrt.errors import BadRequest
+from ldmrt.kernels.adjust import rescale_guidance, threshold
 from ldmrt.kernels.sampler import HISTORY, WIDTH, advance, sampler_step
-from ldmrt.schedule import SamplerTable, blank_rows
+from ldmrt.samplers.table import SamplerTable, blank_rows
 
 
 class Slots:
@@ -33,6 +34,7 @@ class Slots:
         row: (capacity,) int64, the row of `table` that each slot is at.
         last_row: (capacity,) int64, the row where it stays: one that changes nothing, behind its sampler's rows.
         guidance_scale: (capacity,) float32.
+        guidance_rescale: (capacity,) float32; None without `with_rescale`.
         cond_row: (capacity,) int64, the model row of the prompt; -1 for a slot that is free.
         uncond_row: (capacity,) int64, the model row of the negative prompt; -1 without guidance.
         model_input: (rows, C, H, W) of the model's dtype, what the model gets next.
@@ -48,6 +50,8 @@ class Slots:
         model_dtype: torch.dtype,
         *,
         with_noise: bool = False,
+        with_rescale: bool = False,
+        with_thresholds: bool = False,
     ) -> None:
         """Allocate everything.
 
@@ -59,6 +63,8 @@ class Slots:
             device: where the buffers are.
             model_dtype: of `model_input`.
             with_noise: allocate `noise`, for samplers that draw some at each step.
+            with_rescale: allocate `guidance_rescale`, and look at it in every update.
+            with_thresholds: look in every update for rows that ask for dynamic thresholding.
 
         Raises:
             BadRequest: the numbers leave no room for a sampler of one evaluation in each slot.
@@ -87,6 +93,8 @@ class Slots:
         self.row = torch.arange(capacity, device=device) * self.entries_per_slot
         self.last_row = self.row.clone()
         self.guidance_scale = torch.ones(capacity, dtype=torch.float32, device=device)
+        self.guidance_rescale = torch.zeros_like(self.guidance_scale) if with_rescale else None
+        self._with_thresholds = with_thresholds
         self.cond_row = indices(-1)
         self.uncond_row = indices(-1)
         # What the host knows without asking the device: evaluations admitted and made, and model rows in use, by slot.
@@ -114,6 +122,7 @@ class Slots:
         cond_row: int,
         uncond_row: int | None = None,
         noise: Tensor | None = None,
+        guidance_rescale: float = 0.0,
     ) -> None:
         """Put an image into a free slot, ready for its first evaluation.
 
@@ -125,12 +134,14 @@ class Slots:
             cond_row: the model row for the prompt.
             uncond_row: the model row for the negative prompt; None without guidance.
             noise: (evaluations, C, H, W) float32, standard normal; what a table that `uses_noise` needs.
+            guidance_rescale: see `ldmrt.kernels.adjust.rescale_guidance`; without meaning when uncond_row is None.
 
         Raises:
-            BadRequest: the table or the noise does not fit, a shape is wrong, or the slot or a row is taken.
+            BadRequest: the table, the noise or the rescale does not fit, a shape is wrong, or the slot or a row is taken.
         """
         rows = (cond_row,) if uncond_row is None else (cond_row, uncond_row)
         self._check(slot, latents, table, rows, noise)
+        self._check_room(table, guidance_rescale)
         first = slot * self.entries_per_slot
         last = first + table.evaluations
 
@@ -146,6 +157,8 @@ class Slots:
         self.row[slot] = first
         self.last_row[slot] = last
         self.guidance_scale[slot] = guidance_scale
+        if self.guidance_rescale is not None:
+            self.guidance_rescale[slot] = guidance_rescale
         self.cond_row[slot] = cond_row
         self.uncond_row[slot] = -1 if uncond_row is None else uncond_row
         for row in rows:
@@ -168,6 +181,11 @@ class Slots:
         Args:
             model_output: (rows, C, H, W) of the model's dtype.
         """
+        guidance = self.guidance_scale, self.cond_row, self.uncond_row
+        if self.guidance_rescale is not None:
+            rescale_guidance(model_output, self.table, self.row, self.guidance_rescale, *guidance)
+        if self._with_thresholds:
+            threshold(self.x, model_output, self.table, self.row, *guidance)
         sampler_step(
             self.x,
             self.saved,
@@ -176,9 +194,7 @@ class Slots:
             self.table,
             self.row,
             self.noise,
-            self.guidance_scale,
-            self.cond_row,
-            self.uncond_row,
+            *guidance,
             self.model_input,
         )
         advance(self.row, self.last_row)
@@ -224,10 +240,14 @@ class Slots:
             )
         if table.uses_noise:
             if self.noise is None:
-                raise BadRequest(
-                    "the sampler draws noise at each step, for which no room was made: use eta 0", param="eta"
-                )
+                raise BadRequest(f"{table.name} draws noise at each step, for which no room was made", param="sampler")
             expected = (table.evaluations, *self.latent_shape)
             if noise is None or tuple(noise.shape) != expected:
                 found_noise = "missing" if noise is None else f"of shape {tuple(noise.shape)}"
                 raise BadRequest(f"the sampler's noise is {found_noise}, expected shape {expected}")
+
+    def _check_room(self, table: SamplerTable, guidance_rescale: float) -> None:
+        if guidance_rescale and self.guidance_rescale is None:
+            raise BadRequest("guidance is to be rescaled, for which no room was made", param="guidance_rescale")
+        if table.thresholds and not self._with_thresholds:
+            raise BadRequest(f"{table.name} is to threshold, for which no room was made", param="sampler")

@@ -69,7 +69,7 @@ class TextModel:
 
 
 class PromptEncoder:
-    """All text encoders of a model.
+    """All text encoders of a model; with none of them, a prompt's embedding is empty.
 
     Args:
         models: in the order in which their states are joined.
@@ -81,7 +81,7 @@ class PromptEncoder:
         self._models = tuple(models)
         self._device = device
         self._zero = zero_empty_negative
-        self.layers = min(model.layers for model in models)
+        self.layers = min((model.layers for model in models), default=1)
         self.width = sum(model.width for model in models)
         self.pooled_width = next((model.pooled_width for model in models if model.pooled_width), None)
 
@@ -152,6 +152,8 @@ class PromptEncoder:
     def _encode(self, ids: tuple[Ids, ...], clip_skip: int) -> Embedding:
         """Windows through each encoder; the pooled embedding is the first window's."""
         states, pooled = [], None
+        if not self._models:
+            return Embedding(torch.zeros((0, 0), device=self._device))
         for model, windows in zip(self._models, ids, strict=True):
             inputs = {"input_ids": torch.from_numpy(windows).to(self._device)}
             rows = model.engine.inputs["input_ids"].shape[0]

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ldmrt.bundle import Bundle, Certificate, EngineRecord, FileRecord, write_manifest
+from ldmrt.components import is_step, parts
 from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.errors import BuildError, BundleError
 from ldmrt.rows import run_rows
@@ -196,7 +197,7 @@ def _load(bundle: Bundle, record: EngineRecord, device: torch.device, component:
     """The engine itself, or the part of its network that runs once per request."""
     if component == record.component:
         return bundle.load(record, device)
-    found = bundle.find(component, kind="torch", dtype=record.dtype)
+    found = bundle.find(component, kind="torch", dtype=record.dtype, size=record.size)
     if not found:
         raise BundleError(f"{bundle.path} has no {component} engine for {record.label}; build the bundle again")
     return bundle.load(found[0], device)
@@ -206,7 +207,9 @@ def run_trials(
     record: EngineRecord, trials: Sequence[Trial], load: Callable[[str], Engine], device: torch.device = _CPU
 ) -> list[dict[str, torch.Tensor]]:
     """What an engine makes of trials, the parts of a denoising network as one; `load(component)` gives the engine of each."""
-    run = partial(run_engine, load(record.component), device=device)
-    if record.component == "step":
-        run = partial(run_denoiser, load("context"), load("schedule"), load("step"), device=device)
+    if is_step(record.component):
+        context, schedule, step = map(load, parts(record.component))
+        run = partial(run_denoiser, context, schedule, step, device=device)
+    else:
+        run = partial(run_engine, load(record.component), device=device)
     return [run_rows(run, trial.inputs, record.rows) for trial in trials]

@@ -215,5 +215,5 @@ def _refuse_pickle(path: Path, start: bytes, header: bytes) -> None:
     if header != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise BundleError(
             f"{path} is a pickle, whatever its name: loading one can run any code, so ldmrt never does; "
-            "ask its author for safetensors, or save it again with diffusers' save_pretrained(safe_serialization=True)"
+            "ask its author for safetensors, or convert it: ldmrt convert"
         )

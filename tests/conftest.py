@@ -74,6 +74,63 @@ def tiny_model_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_model_inpainting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like Stable Diffusion 1.5's for inpainting: a U-Net of nine channels."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-inpainting"
+    write_model(folder, version=1, seed=3, inpainting=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_ldm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like that of the latent diffusion model of CelebA-HQ: no text, a first stage with a codebook, 16 x 16 latents."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-ldm"
+    write_ldm(folder, seed=4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_inpainting(
+    tiny_model_inpainting: Path, tiny_controlnets: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """`tiny_model_inpainting` and the first of `tiny_controlnets` in float32, for one and two images. Do not write to it."""
+    out = tmp_path_factory.mktemp("bundles") / "tiny-inpainting"
+    options: dict[str, Any] = {"dtype": "float32", "batch_sizes": (1, 2), "controlnets": tiny_controlnets[:1]}
+    bundle: Bundle = ldmrt.build_engines(tiny_model_inpainting, out, **options)
+    return bundle.path
+
+
+@pytest.fixture(scope="session")
+def tiny_controlnets(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two ControlNets for `tiny_model`, `edges` and `depth`, with random weights."""
+    folder = tmp_path_factory.mktemp("controlnets")
+    return [write_controlnet(folder / name, tiny_model, seed) for seed, name in enumerate(("edges", "depth"), 10)]
+
+
+@pytest.fixture(scope="session")
+def tiny_controlnet_xl(tiny_model_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ControlNet for `tiny_model_xl`, with random weights."""
+    return write_controlnet(tmp_path_factory.mktemp("controlnets") / "canny-xl", tiny_model_xl, 12)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_controlled(
+    tiny_model: Path, tiny_bundle: Path, tiny_controlnets: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A copy of `tiny_bundle` with `tiny_controlnets` added, for one and two images. Do not write to it."""
+    out = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("bundles") / "tiny-controlled")
+    options: dict[str, Any] = {"dtype": "float32", "batch_sizes": (1, 2)}
+    bundle: Bundle = ldmrt.build_engines(tiny_model, out, controlnets=tiny_controlnets, **options)
+    return bundle.path
+
+
+@pytest.fixture(scope="session")
+def write_model_ldm() -> Callable[..., None]:
+    """`write_model_ldm(folder, seed=0, codebook=True)` writes such a model."""
+    return write_ldm
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_model` on the torch engine in float32, for one and two images. Do not write to it."""
     return _built(tiny_model, tmp_path_factory, "torch")
@@ -169,8 +226,12 @@ def fused_by_diffusers() -> Callable[[Path, Mapping[Path, float]], Any]:
 # ---------------------------------------------------------------------------------------------------- the models
 
 
-def write_model(folder: Path, *, version: int, seed: int) -> None:
-    """Write a model in the diffusers layout with weights drawn from a seed. `version` is Stable Diffusion's: 1 or 2."""
+def write_model(
+    folder: Path, *, version: int, seed: int, inpainting: bool = False, guidance_embedding: int | None = None
+) -> None:
+    """Write a model in the diffusers layout with weights drawn from a seed. `version` is Stable Diffusion's: 1 or 2; with `inpainting`
+    its U-Net takes a mask and a masked picture besides, with `guidance_embedding` the guidance scale in so many numbers.
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
     from transformers.utils.logging import disable_progress_bar
@@ -200,6 +261,8 @@ def write_model(folder: Path, *, version: int, seed: int) -> None:
         )
         unet = UNet2DConditionModel(
             sample_size=SIZE // 8,
+            in_channels=9 if inpainting else 4,
+            time_cond_proj_dim=guidance_embedding,
             down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
             block_out_channels=(16, 32, 32)[:levels],
@@ -227,10 +290,11 @@ def write_model(folder: Path, *, version: int, seed: int) -> None:
     vae.save_pretrained(folder / "vae")
     _write_tokenizer(folder / "tokenizer", vocabulary, merges, tokens, pad="!" if second else END)
     _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULERS[version])
+    _write_json(folder / "ldmrt-defaults.json", _DEFAULTS)
     _write_json(
         folder / "model_index.json",
         {
-            "_class_name": "StableDiffusionPipeline",
+            "_class_name": "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline",
             "_diffusers_version": "0.36.0",
             "feature_extractor": [None, None],
             "image_encoder": [None, None],
@@ -299,6 +363,7 @@ def write_model_xl(folder: Path, *, seed: int) -> None:
     _write_tokenizer(folder / "tokenizer_2", vocabulary, merges, 77, pad="!")
     schedule = {**_SCHEDULERS[1], "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
     _write_json(folder / "scheduler" / "scheduler_config.json", schedule)
+    _write_json(folder / "ldmrt-defaults.json", _DEFAULTS)
     _write_json(
         folder / "model_index.json",
         {
@@ -316,6 +381,76 @@ def write_model_xl(folder: Path, *, seed: int) -> None:
             "vae": ["diffusers", "AutoencoderKL"],
         },
     )
+
+
+# What tests compare with is diffusers' DDIM, unless they say otherwise.
+_DEFAULTS = {"sampler": "ddim"}
+
+
+def write_controlnet(folder: Path, model: Path, seed: int) -> Path:
+    """Write a ControlNet for a model's U-Net with weights drawn from a seed, and return its folder."""
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        controlnet = ControlNetModel.from_unet(
+            unet, load_weights_from_unet=False, conditioning_embedding_out_channels=(8, 16, 16, 24)
+        )
+        _enliven(controlnet)
+        with torch.no_grad():
+            for name, parameter in controlnet.named_parameters():
+                if name.endswith("weight") and not parameter.any():  # what training starts from
+                    parameter.normal_(std=0.2)
+    controlnet.save_pretrained(folder)
+    return folder
+
+
+def write_ldm(folder: Path, *, seed: int, codebook: bool = True) -> None:
+    """Write an unconditional model with weights drawn from a seed; its first stage has a codebook, or is an AutoencoderKL."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel, VQModel
+
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    stage: dict[str, Any] = {
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "latent_channels": 3,
+        "norm_num_groups": 4,
+        "sample_size": SIZE,
+        "scaling_factor": 0.7,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        first: Any = VQModel(num_vq_embeddings=64, **stage) if codebook else AutoencoderKL(**stage)
+        unet = UNet2DModel(
+            sample_size=SIZE // 4,
+            in_channels=3,
+            out_channels=3,
+            layers_per_block=1,
+            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=8,
+            attention_head_dim=8,
+        )
+        for module in (first, unet):
+            _enliven(module)
+        if codebook:
+            torch.nn.init.normal_(first.quantize.embedding.weight)
+    first.save_pretrained(folder / "vqvae")
+    unet.save_pretrained(folder / "unet")
+    DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False).save_pretrained(
+        folder / "scheduler"
+    )
+    index = {
+        "_class_name": "LDMPipeline",
+        "_diffusers_version": "0.36.0",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+        "vqvae": ["diffusers", type(first).__name__],
+    }
+    _write_json(folder / "model_index.json", index)
 
 
 _NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}

@@ -23,7 +23,7 @@ from ldmrt.weights import WeightFile
 
 # A message that cures says one of these.
 CURE = re.compile(
-    r"\b(again|build|choose|copy|do not use|expected|give|install|known kinds|make room|remove|save|update|use|wait)\b"
+    r"\b(again|build|choose|convert|copy|do not use|expected|give|install|known kinds|make room|remove|save|update|use|wait)\b"
 )
 
 
@@ -111,7 +111,7 @@ def shards(model: Path, names: object) -> None:
 
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no such folder": (shutil.rmtree, ("no such folder",)),
-    "a file": (a_file, ("is a file",)),
+    "a file": (a_file, ("cut short",)),
     "not a model": (lambda m: (m / "model_index.json").unlink(), ("not a model folder", "model_index.json")),
     "unknown pipeline": (lambda m: edit(m / "model_index.json", _class_name="FluxPipeline"), ("FluxPipeline",)),
     "no pipeline": (lambda m: edit(m / "model_index.json", _class_name=None), ("does not name",)),
@@ -131,7 +131,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "schedule unknown": (lambda m: edit(m / "scheduler/scheduler_config.json", beta_schedule="no"), ("beta_schedule",)),
     "no tokenizer": (lambda m: shutil.rmtree(m / "tokenizer"), ("tokenizer",)),
     "tokenizer is not JSON": (lambda m: (m / "tokenizer/vocab.json").write_text("{"), ("tokenizer", "cannot be read")),
-    "only pickles": (only_pickles, ("pytorch_model.bin", "pickle", "safe_serialization")),
+    "only pickles": (only_pickles, ("pytorch_model.bin", "pickle", "ldmrt convert")),
     "a zip pickle": (zip_pickle, ("pickle",)),
     "an old pickle": (old_pickle, ("pickle",)),
     "no weights": (lambda m: weights_of(m).unlink(), ("no weights",)),

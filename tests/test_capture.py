@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,11 @@ from ldmrt.kernels.sampler import sampler_step_reference
 from ldmrt.loader import EngineLoader
 from ldmrt.parameters import Parameters
 from ldmrt.pipeline import Pipeline
-from ldmrt.schedule import NoiseSchedule, SamplerTable, ddim
+from ldmrt.samplers.ddim import ddim
+from ldmrt.samplers.make import sampler_table
+from ldmrt.samplers.registry import SAMPLERS
+from ldmrt.samplers.table import SamplerTable
+from ldmrt.schedule import NoiseSchedule
 from tests.replay import HostSyncError, Recorder
 
 CPU = torch.device("cpu")
@@ -54,7 +59,9 @@ def parameters(bundle: Bundle) -> Parameters:
     return bundle.parameters(bundle.find("step")[0].weights, CPU)
 
 
-def denoiser(bundle: Bundle, recorder: Recorder | None, *, rows: int = 4, tokens: int = TOKENS) -> Denoiser:
+def denoiser(
+    bundle: Bundle, recorder: Recorder | None, *, rows: int = 4, tokens: int = TOKENS, adjusts: bool = False
+) -> Denoiser:
     record = next(record for record in bundle.find("step") if record.rows == rows)
     return Denoiser(
         bundle.load(bundle.find("context")[0], CPU),
@@ -64,6 +71,8 @@ def denoiser(bundle: Bundle, recorder: Recorder | None, *, rows: int = 4, tokens
         tokens=tokens,
         evaluations=16,
         with_noise=True,
+        with_rescale=adjusts,
+        with_thresholds=adjusts,
         device=CPU,
         recorder=recorder,  # type: ignore[arg-type]
         generation=lambda: parameters(bundle).generation,
@@ -71,7 +80,14 @@ def denoiser(bundle: Bundle, recorder: Recorder | None, *, rows: int = 4, tokens
 
 
 def admit(
-    loop: Denoiser, slot: int, table: SamplerTable, *, seed: int, guidance: float = 7.5, tokens: int = TOKENS
+    loop: Denoiser,
+    slot: int,
+    table: SamplerTable,
+    *,
+    seed: int,
+    guidance: float = 7.5,
+    tokens: int = TOKENS,
+    rescale: float = 0.0,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
 
@@ -86,6 +102,7 @@ def admit(
         cond={"encoder_hidden_states": draw(tokens, WIDTH)},
         uncond={"encoder_hidden_states": draw(tokens, WIDTH)} if guidance > 1 else None,
         noise=draw(table.evaluations, 4, 8, 8),
+        guidance_rescale=rescale,
     )
 
 
@@ -142,6 +159,46 @@ def test_an_image_that_joins_or_leaves_between_two_replays(bundle: Bundle, sched
             loop.step()
         agree(0)
         agree(1)
+
+
+def test_every_sampler_runs_in_the_same_graph(bundle: Bundle, schedule: NoiseSchedule) -> None:
+    """Side by side with another one that is at another step, one rescaled, one thresholded, each as it is alone and uncaptured."""
+    thresholding = replace(schedule, thresholding=True, dynamic_thresholding_ratio=0.9)
+    tables = [
+        sampler_table(name, one, 5)
+        for name in (*SAMPLERS, "dpm++ 2m karras")
+        for one in ((thresholding, schedule) if name in ("ddim", "dpm++ 2m") else (schedule,))
+    ]
+    assert sum(table.thresholds for table in tables) == 2
+    recorder = Recorder()
+    captured = denoiser(bundle, recorder, adjusts=True)
+    under_way: dict[int, tuple[int, list[torch.Tensor]]] = {}
+    waiting = iter(enumerate(tables))
+    finished = 0
+    while finished < len(tables):
+        for slot in captured.slots.free:
+            seed, table = next(waiting, (0, None))
+            if table is None:
+                continue
+            rescale = 0.7 * (seed % 2)
+            # Alone, in buffers that have room only for what it needs, the same update is launched as ever.
+            plain = denoiser(bundle, None, adjusts=table.thresholds or rescale > 0)
+            for loop in (captured, plain):
+                admit(loop, slot, table, seed=seed, rescale=rescale)
+            expected = []
+            for _ in range(table.evaluations):
+                plain.step()
+                expected.append(plain.latents(slot).clone())
+            under_way[slot] = (0, expected)
+        captured.step()
+        for slot, (made, expected) in list(under_way.items()):
+            assert torch.equal(captured.latents(slot), expected[made])
+            under_way[slot] = (made + 1, expected)
+            if captured.slots.done(slot):
+                captured.release(slot)
+                del under_way[slot]
+                finished += 1
+    assert len(recorder.calls) == 1
 
 
 def test_several_steps_in_one_graph(bundle: Bundle, schedule: NoiseSchedule) -> None:

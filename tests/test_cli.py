@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import ldmrt
 from ldmrt.bundle import MANIFEST, Bundle
@@ -29,6 +30,7 @@ from ldmrt.cli.options import parse_lora
 from ldmrt.errors import BuildError
 from ldmrt.export.folder import BundleFolder
 from ldmrt.image import parse_parameters, read_parameters
+from ldmrt.samplers.registry import SAMPLERS
 
 
 class Ended(NamedTuple):
@@ -82,7 +84,7 @@ def content(path: Path) -> np.ndarray[Any, Any]:
 # ---------------------------------------------------------------------------------------------------- the frame
 
 
-@pytest.mark.parametrize("command", ["", "generate", "build-engines", "inspect", "tune", "doctor"])
+@pytest.mark.parametrize("command", ["", "generate", "build-engines", "convert", "inspect", "tune", "doctor"])
 def test_help(run: Run, command: str) -> None:
     ended = run(*command.split(), "--help")
     assert ended.code == 0
@@ -184,6 +186,18 @@ def test_a_picture_says_how_it_was_made(generate: Run) -> None:
     assert expected.items() <= found.settings.items()
 
 
+def test_samplers_have_the_names_that_others_know(generate: Run, run: Run, tiny_bundle: Path) -> None:
+    ended = generate("--seed", 7, "--sampler", "DPM++ 2m_SDE Karras", "--guidance-rescale", 0.5, "--json")
+    assert json.loads(ended.out)["settings"]["sampler"] == "dpm++ 2m sde karras"
+    found = parse_parameters(read_parameters("ldmrt-7.png") or "").settings
+    assert (found["Sampler"], found["Guidance rescale"]) == ("DPM++ 2M SDE Karras", "0.5")
+    pipe = ldmrt.Pipeline.from_bundle(tiny_bundle, "cpu")
+    result = pipe("a red circle", "", 2, seed=7, sampler="dpmpp_2m_sde_karras", guidance_rescale=0.5)
+    assert np.array_equal(content(Path("ldmrt-7.png")), np.asarray(result.images[0]))
+    shown = " ".join(run("generate", "--help").out.split())
+    assert all(name in shown for name in SAMPLERS)
+
+
 def test_names_that_we_choose_are_never_taken(generate: Run) -> None:
     Path("ldmrt-7.png").write_text("mine")
     assert "ldmrt-7-1.png" in generate("--seed", 7).out
@@ -258,7 +272,8 @@ def test_generate_json(generate: Run, tiny_bundle: Path) -> None:
         (["--num-images", "100000"], ["at most", "fewer"]),
         (["--eta", "2"], ["--eta is 2", "expected"]),
         (["--clip-skip", "99"], ["--clip-skip is 99, expected"]),
-        (["--sampler", "magic"], ["--sampler is 'magic', expected"]),
+        (["--sampler", "magic"], ["--sampler is 'magic', expected", "dpm++ 2m", "karras"]),
+        (["--guidance-rescale", "2"], ["--guidance-rescale is 2", "expected"]),
         (["--size", "100x64"], ["width is 100", "multiple of 8"]),
         (["--size", "128x64"], ["no engine for 128x64", "64x64", "build-engines"]),
         (["--engine", "onnxruntime"], ["no onnxruntime engine", "build-engines"]),
@@ -340,10 +355,20 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         "bfloat16",
         *target,
         *loras,
+        "--controlnet",
+        "edges",
         "--optimization-level",
         4,
         "--workspace",
         2,
+        "--base",
+        "b",
+        "--vae",
+        "owner/v",
+        "--variant",
+        "fp16",
+        "--revision",
+        "r",
         "--json",
     )
     assert given == {
@@ -358,6 +383,11 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         "weight_streaming": False,
         "targets": ["sm_89"],
         "loras": [(Path("a.safetensors"), 1.0), (Path("b.safetensors"), 0.5)],
+        "base": Path("b"),
+        "vae": Path("owner/v"),
+        "variant": "fp16",
+        "revision": "r",
+        "controlnets": [Path("edges")],
     }
     assert ended.err == ""
     document = json.loads(ended.out)
@@ -381,6 +411,43 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 )
 def test_how_a_lora_is_named(text: str, path: str, scale: float) -> None:
     assert parse_lora(text) == (Path(path), scale)
+
+
+def test_generate_with_controlnets(run: Run, tiny_bundle: Path, tiny_bundle_controlled: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("a.png", "b.jpg")):
+        Image.fromarray(np.full((40, 70, 3), 80 * number + 40, dtype=np.uint8)).save(tmp_path / name)
+    images = [part for name in ("a.png", "b.jpg") for part in ("--control-image", tmp_path / name)]
+    common = [
+        "generate",
+        "a circle",
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+        "--seed",
+        1,
+        "--out",
+        tmp_path / "o.png",
+        "--json",
+    ]
+    found = []
+    for args in ([], images, [*images, "--control-scale", 0.5], [*images, "--control-end", 0.5, "--control-end", 1]):
+        ended = run(*common, "--engines", tiny_bundle_controlled, *args)
+        assert ended.code == 0, ended.err
+        found.append(json.loads(ended.out))
+    assert len({document["images"][0]["sha256"] for document in found}) == 4
+    assert [document["settings"]["controlnets"] for document in found] == [[], *[["edges", "depth"]] * 3]
+    assert found[2]["settings"]["controlnet_scale"] == 0.5
+    assert found[3]["settings"]["control_end"] == [0.5, 1.0]
+    settings = parse_parameters(read_parameters(tmp_path / "o.png") or "").settings
+    assert settings["ControlNets"] == "edges, depth"
+    refused(run(*common, "--engines", tiny_bundle, *images), "this bundle has no ControlNet")
+    refused(run(*common, "--engines", tiny_bundle_controlled, "--control-scale", 1), "give --control-image")
+    refused(
+        run(*common, "--engines", tiny_bundle, "--control-image", tmp_path / "none.png"),
+        "none.png cannot be read as a picture",
+    )
+    assert "ControlNets: edges, depth" in run("inspect", tiny_bundle_controlled).out
 
 
 def test_generate_with_loras(generate: Run, tiny_model: Path, tmp_path: Path, write_lora: Callable[..., Path]) -> None:
@@ -414,6 +481,24 @@ def test_inspect_shows_what_was_fused(run: Run, tiny_bundle: Path, tmp_path: Pat
 
 def test_build_refuses(run: Run, tmp_path: Path) -> None:
     refused(run("build-engines", tmp_path, "--out", tmp_path / "out"), "not a model folder", "model_index.json")
+
+
+def test_convert(run: Run, tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.ones(3)}}, tmp_path / "a.ckpt")
+    ended = run("convert", tmp_path / "a.ckpt", tmp_path / "a.safetensors")
+    assert ended.out.startswith(f"1 tensor, 12 B, in {tmp_path / 'a.safetensors'}. Next:\n  ldmrt build-engines "), (
+        ended.out
+    )
+    ended = run("convert", tmp_path / "a.ckpt", tmp_path / "b.safetensors", "--no-ema", "--json")
+    document = json.loads(ended.out)
+    assert document == {
+        "file": str(tmp_path / "b.safetensors"),
+        "tensors": 1,
+        "nbytes": 12,
+        "averaged": 0,
+        "left_out": 0,
+    }
+    assert torch.equal(load_file(tmp_path / "b.safetensors")["a"], torch.ones(3))
 
 
 def test_inspect(run: Run, tiny_bundle: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 from ldmrt.bundle import Bundle
 from ldmrt.denoise import Denoiser
 from ldmrt.errors import BadRequest, EngineMismatch
-from ldmrt.schedule import NoiseSchedule, ddim
+from ldmrt.samplers.ddim import ddim
+from ldmrt.schedule import NoiseSchedule
 
 CPU = torch.device("cpu")
 TOKENS, WIDTH = 77, 32

@@ -15,7 +15,8 @@ import torch
 import ldmrt
 from ldmrt.kernels.sampler import WIDTH, Column, advance, sampler_step
 from ldmrt.pipeline import Pipeline
-from ldmrt.schedule import NoiseSchedule, ddim
+from ldmrt.samplers.ddim import ddim
+from ldmrt.schedule import NoiseSchedule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -114,6 +115,8 @@ def test_captured_calls_do_not_touch_each_other(tiny_bundle: Path) -> None:
         {"guidance_scale": 1.0},
         {},
         {"prompt": "a red circle " * 40},
+        {"sampler": "dpm++ 2m sde karras", "guidance_rescale": 0.7},
+        {"sampler": "heun"},
     ]
     alone = [
         Pipeline.from_bundle(tiny_bundle, device="cuda")(**{"prompt": "a", **ARGUMENTS, **c}).latents for c in cases
@@ -129,7 +132,7 @@ def test_steps_neither_allocate_nor_wait(tiny_bundle: Path) -> None:
     """Between the first and the last step: no allocation from the GPU's memory, and no call that waits for the GPU."""
     pipe = Pipeline.from_bundle(tiny_bundle, device="cuda")
     pipe("a test", **ARGUMENTS)
-    denoiser = next(iter(pipe._denoisers.values()))
+    denoiser = next(iter(pipe._denoisers._denoisers.values()))
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     try:
@@ -169,10 +172,11 @@ def test_a_lora_under_a_captured_step(
 
 
 def test_kernels_from_the_bundle(tiny_model: Path, tmp_path: Path) -> None:
-    """Cubins alone, as where Triton is not installed; they are what Triton would compile here, so the bits are the same."""
+    """Verified on this GPU; then cubins alone, as where Triton is not installed: they are what Triton would compile here, to the bit."""
     major, minor = torch.cuda.get_device_capability()
     target = f"sm_{major}{minor}"
-    ldmrt.build_engines(tiny_model, tmp_path / "bundle", dtype="float16", targets=[target])
+    bundle = ldmrt.build_engines(tiny_model, tmp_path / "bundle", dtype="float16", targets=[target])
+    assert all(engine.certificate.reference.endswith(f", on {target}") for engine in bundle.manifest.engines)
     script = (
         "import sys, torch, ldmrt\n"
         "latents = ldmrt.Pipeline.from_bundle(sys.argv[1], device='cuda')('a test', num_inference_steps=4, seed=1,"

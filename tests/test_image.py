@@ -67,7 +67,7 @@ def test_not_a_number(images: torch.Tensor, bad: float) -> None:
 
 
 def text(**changes: object) -> str:
-    values: dict[str, object] = {"prompt": "a cat", "steps": 20, "sampler": "ddim", "guidance_scale": 7.5, "seed": 1}
+    values: dict[str, object] = {"prompt": "a cat", "steps": 20, "sampler": "DDIM", "guidance_scale": 7.5, "seed": 1}
     values |= {"width": 512, "height": 768} | changes
     return parameters_text(**values)  # type: ignore[arg-type]
 

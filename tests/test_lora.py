@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ldmrt import original
 from ldmrt.errors import BadRequest
-from ldmrt.lora import Lora, _original, fused
+from ldmrt.lora import Lora, fused
 
-ARCHITECTURES = Path(__file__).parents[1] / "benchmarks" / "architectures"
+ARCHITECTURES = Path(__file__).parents[1] / "export" / "known"
 CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]
 Fuse = Callable[..., Any]
@@ -80,9 +81,9 @@ def kohya(component: str, module: str, *, te: str = "te", original: Callable[[st
 
 
 def kohya_xl(weights: Mapping[str, Tensors]) -> Callable[[str, str], tuple[str, str]]:
-    held = shapes(weights)["unet"]
+    names = original.unet(weights["unet"])
     return lambda component, module: kohya(
-        component, module, te="te1", original=lambda module: _original(module, held, 1)
+        component, module, te="te1", original=lambda module: names[f"{module}.weight"].removesuffix(".weight")
     )
 
 
@@ -288,7 +289,11 @@ def test_every_layer_of_the_real_sdxl_has_its_original_name() -> None:
         unet = UNet2DConditionModel.from_config(config)
     held = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
     layers = [name.removesuffix(".weight") for name, shape in held.items() if len(shape) > 1]
-    keys = {module: kohya("unet", module, original=lambda module: _original(module, held, 2)) for module in layers}
+    names = original.unet(held)
+    keys = {
+        module: kohya("unet", module, original=lambda module: names[f"{module}.weight"].removesuffix(".weight"))
+        for module in layers
+    }
     assert keys["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"][0].startswith(
         "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q."
     )

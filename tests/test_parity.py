@@ -331,6 +331,7 @@ LONG = "a red circle left of the blue square on white background highly detailed
 def test_long_prompts_in_windows(request: pytest.FixtureRequest, bundle: str, negative: str) -> None:
     pipe = Pipeline.from_bundle(request.getfixturevalue(bundle))
     theirs = request.getfixturevalue("reference_v" if bundle.endswith("_v") else "reference")
+    assert pipe.tokenizer is not None
     count = -(-max(len(pipe.tokenizer.encode(text)) for text in (LONG, negative)) // 75)
     assert count >= 2
     case = Case(

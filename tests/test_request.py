@@ -34,12 +34,14 @@ def test_defaults_of_the_model() -> None:
         seed_was_drawn=False,
         num_inference_steps=50,
         guidance_scale=7.5,
+        guidance_rescale=0.0,
         sampler="ddim",
         eta=0.0,
         width=512,
         height=512,
         clip_skip=0,
         long_prompt="chunk",
+        guidance_embedded=False,
     )
     assert job.do_cfg
     assert job.num_images == 1
@@ -54,6 +56,8 @@ def test_everything_given() -> None:
         negative_prompt=("c", "d"),
         num_inference_steps=np.int64(4),
         guidance_scale=1,
+        guidance_rescale=0.7,
+        sampler="TCD",
         eta=np.float32(0.5),
         seed=2**63 - 4,
         num_images_per_prompt=2,
@@ -67,6 +71,7 @@ def test_everything_given() -> None:
     assert (job.width, job.height) == (512, 768)
     assert (job.num_inference_steps, job.eta, job.guidance_scale, job.clip_skip) == (4, 0.5, 1.0, 2)
     assert type(job.num_inference_steps) is int
+    assert (job.sampler, job.guidance_rescale) == ("tcd", 0.7)
     assert type(job.eta) is float
     assert type(job.guidance_scale) is float
     assert not job.do_cfg
@@ -109,7 +114,10 @@ def test_a_seed_is_drawn_and_reported() -> None:
         ({"eta": 1.1}, "eta", "eta is 1.1, expected a number from 0 to 1"),
         ({"eta": math.nan}, "eta", "eta is nan"),
         ({"eta": None}, "eta", "eta is None"),
-        ({"sampler": "euler"}, "sampler", "sampler is 'euler', expected one of: ddim"),
+        ({"eta": 0.5, "sampler": "Euler a"}, "eta", "eta is 0.5, but euler-ancestral has none"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale", "guidance_rescale is 1.5, expected a number from 0 to 1"),
+        ({"sampler": "magic"}, "sampler", "sampler is 'magic', expected one of: ddim"),
+        ({"sampler": 3}, "sampler", "sampler is of type int, expected str"),
         ({"seed": -1}, "seed", "seed is -1, expected 0 to 9223372036854775807"),
         ({"seed": 2**63}, "seed", "seed is 9223372036854775808"),
         ({"seed": 2**63 - 1, "num_images_per_prompt": 2}, "seed", "expected 0 to 9223372036854775806"),
@@ -134,3 +142,9 @@ def test_what_cannot_be_done(fields: dict[str, Any], param: str, says: str) -> N
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.param == param
+
+
+def test_an_embedded_guidance_scale_needs_no_negative_row() -> None:
+    request = Request(prompt="a", guidance_scale=8.0)
+    assert resolve(request, DEFAULTS).do_cfg
+    assert not resolve(request, dataclasses.replace(DEFAULTS, guidance_embedded=True)).do_cfg

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from ldmrt.errors import BadRequest
 from ldmrt.kernels.sampler import WIDTH, Basis, Column, advance, sampler_step
-from ldmrt.schedule import NoiseSchedule, SamplerTable, blank_rows, ddim
+from ldmrt.samplers.ddim import ddim
+from ldmrt.samplers.table import SamplerTable, blank_rows
+from ldmrt.schedule import NoiseSchedule
 from ldmrt.slots import Slots
 
 LATENT = (4, 3, 5)
@@ -202,12 +205,12 @@ def test_without_noise_nothing_is_allocated_for_it() -> None:
     slots = Loop(1, 1, with_noise=False).slots
     assert slots.noise is None
     assert slots.table.shape == (32, WIDTH)
-    with pytest.raises(BadRequest, match="use eta 0") as caught:
+    with pytest.raises(BadRequest, match="ddim draws noise at each step, for which no room was made") as caught:
         slots.admit(
             0, latents=random_latents(0), table=ddim(SCHEDULE, 2, eta=0.5), guidance_scale=1.0, cond_row=0,
             noise=random_latents(0, 2),
         )  # fmt: skip
-    assert caught.value.param == "eta"
+    assert caught.value.param == "sampler"
 
 
 @pytest.mark.parametrize(
@@ -221,6 +224,8 @@ def test_without_noise_nothing_is_allocated_for_it() -> None:
         ({"uncond_row": 2}, "model row 2 is taken: no two may share one"),
         ({"latents": torch.zeros(1, *LATENT)}, "latents have shape (1, 4, 3, 5), expected (4, 3, 5)"),
         ({"table": ddim(SCHEDULE, 32)}, "evaluates the model 32 times, expected at most 31"),
+        ({"guidance_rescale": 0.5}, "guidance is to be rescaled, for which no room was made"),
+        ({"table": ddim(replace(SCHEDULE, thresholding=True), 2)}, "ddim is to threshold, for which no room was made"),
         ({"table": ddim(SCHEDULE, 2, eta=1.0)}, "noise is missing, expected shape (2, 4, 3, 5)"),
         ({"table": ddim(SCHEDULE, 2, eta=1.0), "noise": torch.zeros(LATENT)}, "noise is of shape (4, 3, 5)"),
     ],

@@ -35,10 +35,12 @@ FOLDERS = {"unet": "unet", "decoder": "vae", "text_encoder": "text_encoder"}
 
 
 class Forward(torch.nn.Module):
-    """A module of diffusers or transformers as a function from tensors to a tensor, the inputs in the order of `NAMES`."""
+    """A module of diffusers or transformers as a function from tensors to a tensor, the inputs in the order of `NAMES`, of which a
+    U-Net has the last two only in SDXL.
+    """
 
     NAMES: Mapping[str, tuple[str, ...]] = {
-        "unet": ("latents", "timesteps", "encoder_hidden_states"),
+        "unet": ("latents", "timesteps", "encoder_hidden_states", "text_embeds", "time_ids"),
         "decoder": ("latents",),
         "text_encoder": ("input_ids",),
     }
@@ -51,7 +53,8 @@ class Forward(torch.nn.Module):
         """The network's output."""
         module: Any = self.module
         if self.network == "unet":
-            result = module(inputs[0], inputs[1], encoder_hidden_states=inputs[2], return_dict=False)
+            added = dict(zip(self.NAMES["unet"][3:], inputs[3:], strict=False)) or None
+            result = module(*inputs[:3], added_cond_kwargs=added, return_dict=False)
         elif self.network == "decoder":
             # What the sampler hands over, as diffusers' pipelines do.
             result = module.decode(inputs[0] / module.config.scaling_factor, return_dict=False)
@@ -73,8 +76,9 @@ def forward(network: str, work: Path, dtype: torch.dtype) -> Forward:
 
 def _typed(network: str, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The inputs in their order, activations in a precision."""
-    exact = ("timesteps", "input_ids")
-    return tuple(inputs[name] if name in exact else inputs[name].to(dtype) for name in Forward.NAMES[network])
+    exact = ("timesteps", "time_ids", "input_ids")
+    names = (name for name in Forward.NAMES[network] if name in inputs)
+    return tuple(inputs[name] if name in exact else inputs[name].to(dtype) for name in names)
 
 
 def ldmrt(network: str, work: Path, dtype: torch.dtype, inputs: Inputs) -> Run:

@@ -24,9 +24,11 @@ from ldmrt.export.component import PREFIX, Component
 from ldmrt.export.source import KINDS, Source
 from ldmrt.graph import Graph, specialize
 from ldmrt.parameters import Parameters
-from ldmrt.schedule import NoiseSchedule, SamplerTable, ddim
+from ldmrt.samplers.ddim import ddim
+from ldmrt.samplers.table import SamplerTable
+from ldmrt.schedule import NoiseSchedule
 
-ARCHITECTURES = Path(__file__).parents[1] / "architectures"
+ARCHITECTURES = Path(__file__).parents[2] / "export" / "known"
 
 TOKENS = 77
 GUIDANCE = 7.5
@@ -77,7 +79,7 @@ class Model:
     """A model's graphs, weights and engines.
 
     Args:
-        name: an architecture: a file in benchmarks/architectures.
+        name: an architecture: a file in export/known.
         tiny: shrink it, for the dry run.
         dtype: the precision of all components.
         device: where it runs.

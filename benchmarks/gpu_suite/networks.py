@@ -17,7 +17,7 @@ from gpu_suite.session import Session, nvidia_smi
 from gpu_suite.timing import loop_times
 from ldmrt.bench.ledger import summary
 from ldmrt.denoise import Denoiser
-from ldmrt.export.component import Decoder, UNet, UNetTextTime
+from ldmrt.export.component import Decoder, UNet
 from ldmrt.graph import dtype_name
 from ldmrt.image import to_uint8
 from ldmrt.verify import TOLERANCE, relative_error, run_denoiser
@@ -81,11 +81,10 @@ def decode(session: Session, unit: str, name: str) -> None:
 def check_unet(session: Session, model: Model, figures: Figures) -> None:
     """One evaluation of the compiled network against diffusers' module in float32, with the tolerance of a bundle's certificate."""
     inputs = unet_inputs(model)
-    wrap = UNetTextTime if model.is_xl else UNet
-    expected = _in_float32(lambda: wrap(model.original("unet", torch.float32))(*inputs.values())[0])
+    expected = _in_float32(lambda: UNet(model.original("unet", torch.float32), tuple(inputs))(*inputs.values())[0])
     with torch.inference_mode():
         engines = (model.engine("context"), model.engine("schedule"), model.engine("step", 2))
-        found = run_denoiser(*engines, inputs)["model_output"]
+        found = run_denoiser(*engines, inputs, model.device)["model_output"].to(model.device)
     session.synchronize()
     _compare(figures, found, expected, model.dtype)
 

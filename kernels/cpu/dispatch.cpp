@@ -69,7 +69,7 @@ const Operators* g_operators = of(g_level);
 using ldmrt::Element;
 
 // Raised whenever the signature or the meaning of an exported symbol changes; kernels/native.py holds the same number.
-LDMRT_EXPORT std::int32_t ldmrt_abi_version() { return 3; }
+LDMRT_EXPORT std::int32_t ldmrt_abi_version() { return 4; }
 
 // The highest instruction set that the processor has.
 LDMRT_EXPORT std::int32_t ldmrt_highest_level() { return ldmrt::highest(); }
@@ -124,6 +124,20 @@ LDMRT_EXPORT void ldmrt_attention(const void* query, const void* key, const void
   }
 #endif
   ldmrt::g_operators->attention(a, static_cast<Element>(element));
+}
+
+// Weights (out, channels, 3, 3) as `ldmrt_winograd` takes them, for tiles of 2 x 2 or 4 x 4.
+LDMRT_EXPORT void ldmrt_winograd_pack(const float* weight, float* packed, std::int64_t out, std::int64_t channels,
+                                      std::int64_t tile) {
+  ldmrt::g_operators->winograd_pack(weight, packed, out, channels, tile);
+}
+
+// Whether vectors are long enough for that to be faster than a library's convolutions.
+LDMRT_EXPORT std::int32_t ldmrt_takes_winograd() { return ldmrt::g_level >= ldmrt::kAvx2; }
+
+LDMRT_EXPORT void ldmrt_winograd(const float* x, const float* weight, float* result, std::int64_t rows, std::int64_t height,
+                                 std::int64_t width, std::int64_t channels, std::int64_t out, std::int64_t tile) {
+  ldmrt::g_operators->winograd({x, weight, result, rows, height, width, channels, out}, tile);
 }
 
 // From (out, inner) words of two terms to the order that matmul_amx.cpp describes: for every panel and step two tiles of 16 pairs of terms

@@ -260,15 +260,18 @@ class Norm {
   // From the sums of differences from a pivot, by channel, to the moments of every group.
   void group_moments(std::int64_t begin, std::int64_t end, const float* pivot, const double* sums, const double* squares,
                      Moments* found) const {
-    const double positions = static_cast<double>(end - begin);
+    if (end <= begin) return;  // nobody reads them
+    const double positions = static_cast<double>(end - begin), share = 1.0 / positions;
     for (std::int64_t group = 0; group < g_.groups; ++group) {
-      Moments all{0.0, 0.0};
-      double count = 0.0;
-      for (std::int64_t c = group * size_; end > begin && c < (group + 1) * size_; ++c) {
-        const double mean = sums[c] / positions;
-        merge(all, count, {pivot[c] + mean, squares[c] - sums[c] * mean}, positions);
+      // The group's mean, and then its channels' squares about their own means, and those of the means about it.
+      double sum = 0.0, m2 = 0.0;
+      for (std::int64_t c = group * size_; c < (group + 1) * size_; ++c) sum += pivot[c] + sums[c] * share;
+      const double mean = sum / static_cast<double>(size_);
+      for (std::int64_t c = group * size_; c < (group + 1) * size_; ++c) {
+        const double own = sums[c] * share, off = pivot[c] + own - mean;
+        m2 += squares[c] - sums[c] * own + positions * off * off;
       }
-      found[group] = all;
+      found[group] = {mean, m2};
     }
   }
 

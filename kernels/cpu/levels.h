@@ -61,12 +61,22 @@ struct Attention {
   float scale;
 };
 
+// A convolution of 3 x 3, stride 1 and padding 1.
+struct Winograd {
+  const float* x;       // (rows, height, width, channels)
+  const float* weight;  // packed
+  float* result;        // (rows, height, width, out)
+  std::int64_t rows, height, width, channels, out;
+};
+
 struct Operators {
   void (*group_norm)(const GroupNorm&, Element);
   void (*layer_norm)(const LayerNorm&, Element);
   void (*geglu)(const Geglu&, Element);
   void (*upsample)(const Upsample&, Element);
   void (*attention)(const Attention&, Element);
+  void (*winograd)(const Winograd&, std::int64_t tile);
+  void (*winograd_pack)(const float* weight, float* packed, std::int64_t out, std::int64_t channels, std::int64_t tile);
 };
 
 // One table for each instruction set.

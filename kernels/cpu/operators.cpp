@@ -4,6 +4,6 @@
 namespace ldmrt {
 
 extern const Operators LDMRT_TABLE;
-const Operators LDMRT_TABLE = {group_norm, layer_norm, geglu, upsample, attention};
+const Operators LDMRT_TABLE = {group_norm, layer_norm, geglu, upsample, attention, winograd, winograd_pack};
 
 }  // namespace ldmrt

@@ -11,6 +11,8 @@ void layer_norm(const LayerNorm&, Element);
 void geglu(const Geglu&, Element);
 void upsample(const Upsample&, Element);
 void attention(const Attention&, Element);
+void winograd(const Winograd&, std::int64_t tile);
+void winograd_pack(const float* weight, float* packed, std::int64_t out, std::int64_t channels, std::int64_t tile);
 
 template <typename Work>
 void with_type(Element element, Work work) {

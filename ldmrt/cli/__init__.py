@@ -9,6 +9,7 @@ import typer
 
 import ldmrt
 from ldmrt.cli.build import build_engines
+from ldmrt.cli.convert import convert
 from ldmrt.cli.doctor import doctor
 from ldmrt.cli.failures import Commands
 from ldmrt.cli.generate import generate
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate)
 app.command("build-engines")(build_engines)
+app.command("convert")(convert)
 app.command("tune")(tune)
 app.command("inspect")(inspect)
 app.command("verify")(verify)

@@ -1,4 +1,4 @@
-"""`ldmrt build-engines`: from a model folder to a bundle."""
+"""`ldmrt build-engines`: from a model to a bundle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from ldmrt.cli.output import print_json, progress_bar, size_text, table
 
 
 def build_engines(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model in the diffusers layout.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder of a model in the diffusers layout, .safetensors file in the original one, or owner/name on the Hugging Face Hub.",
+        ),
+    ],
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Folder of the bundle. Engines are added to one that is there.")
     ],
@@ -56,6 +62,26 @@ def build_engines(
         typer.Option("--weight-streaming", help="TensorRT plans that can leave weights in the host's memory; slower."),
     ] = False,
     lora: Annotated[list[LoraChoice] | None, lora_option("LoRA to fuse into the weights")] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL", help="The model that has what the file MODEL has not, such as text encoder and VAE."
+        ),
+    ] = None,
+    vae: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="VAE instead of the model's own: folder, file or owner/name.")
+    ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Which copy of the weights, where there are several, such as fp16."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a model on the Hub.")
+    ] = None,
+    controlnet: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Folder of a ControlNet for this model, to be used with it; repeatable."),
+    ] = None,
     json: Json = False,
     _verbose: Verbose = False,
 ) -> None:
@@ -78,6 +104,11 @@ def build_engines(
             refit=refit,
             weight_streaming=weight_streaming,
             loras=lora or (),
+            base=base,
+            vae=vae,
+            variant=variant,
+            revision=revision,
+            controlnets=controlnet or (),
             on_progress=lambda what, done, total: update(description=what, completed=done, total=total),
         )
     seconds = time.perf_counter() - started

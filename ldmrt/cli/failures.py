@@ -20,6 +20,7 @@ _FLAGS = {
     "clip_skip": "--clip-skip",
     "device": "--device",
     "eta": "--eta",
+    "guidance_rescale": "--guidance-rescale",
     "guidance_scale": "--guidance-scale",
     "num_images_per_prompt": "--num-images",
     "num_inference_steps": "--steps",

@@ -24,10 +24,17 @@ from ldmrt.cli.options import (
 )
 from ldmrt.cli.output import print_json, progress_bar, shown_warnings
 from ldmrt.errors import BadRequest
+from ldmrt.samplers.registry import SAMPLERS, resolve as find_sampler
 
 if TYPE_CHECKING:
     from ldmrt.pipeline import Pipeline
     from ldmrt.request import Job
+
+
+_SAMPLER_HELP = (
+    f"{', '.join(SAMPLERS)}, or what other programs call them (Euler a); most with karras or exponential behind the name."
+    " Default: the model's."
+)
 
 
 class LongPromptChoice(StrEnum):
@@ -48,8 +55,11 @@ def generate(
         float | None,
         typer.Option(metavar="F", help="How closely to follow the prompt; 1: without guidance. Default: the model's."),
     ] = None,
-    sampler: Annotated[str | None, typer.Option(metavar="NAME", help="ddim.")] = None,
-    eta: Annotated[float, typer.Option(metavar="F", help="Noise added by DDIM in each step, 0 to 1.")] = 0.0,
+    guidance_rescale: Annotated[
+        float, typer.Option(metavar="F", help="Keeps guidance from making pictures too bright, 0 (off) to 1.")
+    ] = 0.0,
+    sampler: Annotated[str | None, typer.Option(metavar="NAME", help=_SAMPLER_HELP)] = None,
+    eta: Annotated[float, typer.Option(metavar="F", help="Noise added by ddim and tcd in each step, 0 to 1.")] = 0.0,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Image i is drawn from seed N + i. Default: drawn, and reported.")
     ] = None,
@@ -65,6 +75,30 @@ def generate(
         LongPromptChoice, typer.Option(help="A prompt beyond the text encoder's window: in several windows, or cut.")
     ] = LongPromptChoice.chunk,
     lora: Annotated[list[LoraChoice] | None, lora_option("LoRA to add to the weights")] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For an inpainting model: the picture to draw into.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="White where the picture is to be drawn anew.")
+    ] = None,
+    control_image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Picture to follow, one for each ControlNet of the bundle, in its order; repeatable."
+        ),
+    ] = None,
+    control_scale: Annotated[
+        list[float] | None,
+        typer.Option(metavar="F", help="How much of each ControlNet; one for all, or repeated. Default: 1."),
+    ] = None,
+    control_start: Annotated[
+        list[float] | None,
+        typer.Option(metavar="F", help="Share of the steps after which each begins, likewise. Default: 0."),
+    ] = None,
+    control_end: Annotated[
+        list[float] | None,
+        typer.Option(metavar="F", help="Share of the steps after which each ends, likewise. Default: 1."),
+    ] = None,
     engine: Annotated[
         EngineChoice, typer.Option(help="Which engines to use where the bundle has several kinds.")
     ] = EngineChoice.auto,
@@ -116,6 +150,7 @@ def generate(
     from ldmrt.pipeline import Pipeline
     from ldmrt.request import Request, resolve
 
+    given = _masked(image, mask) | _controls(control_image, control_scale, control_start, control_end)
     if config.threads:
         torch.set_num_threads(config.threads)
     with shown_warnings():
@@ -133,6 +168,7 @@ def generate(
             negative_prompt=negative_prompt,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
             sampler=sampler,
             eta=eta,
             seed=seed,
@@ -148,14 +184,14 @@ def generate(
         pipe.load_lora(path, scale)
     timings = {"load": time.perf_counter() - started}
     with shown_warnings():
-        pictures = _draw(pipe, job, destination, timings)
+        pictures = _draw(pipe, job, given, destination, timings)
     timings["total"] = time.perf_counter() - started
     if json:
         print_json(
             {
                 "images": pictures,
                 "timings": {stage: round(seconds, 4) for stage, seconds in timings.items()},
-                "settings": _settings(pipe, job),
+                "settings": _settings(pipe, job, given),
             }
         )
         return
@@ -165,7 +201,45 @@ def generate(
     typer.echo(f"{timings['total']:.2f} s: {stages}")
 
 
-def _draw(pipe: Pipeline, job: Job, destination: Destination, timings: dict[str, float]) -> list[dict[str, Any]]:
+def _masked(image: Path | None, mask: Path | None) -> dict[str, Any]:
+    """The pipeline's arguments for an inpainting model.
+
+    Raises:
+        BadRequest: a file is no picture.
+    """
+    from ldmrt.conditioning import open_picture
+
+    paths = {"image": image, "mask_image": mask}
+    return {name: open_picture(path, param=name) for name, path in paths.items() if path is not None}
+
+
+def _controls(
+    images: list[Path] | None, scales: list[float] | None, starts: list[float] | None, ends: list[float] | None
+) -> dict[str, Any]:
+    """The pipeline's arguments for ControlNets; one number stands for all of them.
+
+    Raises:
+        BadRequest: a file is no picture, or numbers are given without pictures.
+    """
+    from ldmrt.conditioning import open_picture
+
+    given = {"controlnet_scale": scales, "control_start": starts, "control_end": ends}
+    numbers: dict[str, Any] = {
+        name: values[0] if len(values) == 1 else values for name, values in given.items() if values
+    }
+    if not images:
+        if numbers:
+            raise BadRequest(
+                f"{next(iter(numbers))} says nothing without a picture to follow; give --control-image",
+                param="control_image",
+            )
+        return {}
+    return {"control_image": [open_picture(path, param="control_image") for path in images], **numbers}
+
+
+def _draw(
+    pipe: Pipeline, job: Job, given: dict[str, Any], destination: Destination, timings: dict[str, float]
+) -> list[dict[str, Any]]:
     """Make the pictures batch by batch, and save each batch when it is done. Adds to `timings`."""
     import hashlib
 
@@ -188,14 +262,16 @@ def _draw(pipe: Pipeline, job: Job, destination: Destination, timings: dict[str,
                 len(seeds),
                 job.width,
                 job.height,
+                guidance_rescale=job.guidance_rescale,
                 clip_skip=job.clip_skip,
                 long_prompt=job.long_prompt,
+                **given,
                 on_step=lambda step, latents: update(advance=len(latents)),
             )
             saving = time.perf_counter()
             for number, image in enumerate(result.images, start=first):
                 path = destination.path(number, job.seeds[number])
-                save(image, path, parameters=_parameters(pipe, job, number))
+                save(image, path, parameters=_parameters(pipe, job, given, number))
                 pictures.append(
                     {
                         "path": str(path),
@@ -210,20 +286,27 @@ def _draw(pipe: Pipeline, job: Job, destination: Destination, timings: dict[str,
     return pictures
 
 
-def _parameters(pipe: Pipeline, job: Job, number: int) -> str:
+def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int) -> str:
     import ldmrt
     from ldmrt.image import parameters_text
 
     extra: dict[str, object] = {"Eta": f"{job.eta:g}"} if job.eta else {}
+    if job.guidance_rescale:
+        extra["Guidance rescale"] = f"{job.guidance_rescale:g}"
     if job.clip_skip:
         extra["Clip skip"] = job.clip_skip + 1  # AUTOMATIC1111 counts from 1
     if pipe.loras:
         extra["LoRAs"] = ", ".join(f"{name}: {scale:g}" for name, scale in pipe.loras.items())
+    if "control_image" in given:
+        extra["ControlNets"] = ", ".join(record.name for record in pipe.bundle.manifest.controlnets)
+        for name in ("controlnet_scale", "control_start", "control_end"):
+            if name in given:
+                extra[name.replace("_", " ").capitalize()] = given[name]
     return parameters_text(
         job.prompts[0],
         job.negative_prompts[0],
         steps=job.num_inference_steps,
-        sampler=job.sampler,
+        sampler=find_sampler(job.sampler).title,
         guidance_scale=job.guidance_scale,
         seed=job.seeds[number],
         width=job.width,
@@ -233,12 +316,13 @@ def _parameters(pipe: Pipeline, job: Job, number: int) -> str:
     )
 
 
-def _settings(pipe: Pipeline, job: Job) -> dict[str, Any]:
+def _settings(pipe: Pipeline, job: Job, given: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompt": job.prompts[0],
         "negative_prompt": job.negative_prompts[0],
         "num_inference_steps": job.num_inference_steps,
         "guidance_scale": job.guidance_scale,
+        "guidance_rescale": job.guidance_rescale,
         "sampler": job.sampler,
         "eta": job.eta,
         "seed": job.seeds[0],
@@ -248,6 +332,8 @@ def _settings(pipe: Pipeline, job: Job) -> dict[str, Any]:
         "clip_skip": job.clip_skip,
         "long_prompt": job.long_prompt,
         "loras": pipe.loras,
+        "controlnets": [record.name for record in pipe.bundle.manifest.controlnets] if "control_image" in given else [],
+        **{name: value for name, value in given.items() if not name.endswith("image")},
         "model": pipe.bundle.manifest.model.name,
         "bundle": str(pipe.bundle.path.resolve()),
         "engine": pipe.kind,

@@ -73,6 +73,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "ldmrt": manifest.ldmrt,
         "model": manifest.model.model_dump(mode="json"),
         "loras": [record.model_dump() for record in manifest.loras],
+        "controlnets": [record.model_dump() for record in manifest.controlnets],
         "bytes": sum(sizes.values()),
         "weights": weights,
         "engines": engines,
@@ -126,6 +127,8 @@ def _print(bundle: Bundle, document: dict[str, Any]) -> None:
     )
     for lora in manifest.loras:
         typer.echo(f"fused: {lora.file}, scale {lora.scale:g} (SHA-256 {lora.sha256[:12]}...)")
+    if manifest.controlnets:
+        typer.echo(f"ControlNets: {', '.join(record.name for record in manifest.controlnets)}")
     typer.echo()
     rows = [
         [

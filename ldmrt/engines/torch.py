@@ -19,6 +19,7 @@ from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.graph import Argument, Dim, Graph, Node, Ref, substitute
 from ldmrt.kernels.convolution import arranged_weight
 from ldmrt.kernels.linear import arranged_gated, arranged_linear
+from ldmrt.kernels.winograd import tile
 from ldmrt.operators import CREATING, resolve
 from ldmrt.parameters import Parameters, fitting
 
@@ -56,18 +57,31 @@ class _Recipe(NamedTuple):
 class _Arrangement(NamedTuple):
     """For an operator whose second argument, weights, is best read in an order that only the device's library knows.
 
-    `make` makes that order of the weights, and of the arguments after them if it takes those; `op` is the operator that reads it.
+    `make` makes that order of the weights and of what `arguments` gives for a node and its weights' shape; `op` is the operator that reads it.
     """
 
     make: Callable[..., torch.Tensor]
-    takes_arguments: bool
+    arguments: Callable[[Node, tuple[Any, ...]], tuple[Any, ...]]
     op: str
 
 
+def _no_arguments(_node: Node, _weight: tuple[Any, ...]) -> tuple[Any, ...]:
+    return ()
+
+
+def _of_convolution(node: Node, weight: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Stride, padding, and the tile of minimal filtering."""
+    stride, padding = node.args[2:]
+    sizes = [size for size in (*weight, *node.shape[2:]) if isinstance(size, int)]
+    if node.dtype != torch.float32 or (stride, padding) != (1, 1) or len(sizes) != len(weight) + 2:
+        return stride, padding, None
+    return stride, padding, tile(sizes[:-2], *sizes[-2:])
+
+
 _ARRANGEMENTS: Mapping[str, _Arrangement] = {
-    "aten.linear.default": _Arrangement(arranged_linear, takes_arguments=False, op="ldmrt.linear.default"),
-    "ldmrt.conv2d.default": _Arrangement(arranged_weight, takes_arguments=True, op="ldmrt.conv2d.default"),
-    "ldmrt.linear_geglu.default": _Arrangement(arranged_gated, takes_arguments=False, op="ldmrt.linear_geglu.default"),
+    "aten.linear.default": _Arrangement(arranged_linear, _no_arguments, "ldmrt.linear.default"),
+    "ldmrt.conv2d.default": _Arrangement(arranged_weight, _of_convolution, "ldmrt.conv2d.default"),
+    "ldmrt.linear_geglu.default": _Arrangement(arranged_gated, _no_arguments, "ldmrt.linear_geglu.default"),
 }
 
 
@@ -176,6 +190,8 @@ class TorchEngine:
         if self.device.type != "cpu":
             return nodes, {}, {}
         changed, found, makers = [], {}, {}
+        shapes: dict[str, tuple[Any, ...]] = {name: spec.shape for name, spec in self.graph.weights.items()}
+        shapes |= {node.name: node.shape for node in self.graph.nodes}
         for node in nodes:
             arrangement = _ARRANGEMENTS.get(node.op)
             weight = node.args[1] if arrangement else None
@@ -184,7 +200,7 @@ class TorchEngine:
                 continue
             rest = node.args[2:]
             found[node.name] = weight.name
-            makers[node.name] = arrangement.make, rest if arrangement.takes_arguments else ()
+            makers[node.name] = arrangement.make, arrangement.arguments(node, shapes[weight.name])
             changed.append(node.replace(op=arrangement.op, args=(node.args[0], Ref(f"{node.name} arranged"), *rest)))
         return changed, found, makers
 

@@ -24,7 +24,8 @@ from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.kernels import native
 from ldmrt.kernels.sampler import sampler_step_reference
 from ldmrt.parameters import Parameters
-from ldmrt.schedule import NoiseSchedule, ddim
+from ldmrt.samplers.ddim import ddim
+from ldmrt.schedule import NoiseSchedule
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import calls, violations, write_plan
 from tests.engines.tensorrt_gpu import RTX, TENSORRT, CapturingRecorder, FakeGpu

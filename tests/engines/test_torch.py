@@ -14,8 +14,10 @@ from ldmrt.engines.protocol import TensorSpec
 from ldmrt.engines.torch import TorchEngine
 from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.graph import Dim, Graph, Node, Ref
+from ldmrt.kernels import native
 from ldmrt.operators import ALLOWED, CREATING, resolve
 from ldmrt.parameters import Parameters
+from ldmrt.verify import relative_error
 
 CPU = torch.device("cpu")
 F32 = torch.float32
@@ -325,6 +327,28 @@ def test_convolutions_read_weights_as_the_library_has_them(ordered: bool) -> Non
     agree(2 * weight.flip(0))
     parameters.restore()
     assert torch.equal(engines[1].run({"x": x})["out"], before)
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
+def test_convolutions_of_two_pictures_share_weights_where_one_order_suits_both(dtype: torch.dtype) -> None:
+    """In float32 the order of many weights depends on the picture's size (kernels/winograd.py), in bfloat16 it does not."""
+    weight = torch.randn(528, 512, 3, 3, generator=torch.Generator().manual_seed(2)).div(68).to(dtype)
+    parameters = Parameters.of({"w": weight}, CPU)
+    for side, arranged in ((3, 1), (4, 1), (32, 2)):
+        made = Node("made", "ldmrt.conv2d.default", (Ref("x"), Ref("w"), 1, 1), {}, (ROWS, 528, side, side), dtype)
+        part = Graph(
+            name="part",
+            inputs=(spec("x", "rows", 512, side, side, dtype=dtype),),
+            weights={"w": spec("w", 528, 512, 3, 3, dtype=dtype)},
+            constants={},
+            nodes=(made,),
+            outputs={"out": "made"},
+        )
+        x = torch.randn(1, 512, side, side, generator=torch.Generator().manual_seed(3)).to(dtype)
+        found = TorchEngine(part, parameters, CPU).run({"x": x})["out"]
+        expected = F.conv2d(x.double(), weight.double(), padding=1)
+        assert relative_error(found, expected) < (1e-5 if dtype == F32 else 1e-2)
+        assert len(parameters._derived) == (arranged if dtype == F32 and native.takes_winograd() else 1)
 
 
 @pytest.mark.parametrize("op", ["aten.linear.default", "ldmrt.linear_geglu.default"])

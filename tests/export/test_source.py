@@ -42,17 +42,33 @@ def checkpoint(model: Path, folder: str) -> Checkpoint:
     return Checkpoint(source, folder, instantiate(source, folder))
 
 
+def files(model: Path, **options: Any) -> list[Path]:
+    return [file.path for file in Source.open(model, **options).weights("unet")]
+
+
 def test_a_model_is_recognised(tiny_model: Path) -> None:
     source = Source.open(tiny_model)
     assert (source.kind.name, source.name) == ("stable-diffusion", "tiny")
     assert set(source.configs) == {"unet", "vae", "text_encoder", "scheduler"}
     assert downscale(source) == 8
-    assert not source.defaults
+    assert source.defaults == {"sampler": "ddim"}
 
 
 def test_the_makers_recommendations_are_read(model: Path) -> None:
     (model / "ldmrt-defaults.json").write_text('{"guidance_scale": 5.0}')
     assert Source.open(model).defaults == {"guidance_scale": 5.0}
+
+
+def test_the_sampler_is_the_makers_or_that_of_the_scheduler(model: Path) -> None:
+    recommended = model / "ldmrt-defaults.json"
+    recommended.write_text('{"sampler": "DPM++ 2M Karras"}')
+    assert Source.open(model).sampler == "dpm++ 2m karras"
+    recommended.unlink()
+    assert Source.open(model).sampler == "pndm"
+    for name in ("magic", 3):
+        recommended.write_text(json.dumps({"sampler": name}))
+        with pytest.raises(BuildError, match=f"ldmrt-defaults.json: sampler is '{name}', expected one of: ddim"):
+            Source.open(model)
 
 
 @pytest.mark.parametrize("folder", ["unet", "vae", "text_encoder"])
@@ -99,17 +115,20 @@ def shard(path: Path) -> list[Path]:
     names = sorted(tensors)
     stem = path.name.removesuffix(".safetensors")
     parts = {f"{stem}-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    bare, _, variant = stem.partition(".")
     for name, held in parts.items():
         save_file({key: tensors[key] for key in held}, path.with_name(name))
     index = {"metadata": {}, "weight_map": {key: name for name, held in parts.items() for key in held}}
-    path.with_name(f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    path.with_name(".".join(filter(None, (bare, "safetensors", "index", variant, "json")))).write_text(
+        json.dumps(index)
+    )
     path.unlink()
     return [path.with_name(name) for name in parts]
 
 
 def test_shards(model: Path, tiny_model: Path) -> None:
-    files = shard(model / UNET)
-    assert Source.open(model).weight_files("unet") == files
+    shards = shard(model / UNET)
+    assert files(model) == shards
     ours, reference = checkpoint(model, "unet"), checkpoint(tiny_model, "unet")
     assert all(torch.equal(ours.load(name), reference.load(name)) for name in reference.keys)
 
@@ -118,25 +137,46 @@ def test_an_index_that_leads_elsewhere(model: Path) -> None:
     shard(model / UNET)
     edit(model / "unet/diffusion_pytorch_model.safetensors.index.json", weight_map={"a": "../../secret.safetensors"})
     with pytest.raises(BuildError, match="does not name its shards"):
-        Source.open(model).weight_files("unet")
+        files(model)
 
 
 def test_half_precision_variants_are_taken_where_there_is_nothing_else(model: Path) -> None:
     variant = model / "unet/diffusion_pytorch_model.fp16.safetensors"
     save_file({name: tensor.half() for name, tensor in load_file(model / UNET).items()}, variant)
-    assert Source.open(model).weight_files("unet") == [model / UNET]
+    assert files(model) == [model / UNET]
+    assert files(model, variant="fp16") == [variant]
     (model / UNET).unlink()
-    assert Source.open(model).weight_files("unet") == [variant]
+    assert files(model) == [variant]
     assert checkpoint(model, "unet").dtype() == torch.float16
+    shards = shard(variant)
+    assert files(model) == files(model, variant="fp16") == shards
+    # As in diffusers, a component that has no such copy is taken as it is.
+    assert [file.path for file in Source.open(model, variant="fp16").weights("vae")] == [model / VAE]
+    with pytest.raises(BuildError, match="has no variant 'bf16' of its weights; leave out --variant"):
+        Source.open(model, variant="bf16")
+
+
+def test_a_file_may_mix_precisions_but_not_hold_integers(model: Path, tiny_model: Path) -> None:
+    def mix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.half() if ".attn1." in name else tensor for name, tensor in tensors.items()}
+
+    rewrite(model / UNET, mix)
+    found, reference = checkpoint(model, "unet"), checkpoint(tiny_model, "unet")
+    assert found.dtype() == torch.float32
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    assert torch.equal(found.load(name), reference.load(name).half())
+    rewrite(model / UNET, lambda tensors: {**tensors, "conv_in.bias": tensors["conv_in.bias"].to(torch.int8)})
+    with pytest.raises(BuildError, match=r"conv_in\.bias is int8, expected floating point; quantised weights are not"):
+        checkpoint(model, "unet")
 
 
 def test_a_pickle_alone_is_refused(model: Path) -> None:
     (model / UNET).rename(model / "unet/diffusion_pytorch_model.bin")
     with pytest.raises(BuildError, match=r"only diffusion_pytorch_model\.bin, a pickle"):
-        Source.open(model).weight_files("unet")
+        files(model)
     (model / "unet/diffusion_pytorch_model.bin").unlink()
     with pytest.raises(BuildError, match=r"has no weights: expected diffusion_pytorch_model\.safetensors"):
-        Source.open(model).weight_files("unet")
+        files(model)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +191,14 @@ def test_weights_of_another_model(model: Path, change: Any, message: str) -> Non
     rewrite(model / UNET, change)
     with pytest.raises(BuildError, match=message):
         checkpoint(model, "unet")
+
+
+def test_a_config_of_another_version_of_diffusers(model: Path) -> None:
+    edit(model / "unet/config.json", surprise=True)
+    with pytest.raises(BuildError, match="UNet2DConditionModel does not know surprise: update diffusers"):
+        checkpoint(model, "unet")
+    edit(model / "unet/config.json", surprise=None, _private=1)
+    assert checkpoint(model, "unet").keys
 
 
 def test_a_damaged_weight_file(model: Path) -> None:
@@ -170,8 +218,6 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.ckpt").touch()
     with pytest.raises(BuildError, match=r"found model\.ckpt"):
         Source.open(tmp_path)
-    with pytest.raises(BuildError, match="is a file"):
-        Source.open(tmp_path / "model.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +226,12 @@ def test_what_is_no_model(tmp_path: Path) -> None:
         ("model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline, which ldmrt does not build yet"),
         ("model_index.json", {"unet": ["diffusers", "Other"]}, "its unet is a Other, expected UNet2DConditionModel"),
         ("model_index.json", {"text_encoder": None}, "its text_encoder is a None, expected CLIPTextModel"),
-        ("unet/config.json", {"in_channels": 9}, "takes 9 channels and its VAE makes 4"),
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusion3Pipeline"},
+            r"known kinds: Stable Diffusion 1\.x and 2\.x",
+        ),
+        ("unet/config.json", {"in_channels": 9}, "takes 9 channels, expected 4 of"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type = 'text_time'"),
     ],
 )

@@ -33,12 +33,13 @@ def assert_rounded(found: Tensor, expected: Tensor, error: float | Tensor) -> No
     NaN and infinity must stand where they are expected.
 
     Args:
-        found: any float dtype.
-        expected: the same shape, float64.
+        found: any float dtype, on any device.
+        expected: the same shape, float64, on any device.
         error: what float32 arithmetic may have lost before the last rounding: one number, or one per element.
     """
     assert found.shape == expected.shape
-    dtype, found = found.dtype, found.detach().cpu().double()
+    dtype, found, expected = found.dtype, found.detach().cpu().double(), expected.cpu()
+    error = error.cpu() if isinstance(error, Tensor) else error
     unit = HALF_UNIT[dtype] * (2 if _cut(dtype) else 1)
     bound = (unit * (expected.abs() + error)).clamp(min=_SUBNORMAL[dtype]) + error
     regular = expected.isfinite()

@@ -169,9 +169,9 @@ def assert_right(found: tuple[Tensor, Tensor], given: list[Any], error: float = 
         assert result.is_contiguous() if x.is_contiguous() else result.movedim(1, -1).is_contiguous()
     in_float32, exact, sizes = sums(given)
     assert_rounded_once(total, in_float32)
-    assert_rounded(total, exact.cpu(), (2 * HALF_UNIT[torch.float32] * sizes).cpu())
+    assert_rounded(total, exact, 2 * HALF_UNIT[torch.float32] * sizes)
     expected, scale = norm_of(total, given)
-    assert_rounded(normed, expected.cpu(), (error * scale).cpu())
+    assert_rounded(normed, expected, error * scale)
 
 
 def check_poison(body: Body, given: list[Any]) -> None:

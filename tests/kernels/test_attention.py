@@ -451,7 +451,8 @@ def test_masks_and_causal_on_a_gpu(body: Body) -> None:
     bits = random(2, 1, 77, 77, device="cuda")
     assert_right(body, *arguments, causal=True)
     assert_right(body, *arguments, mask=bits > 0)
-    assert_right(body, *arguments, causal=True, mask=torch.where(bits > 0, bits, -math.inf))
+    # In the precision of the queries, without which torch has no fused kernel and rounds the scores.
+    assert_right(body, *arguments, causal=True, mask=torch.where(bits > 0, bits, -math.inf).half())
 
 
 @needs_gpu

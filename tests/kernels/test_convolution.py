@@ -61,7 +61,7 @@ def assert_right(found: Tensor, given: list[Any]) -> None:
     expected = F.conv2d(x, weight, None, stride, padding)
     magnitude = F.conv2d(x.abs(), weight.abs(), None, stride, padding)
     error = (weight[0].numel() + 8) * HALF_UNIT[torch.float32] * magnitude
-    assert_rounded(found, expected.cpu(), error.cpu())
+    assert_rounded(found, expected, error)
 
 
 @pytest.mark.interpreted

@@ -151,7 +151,7 @@ def assert_right(
     result, scale = oracle or expected(given)
     assert found.dtype == given[0].dtype
     assert found.stride() == given[0].stride()
-    assert_rounded(found, result.cpu(), (error * scale).cpu())
+    assert_rounded(found, result, error * scale)
 
 
 def check_poison(body: Body, given: list[Any]) -> None:

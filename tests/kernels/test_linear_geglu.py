@@ -64,7 +64,7 @@ def assert_right(found: Tensor, given: list[Any], *, rounded_product: bool) -> N
         + 1.13 * (value.abs() + value_error) * gate_error
         + 1e-6 * value.abs() * (gate.abs() + 1)
     )
-    assert_rounded(found, (value * gelu).cpu(), bound.cpu())
+    assert_rounded(found, value * gelu, bound)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

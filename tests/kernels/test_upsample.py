@@ -81,7 +81,7 @@ def assert_right(found: Tensor, given: list[Any]) -> None:
     assert found.dtype == x.dtype
     assert found.movedim(1, -1).is_contiguous()
     assert_rounded_once(found, square(total))
-    assert_rounded(found, square(exact.sum(0)).cpu(), 2 * HALF_UNIT[torch.float32] * square(exact.abs().sum(0)).cpu())
+    assert_rounded(found, square(exact.sum(0)), 2 * HALF_UNIT[torch.float32] * square(exact.abs().sum(0)))
 
 
 @pytest.mark.parametrize("body", BODIES)

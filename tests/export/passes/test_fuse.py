@@ -13,7 +13,7 @@ import torch
 
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.export.capture import capture
-from ldmrt.export.component import Decoder, Encoder, PenultimateTextEncoder, TextEncoder, UNet, UNetTextTime
+from ldmrt.export.component import Decoder, Encoder, PenultimateTextEncoder, TextEncoder, UNet
 from ldmrt.export.passes.clean import clean
 from ldmrt.export.passes.fuse import fuse
 from ldmrt.export.passes.hoist import Kind, hoist
@@ -21,7 +21,7 @@ from ldmrt.export.passes.layout import layout
 from ldmrt.export.passes.pattern import Index
 from ldmrt.graph import Graph, Node
 
-ARCHITECTURES = Path(__file__).parents[3] / "benchmarks" / "architectures"
+ARCHITECTURES = Path(__file__).parents[3] / "export" / "known"
 F16, F32 = torch.float16, torch.float32
 KINDS: dict[str, Kind] = {
     "latents": "step",
@@ -77,11 +77,9 @@ def unet(name: str) -> Graph:
         TensorSpec("timesteps", ("rows",), F32),
         TensorSpec("encoder_hidden_states", ("rows", "tokens", values["cross_attention_dim"]), F16),
     ]
-    wrapper = UNet(module)
     if name == "sdxl":
-        wrapper = UNetTextTime(module)
         specs += [TensorSpec("text_embeds", ("rows", 1280), F16), TensorSpec("time_ids", ("rows", 6), F32)]
-    return clean(capture("unet", wrapper, specs, ("model_output",)))
+    return clean(capture("unet", UNet(module, [spec.name for spec in specs]), specs, ("model_output",)))
 
 
 def vae(half: type[Decoder | Encoder]) -> Graph:

@@ -1,0 +1,65 @@
+"""From what the user names to a model: a folder, a file, or an id on the Hub; with a base, with another VAE."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ldmrt.errors import BuildError
+from ldmrt.export import hub
+from ldmrt.export.single_file import open_single_file, open_vae
+from ldmrt.export.source import STEMS, Source, read_json, weight_files
+from ldmrt.weights import WeightFile
+
+_VARIANT = re.compile(r"[A-Za-z0-9_]{1,32}")
+
+
+def resolve(
+    model: str | Path,
+    *,
+    base: str | Path | None = None,
+    vae: str | Path | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+) -> Source:
+    """Open a model.
+
+    Args:
+        model: a folder in the diffusers layout, a safetensors file in the original one, or an id on the Hub (`owner/name`). Only if it is
+            an id, and there is no such path, is the network used.
+        base: a model of any of these forms, which has what the file does not.
+        vae: the VAE to take instead of the model's own: a folder (a VAE's or a model's), a file in either layout, or an id on the Hub.
+        variant: which copy of the weights to take where there are several, such as `fp16`.
+        revision: branch, tag or commit of an id on the Hub.
+
+    Raises:
+        BuildError: it cannot be opened; says what was found, and the cure.
+        BundleError: a file is damaged.
+    """
+    if variant is not None and not _VARIANT.fullmatch(variant):
+        raise BuildError(f"variant is {variant!r}, expected a name such as fp16")
+    fetched = hub.is_id(model)
+    if revision is not None and not fetched:
+        raise BuildError(f"{model} is no id on the Hub, and has no revision {revision!r}; leave out --revision")
+    path = Path(model)
+    if path.is_file():
+        source = open_single_file(path, None if base is None else resolve(base, variant=variant))
+    elif base is not None:
+        raise BuildError(f"{model} is a whole model, and takes no --base; leave it out, or give the file of a U-Net")
+    elif fetched:
+        source = hub.fetch(str(model), revision=revision, variant=variant)
+    else:
+        source = Source.open(path, variant=variant)
+    return source if vae is None else _with_vae(source, vae, variant)
+
+
+def _with_vae(source: Source, vae: str | Path, variant: str | None) -> Source:
+    path = hub.fetch_vae(str(vae), variant=variant) if hub.is_id(vae) else Path(vae)
+    if path.is_file():
+        return open_vae(path, source)
+    folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
+    if not folder.is_dir():
+        raise BuildError(f"no such VAE: {vae}; give a folder in the diffusers layout, or a safetensors file")
+    config = folder / "config.json"
+    weights = [WeightFile(file) for file in weight_files(folder, STEMS["vae"], variant)]
+    return source.with_part("vae", weights, (config, read_json(config)))

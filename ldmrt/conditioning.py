@@ -1,0 +1,106 @@
+"""Pictures that a request brings: read, put into the size that is asked for, and encoded to latents."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ldmrt.bundle import ModelRecord
+from ldmrt.engines.protocol import Engine
+from ldmrt.errors import BadRequest
+from ldmrt.rows import run_rows
+
+Picture = Image.Image | NDArray[np.uint8]
+
+
+def open_picture(path: str | os.PathLike[str], *, param: str) -> Image.Image:
+    """A picture from a file, turned as its Exif says.
+
+    Args:
+        path: a file in any format that Pillow reads.
+        param: what to name in an error.
+
+    Raises:
+        BadRequest: the file is missing, no picture, or too large to be one.
+    """
+    try:
+        with Image.open(Path(path)) as image:
+            return ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise BadRequest(
+            f"{os.fspath(path)} cannot be read as a picture ({error}): expected PNG, JPEG or WebP", param=param
+        ) from error
+
+
+def rgb(picture: Picture, size: tuple[int, int], *, param: str) -> torch.Tensor:
+    """A picture as networks take it, as diffusers prepares one: RGB, resized with Lanczos's filter to the size, without regard to
+    its proportions.
+
+    Args:
+        picture: a PIL image, or (H, W, 3) uint8.
+        size: (width, height) in pixels.
+        param: what to name in an error.
+
+    Returns:
+        (3, height, width) float32 in [0, 1].
+
+    Raises:
+        BadRequest: it is no picture.
+    """
+    return _pixels(picture, size, "RGB", param).permute(2, 0, 1).contiguous() / 255
+
+
+def mask(picture: Picture, size: tuple[int, int], *, param: str) -> torch.Tensor:
+    """A mask as diffusers prepares one: resized like a picture, then grey, then 1 from half of white on, else 0.
+
+    Returns:
+        (1, height, width) float32.
+
+    Raises:
+        BadRequest: it is no picture.
+    """
+    return (_pixels(picture, size, "L", param).permute(2, 0, 1) / 255 >= 0.5).float()
+
+
+def encode(
+    engine: Engine, model: ModelRecord, picture: torch.Tensor, noise: torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    """Latents of a picture, drawn from what the VAE's encoder makes of it (Kingma & Welling 2013, arXiv 1312.6114), scaled as they are
+    denoised.
+
+    Args:
+        engine: the `encoder`.
+        model: has the scaling.
+        picture: (3, H, W) float32 in [-1, 1].
+        noise: (n, C, h, w) float32, standard normal, for as many draws.
+        device: where the engine runs.
+
+    Returns:
+        (n, C, h, w) float32, on the device.
+    """
+    spec = engine.inputs["image"]
+    rows = spec.shape[0]
+    inputs = {"image": picture[None].to(device=device, dtype=spec.dtype)}
+    made = run_rows(engine.run, inputs, rows if isinstance(rows, int) else None)
+    mean, variance = made["latent_mean"].float(), made["latent_logvar"].float().exp()
+    return (mean + variance.sqrt() * noise.to(device) - model.shift_factor) * model.scaling_factor
+
+
+def _pixels(picture: Picture, size: tuple[int, int], mode: str, param: str) -> torch.Tensor:
+    """A resized picture's pixels in a mode of Pillow, (height, width, channels) float32, 0 to 255."""
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
+        picture = Image.fromarray(picture)
+    if not isinstance(picture, Image.Image):
+        form = (
+            f"an array of {picture.dtype} {picture.shape}"
+            if isinstance(picture, np.ndarray)
+            else type(picture).__name__
+        )
+        raise BadRequest(f"{param} is {form}, expected a PIL image or an array of uint8 (H, W, 3)", param=param)
+    resized = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS).convert(mode)
+    return torch.from_numpy(np.array(resized, dtype=np.float32)).reshape(size[1], size[0], -1)

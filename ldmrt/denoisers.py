@@ -1,0 +1,189 @@
+"""The denoisers of a pipeline: one for each batch that is asked for, kept, since a captured step is bound to its buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ldmrt.bundle import EngineRecord
+from ldmrt.components import CONTROLLED_STEP, STEP, controlnet, parts
+from ldmrt.decoding import Decoding
+from ldmrt.denoise import Denoiser
+from ldmrt.engines.protocol import Engine
+from ldmrt.errors import BadRequest, EngineMismatch
+from ldmrt.loader import EngineLoader
+from ldmrt.network import Parts
+from ldmrt.request import Job
+from ldmrt.samplers.table import SamplerTable
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What a denoiser is made for: the step engines of its networks, and the sizes of its buffers."""
+
+    steps: tuple[str, ...]
+    capacity: int
+    tokens: int
+    evaluations: int
+    with_noise: bool
+    with_rescale: bool
+    with_thresholds: bool
+
+
+class Denoisers:
+    """Makes denoisers over a bundle's engines, and keeps them.
+
+    Args:
+        loader: gives the engines.
+        capture: what becomes one CUDA graph: see `ldmrt.pipeline.Pipeline.from_bundle`.
+    """
+
+    def __init__(self, loader: EngineLoader, capture: str) -> None:
+        self._loader, self._capture = loader, capture
+        self._denoisers: dict[_Key, Denoiser] = {}
+        self._decodings: dict[Denoiser, Decoding] = {}
+
+    def images_at_a_time(self, size: tuple[int, int], *, guidance: bool) -> int:
+        """The largest batch that the step engines of a size run at once."""
+        rows = max(self._steps(size, ()))
+        return max(1, rows // (2 if guidance else 1))
+
+    def groups(self, job: Job, tokens: Sequence[int], controls: Sequence[str] = ()) -> Iterator[list[int]]:
+        """Image numbers that run together: as many as the largest step engine takes, with equally long text.
+
+        Args:
+            job: what was asked.
+            tokens: for each image the length of its text embeddings.
+            controls: the ControlNets in use.
+
+        Raises:
+            EngineMismatch: guidance takes two rows an image, and no step engine has two; or a ControlNet is not built for the size.
+        """
+        per_image = 2 if job.do_cfg else 1
+        steps = self._steps((job.width, job.height), controls)
+        available = sorted({rows // per_image for rows in steps} - {0})
+        if not available:
+            raise EngineMismatch(
+                f"{self._loader.bundle.path} has no step engine of 2 rows, which guidance needs; "
+                "build one with `ldmrt build-engines`"
+            )
+        by_tokens: dict[int, list[int]] = {}
+        for number, length in enumerate(tokens):
+            by_tokens.setdefault(length, []).append(number)
+        for numbers in by_tokens.values():
+            start = 0
+            while start < len(numbers):
+                count = max((n for n in available if n <= len(numbers) - start), default=available[0])
+                yield numbers[start : start + count]
+                start += count
+
+    def get(self, job: Job, table: SamplerTable, images: int, tokens: int, controls: Sequence[str] = ()) -> Denoiser:
+        """The denoiser for a batch, every slot empty.
+
+        Args:
+            job: what was asked.
+            table: the sampler.
+            images: how many, as `groups` says.
+            tokens: length of the text embeddings.
+            controls: the ControlNets in use, in order.
+
+        Raises:
+            BadRequest: the engines are made for prompts of another length.
+            EngineMismatch: a ControlNet is not built for the size.
+        """
+        per_image = 2 if job.do_cfg else 1
+        size = (job.width, job.height)
+        rows, records = next((r, steps) for r, steps in self._steps(size, controls).items() if r // per_image >= images)
+        check_tokens(self._loader.load(records[0]), tokens)
+        capacity = rows // per_image
+        evaluations = max(64, 1 << (table.evaluations - 1).bit_length())
+        key = _Key(
+            tuple(r.key for r in records),
+            capacity,
+            tokens,
+            evaluations,
+            with_noise=table.uses_noise,
+            with_rescale=job.do_cfg and job.guidance_rescale > 0,
+            with_thresholds=table.thresholds,
+        )
+        if key not in self._denoisers:
+            # A step engine is bound to one set of buffers: whoever had it before gives it up.
+            self._denoisers = {
+                other: d for other, d in self._denoisers.items() if not set(other.steps) & set(key.steps)
+            }
+            self._decodings = {made: d for made, d in self._decodings.items() if made in self._denoisers.values()}
+            unet, *controlnets = (self._parts(record) for record in records)
+            self._denoisers[key] = Denoiser(
+                *unet,
+                capacity=capacity,
+                tokens=tokens,
+                evaluations=evaluations,
+                with_noise=key.with_noise,
+                with_rescale=key.with_rescale,
+                with_thresholds=key.with_thresholds,
+                device=self._loader.device,
+                recorder=self._loader.recorder,
+                generation=lambda: sum(self._loader.generation(record.component) for record in records),
+                controlnets=controlnets,
+            )
+        denoiser = self._denoisers[key]
+        if self._loader.recorder is not None and self._capture == "loop":
+            denoiser.capture(table.evaluations)
+        elif self._loader.recorder is not None and self._capture == "image":
+            if denoiser not in self._decodings:
+                records = self._loader.records("decoder", size)
+                fitting = [r for r in records if (r.rows or 1) <= capacity]
+                decoder = self._loader.load(max(fitting or records[:1], key=lambda r: r.rows or 1))
+                self._decodings[denoiser] = Decoding(decoder, denoiser.slots.x)
+            denoiser.capture(table.evaluations, self._decodings[denoiser].work)
+        return denoiser
+
+    def decoding(self, denoiser: Denoiser) -> Decoding | None:
+        """The decoder behind a denoiser's loop, if a whole image is one graph."""
+        return self._decodings.get(denoiser)
+
+    def _steps(self, size: tuple[int, int], controls: Sequence[str]) -> dict[int, list[EngineRecord]]:
+        """By row count, fewest first, the step engines that run together: the U-Net's, then each ControlNet's.
+
+        Raises:
+            EngineMismatch: there is none.
+        """
+        components = [CONTROLLED_STEP if controls else STEP, *(f"{controlnet(name)}.step" for name in controls)]
+        found = []
+        for component in components:
+            try:
+                found.append({record.rows or 1: record for record in self._loader.records(component, size)})
+            except EngineMismatch as error:
+                if not controls:
+                    raise
+                raise EngineMismatch(
+                    f"{error}, with --controlnet {' --controlnet '.join(controls)} --size {size[0]}x{size[1]}"
+                ) from error
+        common = [rows for rows in found[0] if all(rows in records for records in found)]
+        if not common:
+            raise EngineMismatch(
+                f"{self._loader.bundle.path} has no batch size for all of {', '.join(components)}; build them together: "
+                f"ldmrt build-engines MODEL --out DIR --controlnet {' --controlnet '.join(controls)}"
+            )
+        return {rows: [records[rows] for records in found] for rows in common}
+
+    def _parts(self, step: EngineRecord) -> Parts:
+        """The engines of the network that a step belongs to."""
+        *once, _ = parts(step.component)
+        context, schedule = (self._loader.load(self._loader.records(name, step.size)[0]) for name in once)
+        return Parts(context, schedule, self._loader.load(step))
+
+
+def check_tokens(step: Engine, tokens: int) -> None:
+    """Check that a prompt's length is the engine's, if that is fixed: a dimension of a step's text inputs is free but in TensorRT plans.
+
+    Raises:
+        BadRequest: it is another.
+    """
+    for spec in step.inputs.values():
+        if len(spec.shape) == 3 and isinstance(spec.shape[1], int) and spec.shape[1] != tokens:
+            raise BadRequest(
+                f'the prompt takes {tokens} tokens, and this engine is made for {spec.shape[1]}: shorten it, use long_prompt="cut", '
+                "or build with --engine torch",
+                param="prompt",
+            )
