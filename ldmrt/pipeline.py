@@ -269,7 +269,13 @@ class Pipeline:
             decoded: dict[int, torch.Tensor] = {}
             for group in self._denoisers.groups(job, [len(cond.states) for cond, _ in texts], names):
                 with clock("prepare"):
-                    denoiser = self._denoisers.get(job, table, len(group), len(texts[group[0]][0].states), names)
+                    denoiser = self._denoisers.get(
+                        (job.width, job.height),
+                        len(group) * (2 if job.do_cfg else 1),
+                        tokens=len(texts[group[0]][0].states),
+                        evaluations=table.evaluations,
+                        controls=names,
+                    )
                 try:
                     with clock("prepare"):
                         for slot, number in enumerate(group):
@@ -287,7 +293,9 @@ class Pipeline:
                             )
                     with clock("denoise"):
                         wanted = on_step is None and output_type != "latent"
-                        decoding = self._denoisers.decoding(denoiser) if wanted else None
+                        decoding = (
+                            self._denoisers.decoding(denoiser, (job.width, job.height), len(group)) if wanted else None
+                        )
                         self._denoise(denoiser, table, len(group), on_step, decoding)
                         finals[group] = denoiser.slots.x[: len(group)].cpu()
                         if decoding is not None:
