@@ -37,7 +37,7 @@ class _Captured(NamedTuple):
 
     rows: int
     adjustments: Adjustments
-    count: int
+    steps: int
     then: Work | None
 
 
@@ -266,8 +266,8 @@ class Denoiser:
 
     def _work(self, captured: _Captured) -> None:
         """What a graph holds. It leaves free slots untouched, however often it runs."""
-        rows, adjustments, count, then = captured
-        for _ in range(count):
+        rows, adjustments, steps, then = captured
+        for _ in range(steps):
             entry = self._entry[:rows]
             torch.index_select(self.slots.row, 0, self._slot_of_row[:rows], out=entry)
             entry.add_(self._offset[:rows])

@@ -128,7 +128,7 @@ class Network:
         for tensor in self._contexts.values():
             tensor[to].copy_(tensor[row])
         for tensor in self._tables.values():
-            by_row = tensor.unflatten(0, (-1, self._entries))
+            by_row = tensor.view(-1, self._entries, *tensor.shape[1:])
             by_row[to].copy_(by_row[row])
 
     def enqueue(self, entry: torch.Tensor) -> None:

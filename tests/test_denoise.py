@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -263,7 +264,7 @@ def test_more_rows_than_any_engine_has(bundle: Bundle) -> None:
 
 def test_an_image_that_cannot_be_prepared_leaves_its_slot(bundle: Bundle, schedule: NoiseSchedule) -> None:
     loop = denoiser(bundle, 2)
-    arguments = {"table": ddim(schedule, 2), "guidance_scale": 1.0, "uncond": None}
+    arguments: dict[str, Any] = {"table": ddim(schedule, 2), "guidance_scale": 1.0, "uncond": None}
     with pytest.raises(EngineMismatch, match="encoder_hidden_states"):
         loop.admit(0, latents=torch.zeros(4, 8, 8), cond={"encoder_hidden_states": torch.zeros(77, 5)}, **arguments)
     assert loop.slots.free == [0, 1]
