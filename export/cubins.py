@@ -13,7 +13,7 @@ from ldmrt.graph import Graph
 from ldmrt.kernels import aot, launch
 from ldmrt.kernels.variant import Variant
 from ldmrt.rehearsal import rehearse
-from ldmrt.slots import Slots
+from ldmrt.slots import Adjustments, Slots
 
 # What Triton compiles for: Ampere and later. Its tensor-core code for Turing (7.5) spills.
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -81,16 +81,7 @@ def variants(graphs: Iterable[Graph], arch: int, latents: Sequence[TensorSpec] =
 
 
 def _update(latents: TensorSpec) -> None:
-    """The sampler's part of a step, with and without noise."""
+    """The sampler's part of a step."""
     rows, channels, height, width = (int(size) for size in latents.shape)
-    for with_noise in (False, True):
-        slots = Slots(
-            rows,
-            rows,
-            (channels, height, width),
-            entries=2 * rows,
-            device=_META,
-            model_dtype=latents.dtype,
-            with_noise=with_noise,
-        )
-        slots.update(torch.empty_like(slots.model_input))
+    slots = Slots(rows, rows, (channels, height, width), entries=2 * rows, device=_META, model_dtype=latents.dtype)
+    slots.update(torch.empty_like(slots.model_input), Adjustments())

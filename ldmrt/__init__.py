@@ -20,6 +20,7 @@ from ldmrt.errors import (
     LdmrtError,
     NumericalError,
     Overloaded,
+    Unavailable,
 )
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ __all__ = [
     "Overloaded",
     "Pipeline",
     "Result",
+    "Unavailable",
     "build_engines",
 ]
 

@@ -16,7 +16,7 @@ class Decoding:
         images: (slots, 3, H, W), the pictures that the last `work` made.
 
     Args:
-        engine: the decoder, of any number of rows; it is bound to the buffers made here.
+        engine: the decoder, of any number of rows; bound to the buffers made here whenever it works.
         latents: (slots, C, h, w) float32, read at every `work`.
 
     Raises:
@@ -32,10 +32,11 @@ class Decoding:
         self._given = torch.zeros([int(size) for size in given.shape], dtype=given.dtype, device=latents.device)
         self._made = torch.zeros([int(size) for size in made.shape], dtype=made.dtype, device=latents.device)
         self.images = torch.zeros((len(latents), *self._made.shape[1:]), dtype=made.dtype, device=latents.device)
-        engine.bind({"latents": self._given, "image": self._made})
 
     def work(self) -> None:
         """Decode all latents, as many at a time as the engine has rows. No synchronisation."""
+        # Here, not when it is made: others may have bound the engine in between, and a capture keeps what is bound now.
+        self._engine.bind({"latents": self._given, "image": self._made})
         rows = len(self._given)
         for first in range(0, len(self._latents), rows):
             part = self._latents[first : first + rows]

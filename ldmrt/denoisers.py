@@ -14,20 +14,22 @@ from ldmrt.errors import BadRequest, EngineMismatch
 from ldmrt.loader import EngineLoader
 from ldmrt.network import Parts
 from ldmrt.request import Job
-from ldmrt.samplers.table import SamplerTable
+
+# Evaluations that the tables of a slot have room for at least.
+_LEAST_EVALUATIONS = 64
 
 
 @dataclass(frozen=True)
 class _Key:
-    """What a denoiser is made for: the step engines of its networks, and the sizes of its buffers."""
+    """What a denoiser is made for. It runs engines of any batch size, and takes images of any sampler, guidance and step count."""
 
-    steps: tuple[str, ...]
-    capacity: int
+    size: tuple[int, int]
     tokens: int
-    evaluations: int
-    with_noise: bool
-    with_rescale: bool
-    with_thresholds: bool
+    controls: tuple[str, ...]
+
+    def shares_engines(self, other: _Key) -> bool:
+        """Whether a step engine may be bound to both."""
+        return self.size == other.size and bool(self.controls) == bool(other.controls)
 
 
 class Denoisers:
@@ -41,12 +43,16 @@ class Denoisers:
     def __init__(self, loader: EngineLoader, capture: str) -> None:
         self._loader, self._capture = loader, capture
         self._denoisers: dict[_Key, Denoiser] = {}
-        self._decodings: dict[Denoiser, Decoding] = {}
+        self._decodings: dict[tuple[Denoiser, int], Decoding] = {}
 
     def images_at_a_time(self, size: tuple[int, int], *, guidance: bool) -> int:
         """The largest batch that the step engines of a size run at once."""
         rows = max(self._steps(size, ()))
         return max(1, rows // (2 if guidance else 1))
+
+    def row_counts(self, size: tuple[int, int]) -> list[int]:
+        """The rows of the step engines of a size, fewest first."""
+        return list(self._steps(size, ()))
 
     def groups(self, job: Job, tokens: Sequence[int], controls: Sequence[str] = ()) -> Iterator[list[int]]:
         """Image numbers that run together: as many as the largest step engine takes, with equally long text.
@@ -77,70 +83,62 @@ class Denoisers:
                 yield numbers[start : start + count]
                 start += count
 
-    def get(self, job: Job, table: SamplerTable, images: int, tokens: int, controls: Sequence[str] = ()) -> Denoiser:
-        """The denoiser for a batch, every slot empty.
+    def get(
+        self, size: tuple[int, int], rows: int, *, tokens: int, evaluations: int, controls: Sequence[str] = ()
+    ) -> Denoiser:
+        """The denoiser for a batch, with the smallest engines that run it. It is kept, and made anew only where it has not the room.
 
         Args:
-            job: what was asked.
-            table: the sampler.
-            images: how many, as `groups` says.
+            size: (width, height) in pixels.
+            rows: of the model's batch, at most those of the largest engine.
             tokens: length of the text embeddings.
+            evaluations: the most of one image.
             controls: the ControlNets in use, in order.
 
         Raises:
             BadRequest: the engines are made for prompts of another length.
             EngineMismatch: a ControlNet is not built for the size.
         """
-        per_image = 2 if job.do_cfg else 1
-        size = (job.width, job.height)
-        rows, records = next((r, steps) for r, steps in self._steps(size, controls).items() if r // per_image >= images)
+        rows, records = next((r, steps) for r, steps in self._steps(size, controls).items() if r >= rows)
         check_tokens(self._loader.load(records[0]), tokens)
-        capacity = rows // per_image
-        evaluations = max(64, 1 << (table.evaluations - 1).bit_length())
-        key = _Key(
-            tuple(r.key for r in records),
-            capacity,
-            tokens,
-            evaluations,
-            with_noise=table.uses_noise,
-            with_rescale=job.do_cfg and job.guidance_rescale > 0,
-            with_thresholds=table.thresholds,
-        )
-        if key not in self._denoisers:
+        key = _Key(size, tokens, tuple(controls))
+        kept = self._denoisers.get(key)
+        if kept is None or kept.rows < rows or kept.evaluations < evaluations:
+            # Few different numbers, and never fewer than before: who goes back and forth has nothing captured anew.
+            evaluations = max(_LEAST_EVALUATIONS, 1 << (evaluations - 1).bit_length())
+            most = (rows, evaluations) if kept is None else (max(rows, kept.rows), max(evaluations, kept.evaluations))
             # A step engine is bound to one set of buffers: whoever had it before gives it up.
-            self._denoisers = {
-                other: d for other, d in self._denoisers.items() if not set(other.steps) & set(key.steps)
-            }
-            self._decodings = {made: d for made, d in self._decodings.items() if made in self._denoisers.values()}
-            unet, *controlnets = (self._parts(record) for record in records)
-            self._denoisers[key] = Denoiser(
-                *unet,
-                capacity=capacity,
-                tokens=tokens,
-                evaluations=evaluations,
-                with_noise=key.with_noise,
-                with_rescale=key.with_rescale,
-                with_thresholds=key.with_thresholds,
-                device=self._loader.device,
-                recorder=self._loader.recorder,
-                generation=lambda: sum(self._loader.generation(record.component) for record in records),
-                controlnets=controlnets,
-            )
-        denoiser = self._denoisers[key]
-        if self._loader.recorder is not None and self._capture == "loop":
-            denoiser.capture(table.evaluations)
-        elif self._loader.recorder is not None and self._capture == "image":
-            if denoiser not in self._decodings:
-                records = self._loader.records("decoder", size)
-                fitting = [r for r in records if (r.rows or 1) <= capacity]
-                decoder = self._loader.load(max(fitting or records[:1], key=lambda r: r.rows or 1))
-                self._decodings[denoiser] = Decoding(decoder, denoiser.slots.x)
-            denoiser.capture(table.evaluations, self._decodings[denoiser].work)
-        return denoiser
+            self._denoisers = {other: d for other, d in self._denoisers.items() if not key.shares_engines(other)}
+            self._decodings = {of: d for of, d in self._decodings.items() if of[0] in self._denoisers.values()}
+            kept = self._denoisers[key] = self._make(records, *most, tokens)
+        if rows not in kept.batches:
+            kept.add([self._loader.load(record) for record in records])
+        return kept
 
-    def decoding(self, denoiser: Denoiser) -> Decoding | None:
-        """The decoder behind a denoiser's loop, if a whole image is one graph."""
-        return self._decodings.get(denoiser)
+    def decoding(self, denoiser: Denoiser, size: tuple[int, int], images: int) -> Decoding | None:
+        """The decoder behind the loop of a denoiser with so many images, if a whole image is one graph."""
+        if self._loader.recorder is None or self._capture != "image":
+            return None
+        if (denoiser, images) not in self._decodings:
+            records = self._loader.records("decoder", size)
+            fitting = [r for r in records if (r.rows or 1) <= images]
+            decoder = self._loader.load(max(fitting or records[:1], key=lambda r: r.rows or 1))
+            self._decodings[denoiser, images] = Decoding(decoder, denoiser.slots.x[:images])
+        return self._decodings[denoiser, images]
+
+    def _make(self, records: Sequence[EngineRecord], rows: int, evaluations: int, tokens: int) -> Denoiser:
+        unet, *controlnets = (self._parts(record) for record in records)
+        return Denoiser(
+            *unet,
+            rows=rows,
+            tokens=tokens,
+            evaluations=evaluations,
+            device=self._loader.device,
+            recorder=self._loader.recorder,
+            whole=self._loader.recorder is not None and self._capture in ("loop", "image"),
+            generation=lambda: sum(self._loader.generation(record.component) for record in records),
+            controlnets=controlnets,
+        )
 
     def _steps(self, size: tuple[int, int], controls: Sequence[str]) -> dict[int, list[EngineRecord]]:
         """By row count, fewest first, the step engines that run together: the U-Net's, then each ControlNet's.

@@ -36,7 +36,19 @@ class BuildError(LdmrtError):
 
 
 class Overloaded(LdmrtError):
-    """There is no room for another request now."""
+    """There is no room for another request now.
+
+    Attributes:
+        retry_after: seconds after which there should be.
+    """
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Unavailable(LdmrtError):
+    """What was asked is closed, broken, or lent to another."""
 
 
 class Cancelled(LdmrtError):

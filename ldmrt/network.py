@@ -34,27 +34,34 @@ class Parts(NamedTuple):
 
 
 class Network:
-    """A network's parts, bound to buffers that keep their addresses.
+    """A network's parts, bound to buffers that keep their addresses. Steps of several row counts share them: each has the first rows.
 
     Args:
-        parts: its engines.
+        parts: its engines; more steps may be added.
+        rows: of the buffers, the most that a step may have.
         tokens: length of the text embeddings.
         entries: evaluations that each row has room for in the tables.
         device: where all of it lies.
-        buffers: the inputs and outputs of the step that others write or read.
+        buffers: the inputs and outputs of the step that others write or read, of so many rows.
 
     Raises:
         EngineMismatch: the step reads something that nobody makes.
     """
 
     def __init__(
-        self, parts: Parts, *, tokens: int, entries: int, device: torch.device, buffers: Mapping[str, torch.Tensor]
+        self,
+        parts: Parts,
+        *,
+        rows: int,
+        tokens: int,
+        entries: int,
+        device: torch.device,
+        buffers: Mapping[str, torch.Tensor],
     ) -> None:
         self._parts, self._entries = parts, entries
-        rows = sizes(parts.step.inputs["latents"])[0]
 
         def empty(spec: TensorSpec) -> torch.Tensor:
-            return torch.zeros(sizes(spec, rows=rows, tokens=tokens), dtype=spec.dtype, device=device)
+            return torch.zeros((rows, *sizes(spec, tokens=tokens)[1:]), dtype=spec.dtype, device=device)
 
         inputs = {name: spec for name, spec in parts.step.inputs.items() if name not in buffers}
         constant = {*parts.context.outputs, *MASKED}
@@ -69,13 +76,21 @@ class Network:
             name: torch.zeros((rows * entries, *tensor.shape[1:]), dtype=tensor.dtype, device=device)
             for name, tensor in self._current.items()
         }
-        parts.step.bind({**buffers, **self._contexts, **self._current})
+        self._buffers = {**buffers, **self._contexts, **self._current}
+        self._steps: dict[int, Engine] = {}
+        self.add(parts.step)
 
-    def prepare(self, first: int, table: SamplerTable, conditionings: Sequence[Conditioning]) -> None:
+    def add(self, step: Engine) -> None:
+        """Let `enqueue` run a step of another row count too."""
+        rows = rows_of(step)
+        step.bind({name: self._buffers[name][:rows] for name in (*step.inputs, *step.outputs)})
+        self._steps[rows] = step
+
+    def prepare(self, rows: Sequence[int], table: SamplerTable, conditionings: Sequence[Conditioning]) -> None:
         """Compute what the step reads of a request and its timesteps.
 
         Args:
-            first: the first of the request's rows, which lie side by side.
+            rows: the request's.
             table: the sampler.
             conditionings: for each row the network's request inputs by name, without the dimension of rows; a ControlNet's scale
                 for each evaluation.
@@ -88,8 +103,9 @@ class Network:
         made = context.run(stacked)
         made |= {name: torch.stack([one[name] for one in conditionings]) for name in MASKED if name in self._contexts}
         for name, tensor in made.items():
-            self._contexts[name][first : first + len(conditionings)].copy_(tensor)
-        for row, conditioning in enumerate(conditionings, start=first):
+            for row, value in zip(rows, tensor, strict=True):
+                self._contexts[name][row].copy_(value)
+        for row, conditioning in zip(rows, conditionings, strict=True):
             timed = self._scheduled(table, conditioning)
             timed |= {SCALE: conditioning[SCALE]} if SCALE in self._tables else {}
             for name, tensor in timed.items():
@@ -107,15 +123,28 @@ class Network:
                 inputs[name] = value.expand(table.evaluations, *value.shape)
         return self._parts.schedule.run(inputs)
 
+    def move(self, row: int, to: int) -> None:
+        """Copy what `prepare` made for a row to another one."""
+        for tensor in self._contexts.values():
+            tensor[to].copy_(tensor[row])
+        for tensor in self._tables.values():
+            by_row = tensor.view(-1, self._entries, *tensor.shape[1:])
+            by_row[to].copy_(by_row[row])
+
     def enqueue(self, entry: torch.Tensor) -> None:
-        """Run the step, each row at its own entry of the tables. No synchronisation.
+        """Run the step of as many rows as there are entries, each row at its own entry of the tables. No synchronisation.
 
         Args:
             entry: (rows,) int64, row * entries + evaluation.
         """
         for name, current in self._current.items():
-            torch.index_select(self._tables[name], 0, entry, out=current)
-        self._parts.step.enqueue()
+            torch.index_select(self._tables[name], 0, entry, out=current[: len(entry)])
+        self._steps[len(entry)].enqueue()
+
+
+def rows_of(step: Engine) -> int:
+    """The rows of a step's batch."""
+    return sizes(step.inputs["latents"])[0]
 
 
 def sizes(spec: TensorSpec, **free: int) -> tuple[int, ...]:

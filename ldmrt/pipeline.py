@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -25,9 +25,9 @@ from ldmrt.config import parse_device
 from ldmrt.decoding import Decoding, decode
 from ldmrt.denoise import Denoiser
 from ldmrt.denoisers import Denoisers
-from ldmrt.errors import BadRequest, EngineMismatch, NumericalError
+from ldmrt.errors import BadRequest, EngineMismatch, NumericalError, Unavailable
 from ldmrt.guidance import embedding
-from ldmrt.inpainting import resolve as resolve_inpainting
+from ldmrt.inpainting import Inpainting, resolve as resolve_inpainting
 from ldmrt.loader import EngineLoader, kinds_of
 from ldmrt.lora import Lora
 from ldmrt.noise import Generators, draw
@@ -36,13 +36,21 @@ from ldmrt.request import Defaults, Job, LongPrompt, Request, resolve
 from ldmrt.samplers.make import sampler_table
 from ldmrt.samplers.table import SamplerTable
 from ldmrt.schedule import NoiseSchedule
-from ldmrt.text import Embedding, Given, PromptEncoder, TextModel
+from ldmrt.text import Embedding, Given, PromptEncoder, TextModel, Windows
 from ldmrt.tokenizer import Tokenizer
 
 OutputType = Literal["pil", "np", "latent"]
 Capture = Literal["step", "loop", "image", "off"]
 OnStep = Callable[[int, torch.Tensor], None]
 Text = tuple[Embedding, Embedding | None]
+
+
+class _Beginning(NamedTuple):
+    """What an image starts from: its latents (C, h, w), its sampler's noise (evaluations, C, h, w), the network's inputs that are its own."""
+
+    latents: torch.Tensor
+    noise: torch.Tensor | None
+    own: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,7 @@ class Pipeline:
         self._denoisers = Denoisers(loader, capture)
         self._adapters = Adapters(self._weights)
         self._lock = threading.Lock()
+        self._borrower: int | None = None
 
     @classmethod
     def from_bundle(
@@ -255,52 +264,36 @@ class Pipeline:
         names = [one.name for one in controls]
         inpainting = resolve_inpainting(self.bundle.manifest.model, (job.width, job.height), image, mask_image)
         given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
-        if not self.bundle.manifest.model.tokenizers:
-            _check_unconditional(job, given)
+        self._check_text(job, given)
         clock = _Clock()
-        with self._lock, torch.inference_mode():
+        with self._engines(for_pictures=True), torch.inference_mode():
             with clock("tokenize"):
                 windows = self._prompts.tokenize(job)
             with clock("encode"):
                 texts = self._prompts.embed(job, windows, given)
             with clock("prepare"):
-                table = sampler_table(job.sampler, self.schedule, job.num_inference_steps, job.eta)
-                starts, noises, encoding = draw(
-                    job.seeds,
-                    self._latent_shape(job),
-                    table,
-                    generator=generator,
-                    latents=latents,
-                    encoding=inpainting is not None,
-                )
-                own: list[dict[str, torch.Tensor]] = [self._guidance(job)] * len(starts)
-                if inpainting is not None and encoding is not None:
-                    encoder = self._loader.load(self._loader.records("encoder", (job.width, job.height))[0])
-                    masked = inpainting.conditionings(encoder, self.bundle.manifest.model, encoding, self.device)
-                    own = [one | more for one, more in zip(own, masked, strict=True)]
-            finals = torch.empty_like(starts)
+                table = self.table(job)
+                beginnings = self._beginnings(job, table, inpainting, generator, latents)
+            finals = torch.stack([beginning.latents for beginning in beginnings])
             decoded: dict[int, torch.Tensor] = {}
             for group in self._denoisers.groups(job, [len(cond.states) for cond, _ in texts], names):
                 with clock("prepare"):
-                    denoiser = self._denoisers.get(job, table, len(group), len(texts[group[0]][0].states), names)
+                    denoiser = self._denoisers.get(
+                        (job.width, job.height),
+                        len(group) * (2 if job.do_cfg else 1),
+                        tokens=len(texts[group[0]][0].states),
+                        evaluations=table.evaluations,
+                        controls=names,
+                    )
                 try:
                     with clock("prepare"):
                         for slot, number in enumerate(group):
-                            cond, uncond = texts[number]
-                            denoiser.admit(
-                                slot,
-                                latents=starts[number],
-                                table=table,
-                                guidance_scale=job.guidance_scale,
-                                cond=conditioning(cond, job) | own[number],
-                                uncond=None if uncond is None else conditioning(uncond, job) | own[number],
-                                noise=None if noises is None else noises[number],
-                                guidance_rescale=job.guidance_rescale,
-                                controls=[one.conditioning(table.evaluations, self.device) for one in controls],
-                            )
+                            self._admit(denoiser, slot, job, table, texts[number], beginnings[number], controls)
                     with clock("denoise"):
                         wanted = on_step is None and output_type != "latent"
-                        decoding = self._denoisers.decoding(denoiser) if wanted else None
+                        decoding = (
+                            self._denoisers.decoding(denoiser, (job.width, job.height), len(group)) if wanted else None
+                        )
                         self._denoise(denoiser, table, len(group), on_step, decoding)
                         finals[group] = denoiser.slots.x[: len(group)].cpu()
                         if decoding is not None:
@@ -317,9 +310,9 @@ class Pipeline:
                 if output_type == "latent":
                     images = None
                 elif decoded:
-                    images = _delivered(torch.stack([decoded[number] for number in range(len(finals))]), output_type)
+                    images = delivered(torch.stack([decoded[number] for number in range(len(finals))]), output_type)
                 else:
-                    images = _delivered(decode(self._loader, finals, (job.width, job.height)), output_type)
+                    images = delivered(decode(self._loader, finals, (job.width, job.height)), output_type)
         # A tensor made in inference mode could not be used in a caller's own computation.
         finals = finals.clone()
         images = finals if output_type == "latent" else images
@@ -339,7 +332,7 @@ class Pipeline:
             BadRequest: there is no such component.
             EngineMismatch: a name or shape is not the model's (nothing is changed then), or the engine kind embeds its weights.
         """
-        with self._lock:
+        with self._engines():
             self._parameters(component).update(tensors)
 
     def restore_weights(self, component: str) -> None:
@@ -349,7 +342,7 @@ class Pipeline:
             BadRequest: there is no such component.
             EngineMismatch: the engine kind embeds its weights.
         """
-        with self._lock:
+        with self._engines():
             self._parameters(component).restore()
 
     def load_lora(self, path: str | os.PathLike[str], scale: float = 1.0, name: str | None = None) -> None:
@@ -370,7 +363,7 @@ class Pipeline:
                 f"{self.kind} engines hold weights of their own, which no LoRA can be added to: build again with "
                 f"`ldmrt build-engines ... --lora {os.fspath(path)}:{scale:g}`, or use the torch engine"
             )
-        with self._lock:
+        with self._engines():
             shapes = {component: self.bundle.shapes(self._record(component).weights) for component in components}
             lora = Lora.read(Path(path), shapes)
             self._adapters.add(name or lora.path.stem, lora, scale)
@@ -381,7 +374,7 @@ class Pipeline:
         Raises:
             BadRequest: no LoRA of that name is loaded, or the scale is not finite.
         """
-        with self._lock:
+        with self._engines():
             self._adapters.set_scale(name, scale)
 
     def unload_lora(self, name: str) -> None:
@@ -390,7 +383,7 @@ class Pipeline:
         Raises:
             BadRequest: no LoRA of that name is loaded.
         """
-        with self._lock:
+        with self._engines():
             self._adapters.remove(name)
 
     @property
@@ -436,7 +429,135 @@ class Pipeline:
         """The largest batch that the bundle's step engines run at once."""
         return self._denoisers.images_at_a_time((width, height), guidance=guidance)
 
+    # ------------------------------------------------------------------------------------------------ for ldmrt.serving
+
+    @contextmanager
+    def lend(self) -> Iterator[None]:
+        """Give the engines to this thread until the end of the block; a call that is under way is waited for. Meanwhile nobody else makes
+        pictures, and only this thread can change weights.
+
+        Raises:
+            Unavailable: they are lent already.
+        """
+        with self._engines(for_pictures=True):
+            self._borrower = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._borrower = None
+
+    def resolve(
+        self, request: Request, image: Picture | None = None, mask_image: Picture | None = None
+    ) -> tuple[Job, Inpainting | None]:
+        """What is to be done for a request, checked. Any thread may call it.
+
+        Raises:
+            BadRequest: a value cannot be used.
+        """
+        job = resolve(request, self.defaults)
+        self._check_text(job, Given())
+        return job, resolve_inpainting(self.bundle.manifest.model, (job.width, job.height), image, mask_image)
+
+    def tokenize(self, job: Job) -> list[Windows]:
+        """For each prompt its windows of tokens: see `ldmrt.text.PromptEncoder.tokenize`. Any thread may call it."""
+        return self._prompts.tokenize(job)
+
+    def table(self, job: Job) -> SamplerTable:
+        """The sampler. Any thread may call it.
+
+        Raises:
+            BadRequest: the sampler does not go with the model or the steps.
+        """
+        return sampler_table(job.sampler, self.schedule, job.num_inference_steps, job.eta)
+
+    def row_counts(self, size: tuple[int, int]) -> list[int]:
+        """The rows of the model's batches that the bundle has engines for, fewest first. An image takes one, with guidance two."""
+        return self._denoisers.row_counts(size)
+
+    def denoiser(self, size: tuple[int, int], rows: int, *, tokens: int, evaluations: int) -> Denoiser:
+        """See `ldmrt.denoisers.Denoisers.get`. For the thread that has the engines, as are the next ones."""
+        return self._denoisers.get(size, rows, tokens=tokens, evaluations=evaluations)
+
+    def embed(self, images: Sequence[tuple[Job, Windows]], *, together: bool) -> list[Text]:
+        """For each image, a job of one prompt and its windows, what the model reads of the prompt and, with guidance, of the negative one."""
+        if together:
+            return self._prompts.embed_together(images)
+        return [self._prompts.embed(job, [windows], Given())[0] for job, windows in images]
+
+    def admit(
+        self, denoiser: Denoiser, slot: int, job: Job, table: SamplerTable, text: Text, inpainting: Inpainting | None
+    ) -> None:
+        """Put the image of a job of one image into a slot."""
+        (beginning,) = self._beginnings(job, table, inpainting)
+        self._admit(denoiser, slot, job, table, text, beginning)
+
+    def decode(self, latents: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Latents (n, C, h, w) to pixels (n, 3, H, W) in [-1, 1]."""
+        return decode(self._loader, latents, size)
+
     # ------------------------------------------------------------------------------------------------ stages
+
+    @contextmanager
+    def _engines(self, *, for_pictures: bool = False) -> Iterator[None]:
+        """The engines for this thread alone.
+
+        Args:
+            for_pictures: whether slots are needed too, which a borrower has in use.
+
+        Raises:
+            Unavailable: they are lent to another.
+        """
+        with self._lock:
+            if self._borrower is not None and (for_pictures or self._borrower != threading.get_ident()):
+                raise _lent()
+            yield
+
+    def _check_text(self, job: Job, given: Given) -> None:
+        if not self.bundle.manifest.model.tokenizers:
+            _check_unconditional(job, given)
+
+    def _beginnings(
+        self,
+        job: Job,
+        table: SamplerTable,
+        inpainting: Inpainting | None,
+        generator: Generators | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> list[_Beginning]:
+        """What each image starts from."""
+        shape = self._latent_shape(job)
+        encodes = inpainting is not None
+        starts, noises, encoding = draw(job.seeds, shape, table, generator=generator, latents=latents, encoding=encodes)
+        own: list[dict[str, torch.Tensor]] = [self._guidance(job)] * len(starts)
+        if inpainting is not None and encoding is not None:
+            encoder = self._loader.load(self._loader.records("encoder", (job.width, job.height))[0])
+            masked = inpainting.conditionings(encoder, self.bundle.manifest.model, encoding, self.device)
+            own = [one | more for one, more in zip(own, masked, strict=True)]
+        drawn = [None] * len(starts) if noises is None else list(noises)
+        return [_Beginning(*one) for one in zip(starts, drawn, own, strict=True)]
+
+    def _admit(
+        self,
+        denoiser: Denoiser,
+        slot: int,
+        job: Job,
+        table: SamplerTable,
+        text: Text,
+        beginning: _Beginning,
+        controls: Sequence[control.Control] = (),
+    ) -> None:
+        cond, uncond = text
+        denoiser.admit(
+            slot,
+            latents=beginning.latents,
+            table=table,
+            guidance_scale=job.guidance_scale,
+            cond=conditioning(cond, job) | beginning.own,
+            uncond=None if uncond is None else conditioning(uncond, job) | beginning.own,
+            noise=beginning.noise,
+            guidance_rescale=job.guidance_rescale,
+            controls=[one.conditioning(table.evaluations, self.device) for one in controls],
+        )
 
     def _latent_shape(self, job: Job) -> tuple[int, int, int]:
         model = self.bundle.manifest.model
@@ -464,6 +585,10 @@ class Pipeline:
                     on_step(step, denoiser.slots.x[:images].clone())
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _lent() -> Unavailable:
+    return Unavailable("the pipeline is lent to a batcher: submit to that (`ldmrt.serving.Batcher`), or close it first")
 
 
 def _is_network(component: str) -> bool:
@@ -513,7 +638,7 @@ def _first_that_loads(load: Callable[[str | None], Pipeline], bundle: Bundle, en
     return load(engine)  # there is none, and this says so
 
 
-def _delivered(images: torch.Tensor, output_type: OutputType) -> Any:
+def delivered(images: torch.Tensor, output_type: OutputType) -> Any:
     """Pictures as they were asked for."""
     return pixels.to_float(images) if output_type == "np" else pixels.to_pil(pixels.to_uint8(images))
 

@@ -9,6 +9,10 @@ Nothing here is allocated after `__init__` but small temporaries on admission, s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +21,18 @@ from ldmrt.errors import BadRequest
 from ldmrt.kernels.adjust import rescale_guidance, threshold
 from ldmrt.kernels.sampler import HISTORY, WIDTH, advance, sampler_step
 from ldmrt.samplers.table import SamplerTable, blank_rows
+
+
+class Adjustments(NamedTuple):
+    """What `ldmrt.kernels.adjust` has to do before an update.
+
+    Attributes:
+        rescales: whether guidance is rescaled for some image.
+        thresholds: whether some image's sampler thresholds.
+    """
+
+    rescales: bool = False
+    thresholds: bool = False
 
 
 class Slots:
@@ -30,11 +46,11 @@ class Slots:
         saved: (capacity, C, H, W) float32, an x kept from an earlier evaluation.
         history: (3, capacity, C, H, W) float32, values of earlier evaluations.
         table: (entries, WIDTH) float32, see `ldmrt.kernels.sampler.Column`.
-        noise: (entries, C, H, W) float32, parallel to `table`; None without `with_noise`.
+        noise: (entries, C, H, W) float32, parallel to `table`.
         row: (capacity,) int64, the row of `table` that each slot is at.
         last_row: (capacity,) int64, the row where it stays: one that changes nothing, behind its sampler's rows.
         guidance_scale: (capacity,) float32.
-        guidance_rescale: (capacity,) float32; None without `with_rescale`.
+        guidance_rescale: (capacity,) float32.
         cond_row: (capacity,) int64, the model row of the prompt; -1 for a slot that is free.
         uncond_row: (capacity,) int64, the model row of the negative prompt; -1 without guidance.
         model_input: (rows, C, H, W) of the model's dtype, what the model gets next.
@@ -48,10 +64,6 @@ class Slots:
         entries: int,
         device: torch.device | str,
         model_dtype: torch.dtype,
-        *,
-        with_noise: bool = False,
-        with_rescale: bool = False,
-        with_thresholds: bool = False,
     ) -> None:
         """Allocate everything.
 
@@ -62,9 +74,6 @@ class Slots:
             entries: rows of the table, divided evenly among the slots; each needs its sampler's evaluations and one more.
             device: where the buffers are.
             model_dtype: of `model_input`.
-            with_noise: allocate `noise`, for samplers that draw some at each step.
-            with_rescale: allocate `guidance_rescale`, and look at it in every update.
-            with_thresholds: look in every update for rows that ask for dynamic thresholding.
 
         Raises:
             BadRequest: the numbers leave no room for a sampler of one evaluation in each slot.
@@ -88,19 +97,19 @@ class Slots:
         self.saved = latents(capacity)
         self.history = latents(HISTORY, capacity)
         self.model_input = latents(rows, dtype=model_dtype)
-        self.noise: Tensor | None = latents(entries) if with_noise else None
+        self.noise = latents(entries)
         self.table = torch.from_numpy(blank_rows(entries)).to(device=device, dtype=torch.float32)
         self.row = torch.arange(capacity, device=device) * self.entries_per_slot
         self.last_row = self.row.clone()
         self.guidance_scale = torch.ones(capacity, dtype=torch.float32, device=device)
-        self.guidance_rescale = torch.zeros_like(self.guidance_scale) if with_rescale else None
-        self._with_thresholds = with_thresholds
+        self.guidance_rescale = torch.zeros_like(self.guidance_scale)
         self.cond_row = indices(-1)
         self.uncond_row = indices(-1)
-        # What the host knows without asking the device: evaluations admitted and made, and model rows in use, by slot.
+        # What the host knows without asking the device, by slot: evaluations admitted and made, model rows in use, adjustments.
         self._evaluations = [0] * capacity
         self._made = [0] * capacity
         self._rows_of: list[tuple[int, ...]] = [()] * capacity
+        self._adjustments = [Adjustments()] * capacity
 
     @property
     def free(self) -> list[int]:
@@ -111,6 +120,23 @@ class Slots:
     def active(self) -> list[int]:
         """The slots that were admitted and not released."""
         return [slot for slot in range(self.capacity) if self._rows_of[slot]]
+
+    @property
+    def free_rows(self) -> list[int]:
+        """The model rows that no slot has."""
+        taken = {row for rows in self._rows_of for row in rows}
+        return [row for row in range(self.rows) if row not in taken]
+
+    @property
+    def adjustments(self) -> Adjustments:
+        """What the images that are here ask for."""
+        return Adjustments(
+            any(asked.rescales for asked in self._adjustments), any(asked.thresholds for asked in self._adjustments)
+        )
+
+    def rows_of(self, slot: int) -> tuple[int, ...]:
+        """The model rows of a slot: of its prompt and, with guidance, of its negative prompt; none if it is free."""
+        return self._rows_of[slot]
 
     def admit(
         self,
@@ -137,18 +163,17 @@ class Slots:
             guidance_rescale: see `ldmrt.kernels.adjust.rescale_guidance`; without meaning when uncond_row is None.
 
         Raises:
-            BadRequest: the table, the noise or the rescale does not fit, a shape is wrong, or the slot or a row is taken.
+            BadRequest: the table or the noise does not fit, a shape is wrong, or the slot or a row is taken.
         """
         rows = (cond_row,) if uncond_row is None else (cond_row, uncond_row)
         self._check(slot, latents, table, rows, noise)
-        self._check_room(table, guidance_rescale)
         first = slot * self.entries_per_slot
         last = first + table.evaluations
 
         # The row behind the sampler's own changes nothing, so a finished slot may be stepped on with the others.
         entries = np.concatenate([table.coefficients, blank_rows(1)]).astype(np.float32)
         self.table[first : last + 1].copy_(torch.from_numpy(entries))
-        if self.noise is not None and table.uses_noise and noise is not None:
+        if table.uses_noise and noise is not None:
             self.noise[first:last].copy_(noise)
 
         self.x[slot].copy_(latents).mul_(table.initial_noise_scale)
@@ -157,8 +182,7 @@ class Slots:
         self.row[slot] = first
         self.last_row[slot] = last
         self.guidance_scale[slot] = guidance_scale
-        if self.guidance_rescale is not None:
-            self.guidance_rescale[slot] = guidance_rescale
+        self.guidance_rescale[slot] = guidance_rescale
         self.cond_row[slot] = cond_row
         self.uncond_row[slot] = -1 if uncond_row is None else uncond_row
         for row in rows:
@@ -166,6 +190,14 @@ class Slots:
         self._evaluations[slot] = table.evaluations
         self._made[slot] = 0
         self._rows_of[slot] = rows
+        self._adjustments[slot] = Adjustments(guidance_rescale > 0 and uncond_row is not None, table.thresholds)
+
+    def move(self, slot: int, row: int, to: int) -> None:
+        """Give a slot a free model row in the place of one of its own."""
+        rows = self._rows_of[slot]
+        (self.cond_row if row == rows[0] else self.uncond_row)[slot] = to
+        self.model_input[to].copy_(self.model_input[row])
+        self._rows_of[slot] = tuple(to if one == row else one for one in rows)
 
     def release(self, slot: int) -> None:
         """Free a slot and its model rows; its latents stay until the next admission. Releasing a free slot does nothing."""
@@ -174,17 +206,28 @@ class Slots:
         self.row[slot] = self.last_row[slot]
         self._rows_of[slot] = ()
         self._evaluations[slot] = self._made[slot] = 0
+        self._adjustments[slot] = Adjustments()
 
-    def update(self, model_output: Tensor) -> None:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For the device all slots are free until the end of the block: updates move no image."""
+        kept = [(tensor, tensor.clone()) for tensor in (self.cond_row, self.row)]
+        self.cond_row.fill_(-1)
+        yield
+        for tensor, before in kept:
+            tensor.copy_(before)
+
+    def update(self, model_output: Tensor, adjustments: Adjustments) -> None:
         """The sampler's part of a step on the device: every admitted slot's next latents and model input, and its next row.
 
         Args:
             model_output: (rows, C, H, W) of the model's dtype.
+            adjustments: at least what the slots ask for; those that do not ask come to no harm.
         """
         guidance = self.guidance_scale, self.cond_row, self.uncond_row
-        if self.guidance_rescale is not None:
+        if adjustments.rescales:
             rescale_guidance(model_output, self.table, self.row, self.guidance_rescale, *guidance)
-        if self._with_thresholds:
+        if adjustments.thresholds:
             threshold(self.x, model_output, self.table, self.row, *guidance)
         sampler_step(
             self.x,
@@ -239,15 +282,7 @@ class Slots:
                 f"latents have shape {tuple(latents.shape)}, expected {self.latent_shape}", param="latents"
             )
         if table.uses_noise:
-            if self.noise is None:
-                raise BadRequest(f"{table.name} draws noise at each step, for which no room was made", param="sampler")
             expected = (table.evaluations, *self.latent_shape)
             if noise is None or tuple(noise.shape) != expected:
                 found_noise = "missing" if noise is None else f"of shape {tuple(noise.shape)}"
                 raise BadRequest(f"the sampler's noise is {found_noise}, expected shape {expected}")
-
-    def _check_room(self, table: SamplerTable, guidance_rescale: float) -> None:
-        if guidance_rescale and self.guidance_rescale is None:
-            raise BadRequest("guidance is to be rescaled, for which no room was made", param="guidance_rescale")
-        if table.thresholds and not self._with_thresholds:
-            raise BadRequest(f"{table.name} is to threshold, for which no room was made", param="sampler")

@@ -17,6 +17,13 @@ from ldmrt.rows import run_rows
 from ldmrt.tokenizer import Tokenizer
 
 Ids = NDArray[np.int64]
+# Of a prompt and of its negative prompt, for each text encoder (windows, tokens).
+Windows = tuple[tuple[Ids, ...], tuple[Ids, ...]]
+# What is embedded: windows of tokens for each text encoder, and how many of its last layers are left out.
+_Asked = tuple[tuple[Ids, ...], int]
+
+# Windows that go through an encoder at once, at most: few different numbers, since each is captured by itself.
+_MOST_WINDOWS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +92,7 @@ class PromptEncoder:
         self.width = sum(model.width for model in models)
         self.pooled_width = next((model.pooled_width for model in models if model.pooled_width), None)
 
-    def tokenize(self, job: Job) -> list[tuple[tuple[Ids, ...], tuple[Ids, ...]]]:
+    def tokenize(self, job: Job) -> list[Windows]:
         """For each prompt its windows, int64 (windows, tokens) for each text encoder, and those of its negative prompt: as many
         of the one as of the other, since guidance compares the two. Warns of what `long_prompt="cut"` drops.
         """
@@ -110,9 +117,7 @@ class PromptEncoder:
             pairs.append((ours, theirs))
         return pairs
 
-    def embed(
-        self, job: Job, windows: Sequence[tuple[tuple[Ids, ...], tuple[Ids, ...]]], given: Given
-    ) -> list[tuple[Embedding, Embedding | None]]:
+    def embed(self, job: Job, windows: Sequence[Windows], given: Given) -> list[tuple[Embedding, Embedding | None]]:
         """For each image the prompt's embedding, and with guidance the negative prompt's.
 
         Raises:
@@ -148,6 +153,50 @@ class PromptEncoder:
                     param="negative_prompt_embeds",
                 )
         return [pair for pair in zip(conds, unconds, strict=True) for _ in range(job.num_images_per_prompt)]
+
+    def embed_together(self, images: Sequence[tuple[Job, Windows]]) -> list[tuple[Embedding, Embedding | None]]:
+        """What `embed` gives for images of different requests, encoded together: sums may be taken in another order.
+
+        Args:
+            images: for each image a job of one prompt, and its windows.
+        """
+        asked: dict[tuple[bytes, int], _Asked] = {}
+
+        def key(ids: tuple[Ids, ...], clip_skip: int) -> tuple[bytes, int]:
+            found = b"".join(one.tobytes() for one in ids), clip_skip
+            asked.setdefault(found, (ids, clip_skip))
+            return found
+
+        keys = []
+        for job, (ours, theirs) in images:
+            zero = self._zero and not job.negative_prompts[0]
+            keys.append((key(ours, job.clip_skip), key(theirs, job.clip_skip) if job.do_cfg and not zero else None))
+        known = dict(zip(asked, self._encode_together(list(asked.values())), strict=True))
+        texts: list[tuple[Embedding, Embedding | None]] = []
+        for (job, _), (cond, uncond) in zip(images, keys, strict=True):
+            negative = known[uncond] if uncond is not None else _zeros(known[cond]) if job.do_cfg else None
+            texts.append((known[cond], negative))
+        return texts
+
+    def _encode_together(self, asked: Sequence[_Asked]) -> list[Embedding]:
+        """Windows of several prompts through each encoder."""
+        counts = [len(ids[0]) if ids else 0 for ids, _ in asked]
+        states: list[list[torch.Tensor]] = [[] for _ in asked]
+        pooled: list[torch.Tensor | None] = [None] * len(asked)
+        if not self._models:
+            return [self._encode(ids, clip_skip) for ids, clip_skip in asked]
+        for index, model in enumerate(self._models):
+            windows = torch.from_numpy(np.concatenate([ids[index] for ids, _ in asked])).to(self._device)
+            rows = model.engine.inputs["input_ids"].shape[0]
+            together = min(_MOST_WINDOWS, 1 << (len(windows) - 1).bit_length())
+            found = run_rows(model.engine.run, {"input_ids": windows}, rows if isinstance(rows, int) else together)
+            first = 0
+            for number, ((_, clip_skip), count) in enumerate(zip(asked, counts, strict=True)):
+                states[number].append(found["hidden_states"][clip_skip, first : first + count].flatten(0, 1))
+                if "text_embeds" in found:
+                    pooled[number] = found["text_embeds"][first]
+                first += count
+        return [Embedding(torch.cat(one, dim=-1), vector) for one, vector in zip(states, pooled, strict=True)]
 
     def _encode(self, ids: tuple[Ids, ...], clip_skip: int) -> Embedding:
         """Windows through each encoder; the pooled embedding is the first window's."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,21 +61,19 @@ def parameters(bundle: Bundle) -> Parameters:
 
 
 def denoiser(
-    bundle: Bundle, recorder: Recorder | None, *, rows: int = 4, tokens: int = TOKENS, adjusts: bool = False
+    bundle: Bundle, recorder: Recorder | None, *, rows: int = 4, tokens: int = TOKENS, whole: bool = False
 ) -> Denoiser:
     record = next(record for record in bundle.find("step") if record.rows == rows)
     return Denoiser(
         bundle.load(bundle.find("context")[0], CPU),
         bundle.load(bundle.find("schedule")[0], CPU),
         bundle.load(record, CPU),
-        capacity=rows // 2,
+        rows=rows,
         tokens=tokens,
         evaluations=16,
-        with_noise=True,
-        with_rescale=adjusts,
-        with_thresholds=adjusts,
         device=CPU,
         recorder=recorder,  # type: ignore[arg-type]
+        whole=whole,
         generation=lambda: parameters(bundle).generation,
     )
 
@@ -107,9 +106,9 @@ def admit(
 
 
 @contextmanager
-def both(bundle: Bundle) -> Iterator[tuple[Denoiser, Denoiser, Callable[[int], None]]]:
+def both(bundle: Bundle, *, whole: bool = False) -> Iterator[tuple[Denoiser, Denoiser, Callable[[int], None]]]:
     """A captured loop and one that is not, over engines of their own, and a check that their slots agree to the bit."""
-    captured, plain = denoiser(bundle, Recorder()), denoiser(Bundle.open(bundle.path), None)
+    captured, plain = denoiser(bundle, Recorder(), whole=whole), denoiser(Bundle.open(bundle.path), None)
 
     def agree(slot: int) -> None:
         assert torch.equal(captured.latents(slot), plain.latents(slot))
@@ -171,18 +170,18 @@ def test_every_sampler_runs_in_the_same_graph(bundle: Bundle, schedule: NoiseSch
     ]
     assert sum(table.thresholds for table in tables) == 2
     recorder = Recorder()
-    captured = denoiser(bundle, recorder, adjusts=True)
+    captured = denoiser(bundle, recorder)
     under_way: dict[int, tuple[int, list[torch.Tensor]]] = {}
     waiting = iter(enumerate(tables))
     finished = 0
     while finished < len(tables):
-        for slot in captured.slots.free:
+        for slot in captured.slots.free[: len(captured.slots.free_rows) // 2]:
             seed, table = next(waiting, (0, None))
             if table is None:
                 continue
             rescale = 0.7 * (seed % 2)
-            # Alone, in buffers that have room only for what it needs, the same update is launched as ever.
-            plain = denoiser(bundle, None, adjusts=table.thresholds or rescale > 0)
+            # Alone, only those adjustments are launched that it asks for.
+            plain = denoiser(bundle, None)
             for loop in (captured, plain):
                 admit(loop, slot, table, seed=seed, rescale=rescale)
             expected = []
@@ -198,12 +197,12 @@ def test_every_sampler_runs_in_the_same_graph(bundle: Bundle, schedule: NoiseSch
                 captured.release(slot)
                 del under_way[slot]
                 finished += 1
-    assert len(recorder.calls) == 1
+    # With and without each adjustment, the first ahead, the others when they were asked for, over images under way.
+    assert len(recorder.calls) <= 4
 
 
 def test_several_steps_in_one_graph(bundle: Bundle, schedule: NoiseSchedule) -> None:
-    with both(bundle) as (captured, plain, agree):
-        captured.capture(4)
+    with both(bundle, whole=True) as (captured, plain, agree):
         for loop in (captured, plain):
             admit(loop, 0, ddim(schedule, 4, 0.3), seed=1)
             loop.steps(4)
@@ -215,9 +214,8 @@ def test_loop_and_decoder_in_one_graph(bundle: Bundle, schedule: NoiseSchedule) 
     """Also where the decoder takes fewer rows than there are slots, and for a second image after the first."""
     record = min(bundle.find("decoder"), key=lambda record: record.rows or 1)
     assert record.rows == 1
-    with both(bundle) as (captured, plain, agree):
-        decoding = Decoding(bundle.load(record, CPU), captured.slots.x)
-        captured.capture(3, decoding.work)
+    with both(bundle, whole=True) as (captured, plain, agree):
+        decoding = Decoding(bundle.load(record, CPU), captured.slots.x[:2])
         decoder = Bundle.open(bundle.path).load(record, CPU)
         for seed in (1, 4):
             for loop in (captured, plain):
@@ -249,16 +247,61 @@ def test_a_pipeline_gives_the_same_pictures_however_much_is_one_graph(tiny_bundl
             assert (one.images == other.images).all()
 
 
+def test_going_back_and_forth_captures_nothing_anew(tiny_bundle: Path) -> None:
+    """Samplers, guidance, step counts and batch sizes share one denoiser, and give what each gives in a pipeline of its own."""
+    ways: list[dict[str, Any]] = [
+        {},
+        {"sampler": "euler a"},
+        {"guidance_scale": 1.0},
+        {"guidance_rescale": 0.7},
+        {"num_images_per_prompt": 2, "eta": 0.5},
+        {"sampler": "heun", "num_inference_steps": 34},
+    ]
+    arguments = {"num_inference_steps": 3, "seed": 7, "output_type": "latent"}
+    recorder = Recorder()
+    loader = EngineLoader(Bundle.open(tiny_bundle), CPU, None, "float32", recorder)  # type: ignore[arg-type]
+    pipe = Pipeline(loader)
+    expected = [Pipeline.from_bundle(tiny_bundle, "cpu")("a", **{**arguments, **way}).latents for way in ways]
+    for _ in range(2):  # the second round gives the denoiser its smaller batches back
+        found = [pipe("a", **{**arguments, **way}).latents for way in ways]
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    recorded = len(recorder.calls)
+    (denoiser,) = pipe._denoisers._denoisers.values()
+    assert denoiser.batches == [1, 2, 4]
+    for way in reversed(ways):
+        pipe("a", **{**arguments, **way})
+    assert list(pipe._denoisers._denoisers.values()) == [denoiser]
+    assert len(recorder.calls) == recorded
+
+
 def test_a_decoder_of_another_size_is_refused(bundle: Bundle) -> None:
     with pytest.raises(EngineMismatch, match="the decoder takes latents of"):
         Decoding(bundle.load(bundle.find("decoder")[0], CPU), torch.zeros(2, 4, 9, 8))
 
 
-def test_a_loop_is_not_captured_over_images_under_way(bundle: Bundle, schedule: NoiseSchedule) -> None:
-    loop = denoiser(bundle, Recorder())
+def test_capturing_does_not_move_images_under_way(bundle: Bundle, schedule: NoiseSchedule) -> None:
+    """One that rescales joins one that does not: a step with the adjustment is captured then."""
+    recorder = Recorder()
+    captured, plain = denoiser(bundle, recorder), denoiser(Bundle.open(bundle.path), None)
+    for loop in (captured, plain):
+        admit(loop, 0, ddim(schedule, 5, 0.5), seed=1)
+        loop.step()
+        admit(loop, 1, ddim(schedule, 3), seed=2, rescale=0.7)
+        loop.steps(3)
+    assert len(recorder.calls) == 2
+    for slot in (0, 1):
+        assert torch.equal(captured.latents(slot), plain.latents(slot))
+
+
+def test_a_decoder_that_others_have_bound(bundle: Bundle, schedule: NoiseSchedule) -> None:
+    """What a graph holds of it are the buffers of whom it was captured for."""
+    loop = denoiser(bundle, Recorder(), whole=True)
+    engine = bundle.load(min(bundle.find("decoder"), key=lambda record: record.rows or 1), CPU)
+    ours = Decoding(engine, loop.slots.x[:1])
+    Decoding(engine, torch.zeros(1, 4, 8, 8)).work()
     admit(loop, 0, ddim(schedule, 2), seed=1)
-    with pytest.raises(EngineMismatch, match="under way"):
-        loop.capture(2)
+    loop.steps(2, ours.work)
+    assert torch.equal(ours.images, engine.run({"latents": loop.latents(0)[None]})["image"])
 
 
 def test_weights_changed_in_place_are_used(bundle: Bundle, schedule: NoiseSchedule) -> None:
@@ -303,8 +346,9 @@ def test_weights_changed_in_place_are_used(bundle: Bundle, schedule: NoiseSchedu
 
 def test_nothing_waits_for_the_device_and_every_step_is_the_same(bundle: Bundle) -> None:
     recorder = Recorder()
-    loop = denoiser(bundle, recorder)
-    loop.capture(2)
+    loop = denoiser(bundle, recorder, whole=True)
+    loop.steps(1)
+    loop.steps(2)
     one, two = recorder.calls
     assert two == one + one
 

@@ -174,7 +174,7 @@ def test_images_of_other_settings_share_a_batch(tiny_bundle_controlled: Path) ->
 
     def loop() -> Denoiser:
         unet, edges = network("", "controlled.step"), network("controlnet.edges.", "step")
-        options: dict[str, Any] = {"capacity": 2, "tokens": 77, "evaluations": 8, "with_noise": False, "device": CPU}
+        options: dict[str, Any] = {"rows": 2, "tokens": 77, "evaluations": 8, "device": CPU}
         return Denoiser(*unet, controlnets=[edges], **options)
 
     def admit(denoiser: Denoiser, slot: int, seed: int) -> int:

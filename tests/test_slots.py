@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ldmrt.errors import BadRequest
-from ldmrt.kernels.sampler import WIDTH, Basis, Column, advance, sampler_step
+from ldmrt.kernels.sampler import Basis, Column, advance, sampler_step
 from ldmrt.samplers.ddim import ddim
 from ldmrt.samplers.table import SamplerTable, blank_rows
 from ldmrt.schedule import NoiseSchedule
-from ldmrt.slots import Slots
+from ldmrt.slots import Adjustments, Slots
 
 LATENT = (4, 3, 5)
 SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -54,10 +54,8 @@ def with_memory(evaluations: int) -> SamplerTable:
 class Loop:
     """Slots with the stand-in model, stepped on the CPU."""
 
-    def __init__(
-        self, capacity: int, rows: int, *, with_noise: bool = True, dtype: torch.dtype = torch.float32
-    ) -> None:
-        self.slots = Slots(capacity, rows, LATENT, capacity * 32, "cpu", dtype, with_noise=with_noise)
+    def __init__(self, capacity: int, rows: int, *, dtype: torch.dtype = torch.float32) -> None:
+        self.slots = Slots(capacity, rows, LATENT, capacity * 32, "cpu", dtype)
         self.prompts = torch.zeros(rows)
 
     def admit(self, slot: int, cond_row: int, uncond_row: int | None, *, image: int, table: SamplerTable) -> None:
@@ -176,7 +174,7 @@ def test_admission_writes_the_first_model_input_and_leaves_others_alone() -> Non
 def test_buffers_keep_their_addresses() -> None:
     loop = Loop(2, 4)
     names = [name for name, value in vars(loop.slots).items() if isinstance(value, Tensor)]
-    assert len(names) == 11
+    assert len(names) == 12
     before = {name: getattr(loop.slots, name).data_ptr() for name in names}
     for image in range(3):
         loop.admit(0, 0, 1, image=image, table=ddim(SCHEDULE, 2, eta=1.0))
@@ -201,16 +199,49 @@ def test_free_and_active() -> None:
     assert loop.slots.cond_row.tolist() == [-1, -1, -1]
 
 
-def test_without_noise_nothing_is_allocated_for_it() -> None:
-    slots = Loop(1, 1, with_noise=False).slots
-    assert slots.noise is None
-    assert slots.table.shape == (32, WIDTH)
-    with pytest.raises(BadRequest, match="ddim draws noise at each step, for which no room was made") as caught:
+def test_adjustments_are_those_of_the_images_that_are_here() -> None:
+    slots = Loop(3, 4).slots
+    thresholding = ddim(replace(SCHEDULE, thresholding=True), 2)
+    for slot, rows, table, rescale in ((0, (0, 1), ddim(SCHEDULE, 2), 0.5), (1, (2,), thresholding, 0.5)):
         slots.admit(
-            0, latents=random_latents(0), table=ddim(SCHEDULE, 2, eta=0.5), guidance_scale=1.0, cond_row=0,
-            noise=random_latents(0, 2),
+            slot, latents=random_latents(slot), table=table, guidance_scale=2.0, cond_row=rows[0],
+            uncond_row=rows[1] if len(rows) > 1 else None, guidance_rescale=rescale,
         )  # fmt: skip
-    assert caught.value.param == "sampler"
+    assert slots.adjustments == (True, True)
+    slots.release(0)
+    assert slots.adjustments == (False, True)  # without guidance there is nothing to rescale
+    slots.release(1)
+    assert slots.adjustments == (False, False)
+
+
+def test_a_model_row_is_moved() -> None:
+    """An image goes on as if nothing had happened, and its former rows are free."""
+    table, expected = ddim(SCHEDULE, 4, eta=0.5), alone(3, ddim(SCHEDULE, 4, eta=0.5), guided=True)
+    loop = Loop(2, 4)
+    loop.admit(1, 3, 2, image=3, table=table)
+    loop.step()
+    loop.prompts[0], loop.prompts[1] = loop.prompts[2], loop.prompts[3]
+    loop.slots.move(1, 2, 0)
+    loop.slots.move(1, 3, 1)
+    assert loop.slots.rows_of(1) == (1, 0)
+    assert loop.slots.free_rows == [2, 3]
+    for _ in range(3):
+        loop.step()
+    assert torch.equal(loop.slots.x[1], expected)
+
+
+def test_nothing_moves_while_paused() -> None:
+    loop = Loop(2, 4)
+    loop.admit(0, 0, 1, image=0, table=ddim(SCHEDULE, 4, eta=0.5))
+    loop.step()
+    slots = loop.slots
+    names = ("x", "saved", "history", "table", "row", "cond_row", "uncond_row", "model_input")
+    before = {name: getattr(slots, name).clone() for name in names}
+    with slots.paused():
+        for _ in range(2):
+            slots.update(torch.ones_like(slots.model_input), Adjustments(rescales=True, thresholds=True))
+    for name in names:
+        assert torch.equal(getattr(slots, name), before[name]), name
 
 
 @pytest.mark.parametrize(
@@ -224,8 +255,6 @@ def test_without_noise_nothing_is_allocated_for_it() -> None:
         ({"uncond_row": 2}, "model row 2 is taken: no two may share one"),
         ({"latents": torch.zeros(1, *LATENT)}, "latents have shape (1, 4, 3, 5), expected (4, 3, 5)"),
         ({"table": ddim(SCHEDULE, 32)}, "evaluates the model 32 times, expected at most 31"),
-        ({"guidance_rescale": 0.5}, "guidance is to be rescaled, for which no room was made"),
-        ({"table": ddim(replace(SCHEDULE, thresholding=True), 2)}, "ddim is to threshold, for which no room was made"),
         ({"table": ddim(SCHEDULE, 2, eta=1.0)}, "noise is missing, expected shape (2, 4, 3, 5)"),
         ({"table": ddim(SCHEDULE, 2, eta=1.0), "noise": torch.zeros(LATENT)}, "noise is of shape (4, 3, 5)"),
     ],

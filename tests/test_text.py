@@ -179,3 +179,45 @@ def test_given_embeddings_need_their_pooled_ones(encoder_xl: PromptEncoder) -> N
     assert isinstance(cond, Embedding)
     assert cond.pooled is not None
     assert torch.equal(cond.pooled, pooled[0])
+
+
+# ---------------------------------------------------------------------------------------------------- several requests
+
+
+def test_prompts_of_several_requests_are_encoded_together(encoder: PromptEncoder, engine: FakeEncoder) -> None:
+    """In one run, each distinct prompt once, whatever layers they ask for and however many windows they have; as one by one."""
+    jobs = [
+        job("a red circle"),
+        job("a b c " * 60, negative_prompt="x"),
+        job("a red circle", guidance_scale=1.0, clip_skip=1),
+        job("blue"),
+    ]
+    images = [(one, encoder.tokenize(one)[0]) for one in jobs]
+    found = encoder.embed_together(images)
+    assert engine.runs == 2  # eight windows at a time; the long prompt and its negative have three each
+    for (one, windows), (cond, uncond) in zip(images, found, strict=True):
+        ((expected, negative),) = encoder.embed(one, [windows], NOTHING)
+        assert torch.equal(cond.states, expected.states)
+        assert (uncond is None) == (negative is None)
+        if uncond is not None and negative is not None:
+            assert torch.equal(uncond.states, negative.states)
+
+
+def test_an_empty_negative_prompt_is_zeros_for_several_too(encoder_xl: PromptEncoder) -> None:
+    jobs = [job("a"), job("a", negative_prompt="b")]
+    (cond, uncond), (_, other) = encoder_xl.embed_together([(one, encoder_xl.tokenize(one)[0]) for one in jobs])
+    assert uncond is not None
+    assert other is not None
+    assert not uncond.states.any()
+    assert uncond.pooled is not None
+    assert not uncond.pooled.any()
+    assert other.states.any()
+    assert cond.pooled is not None
+
+
+def test_a_model_without_text_encoders_has_nothing_to_encode() -> None:
+    bare = PromptEncoder([], CPU)
+    one = job("", guidance_scale=1.0)
+    ((cond, uncond),) = bare.embed_together([(one, bare.tokenize(one)[0])])
+    assert cond.states.shape == (0, 0)
+    assert uncond is None

@@ -197,18 +197,18 @@ class Model:
         engine = self.engine(part, rows)
         return engine if recorder is None else CapturedEngine(engine, recorder)
 
-    def denoiser(self, batch: int, recorder: Recorder | None) -> Denoiser:
-        """A batch with guidance, two rows an image, every slot empty."""
+    def denoiser(self, batch: int, recorder: Recorder | None, *, whole: bool = False) -> Denoiser:
+        """A batch with guidance, two rows an image, every slot empty; `whole` captures the loop, not the step."""
         return Denoiser(
             self.captured("context", recorder),
             self.captured("schedule", recorder),
             self.engine("step", 2 * batch),
-            capacity=batch,
+            rows=2 * batch,
             tokens=TOKENS,
             evaluations=self.steps,
-            with_noise=False,
             device=self.device,
             recorder=recorder,
+            whole=whole,
         )
 
     # ------------------------------------------------------------------------------------------------ inputs
@@ -229,8 +229,8 @@ class Model:
         return found
 
     def admit(self, denoiser: Denoiser) -> None:
-        """Fill every slot with a new image."""
-        for slot in range(denoiser.capacity):
+        """Fill every row: new images with guidance."""
+        for slot in range(denoiser.rows // 2):
             denoiser.release(slot)
             denoiser.admit(
                 slot,

@@ -146,9 +146,7 @@ def cudnn_benchmark() -> Iterator[None]:
 def _loop(
     session: Session, model: Model, batch: int, figures: Figures, *, captured: bool = True, whole: bool = False
 ) -> None:
-    denoiser = model.denoiser(batch, session.recorder() if captured else None)
-    if whole:
-        denoiser.capture(model.steps)
+    denoiser = model.denoiser(batch, session.recorder() if captured else None, whole=whole)
     model.admit(denoiser)
     # A slot that has arrived is stepped on all the same: the network's work does not depend on it.
     times = loop_times(session, {"loop": lambda: denoiser.steps(model.steps)}, seconds=3 if captured else 4)["loop"]

@@ -204,13 +204,12 @@ def test_the_sampling_loop_and_the_decoder_in_one_graph(load: Load, tiny_bundle:
         step = load(inputs=step_inputs, outputs={"noise": (1, 4, 8, 8)}, scale=0.1, memory=4096)
         decoder = load(inputs={"latents": (1, 4, 8, 8)}, outputs={"image": (1, 3, 64, 64)}, memory=1 << 17)
         made = Denoiser(
-            context, schedule, step, capacity=1, tokens=77, evaluations=4, with_noise=False, device=CPU,
+            context, schedule, step, rows=1, tokens=77, evaluations=4, device=CPU, whole=True,
             recorder=recorder,  # type: ignore[arg-type]
         )  # fmt: skip
         return made, Decoding(decoder, made.slots.x)
 
     captured, decoding = loop(CapturingRecorder())
-    captured.capture(3, decoding.work)
     plain, reference = loop(None)
     for _ in range(2):
         latents = torch.randn(4, 8, 8, generator=generator)

@@ -55,12 +55,11 @@ def model(x: Tensor, timestep: float) -> Tensor:
 def ours(table: SamplerTable) -> Iterator[Tensor]:
     """The latents (1, C, h, w) after each evaluation, as the sampling loop makes them on a CPU."""
     starts, noises, _ = draw([SEED], SHAPE, table)
-    options = {"with_noise": table.uses_noise, "with_thresholds": table.thresholds}
-    slots = Slots(1, 1, SHAPE, table.evaluations + 1, "cpu", torch.float32, **options)
+    slots = Slots(1, 1, SHAPE, table.evaluations + 1, "cpu", torch.float32)
     noise = None if noises is None else noises[0]
     slots.admit(0, latents=starts[0], table=table, guidance_scale=1.0, cond_row=0, noise=noise)
     for timestep in table.timesteps.tolist():
-        slots.update(model(slots.model_input, timestep))
+        slots.update(model(slots.model_input, timestep), slots.adjustments)
         yield slots.x.clone()
 
 

@@ -1,0 +1,192 @@
+"""The batcher: one thread that runs the model, and requests from any thread that share its batches."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from types import TracebackType
+from typing import Self, TypeVar, get_args
+
+import torch
+
+from ldmrt.conditioning import Picture
+from ldmrt.errors import BadRequest, Cancelled, LdmrtError
+from ldmrt.pipeline import OutputType, Pipeline
+from ldmrt.request import Request
+from ldmrt.serving.batch import Batch
+from ldmrt.serving.handle import Handle, OnProgress
+from ldmrt.serving.register import Errand, Register, Stats
+from ldmrt.serving.ticket import Ticket
+from ldmrt.serving.worker import Worker, known, one_line
+
+T = TypeVar("T")
+
+
+class Batcher:
+    """Runs a pipeline for many at once. Images of different requests share a batch and join and leave it between two steps.
+
+    The pipeline is lent to the batcher until that is closed. docs/embedding.md says what may be called from where.
+
+    Args:
+        pipeline: what makes the pictures.
+        max_waiting: images that may wait; beyond them `submit` raises `Overloaded`.
+        rows: of the model's batch at every step, so that a picture has the same bits alone and in a crowd (an image takes one row, with
+            guidance two); None for the smallest of the bundle's batches that holds the images at hand, which is faster when there are few
+            and changes a picture by rounding.
+
+    Raises:
+        BadRequest: the bundle has no such batch, or `max_waiting` is less than 1.
+        Unavailable: the pipeline is lent already.
+    """
+
+    def __init__(self, pipeline: Pipeline, *, max_waiting: int = 64, rows: int | None = None) -> None:
+        if max_waiting < 1:
+            raise BadRequest(f"max_waiting is {max_waiting}, expected 1 or more", param="max_waiting")
+        self._pipeline = pipeline
+        self._register = Register(max_waiting)
+        self._batches = {size: Batch(pipeline, size, rows) for size in pipeline.defaults.sizes}
+        self._worker = Worker(pipeline, self._register, self._batches, alone=rows is not None)
+        begun: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(begun,), name="ldmrt-batcher", daemon=True)
+        self._thread.start()
+        begun.result()
+        # At the end of the interpreter, before torch is taken down under the thread.
+        atexit.register(self.close, drain=False)
+
+    def submit(
+        self,
+        request: Request,
+        *,
+        image: Picture | None = None,
+        mask_image: Picture | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        output_type: OutputType = "pil",
+        on_progress: OnProgress | None = None,
+        previews: int = 0,
+    ) -> Handle:
+        """Hand in a request. It is checked and tokenized here, on the caller's thread, and never waits for the model.
+
+        Args:
+            request: what is wanted.
+            image: for an inpainting model, as of `Pipeline.__call__`.
+            mask_image: the same.
+            priority: the greater starts first, however long the others have waited.
+            timeout: seconds from now in which all its pictures must be finished.
+            output_type: `pil`, `np` or `latent`, as of `Pipeline.__call__`.
+            on_progress: called on the batcher's thread after every step of every image, and should be quick; what it raises ends this
+                request alone.
+            previews: pictures of each image on its way that `on_progress` gets, evenly spaced.
+
+        Raises:
+            BadRequest: a value cannot be used; the error names it.
+            EngineMismatch: the batches have no room for guidance.
+            Overloaded: too many images wait; `retry_after` says for how long.
+            Unavailable: the batcher is closed, or broken.
+        """
+        self._register.count(received=1)
+        try:
+            if output_type not in get_args(OutputType):
+                raise BadRequest(f"output_type is {output_type!r}, expected pil, np or latent", param="output_type")
+            if timeout is not None and not timeout > 0:
+                raise BadRequest(f"timeout is {timeout}, expected seconds, more than 0", param="timeout")
+            if previews < 0 or (previews and on_progress is None):
+                raise BadRequest(
+                    f"previews is {previews}, expected 0 or more, with on_progress to get them", param="previews"
+                )
+            job, inpainting = self._pipeline.resolve(request, image, mask_image)
+            now = self._register.clock()
+            ticket: Ticket
+            ticket = Ticket(
+                handle=Handle(job, lambda: self._register.fail(ticket, Cancelled("the request was withdrawn"))),
+                job=job,
+                table=self._pipeline.table(job),
+                windows=self._pipeline.tokenize(job),
+                inpainting=inpainting,
+                output_type=output_type,
+                previews=previews,
+                on_progress=on_progress,
+                priority=priority,
+                submitted=now,
+                due=None if timeout is None else now + timeout,
+            )
+            self._batches[ticket.size].check(ticket)
+            self._register.add(ticket)
+        except LdmrtError:
+            self._register.count(rejected=1)
+            raise
+        return ticket.handle
+
+    def call(self, work: Callable[[Pipeline], T]) -> Future[T]:
+        """Do something to the pipeline between two steps, such as loading a LoRA. Images under way go on with what it left.
+
+        Args:
+            work: called on the batcher's thread; it may not make pictures.
+
+        Raises:
+            Unavailable: the batcher is closed, or broken.
+        """
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                future.set_result(work(self._pipeline))
+            except Exception as error:  # noqa: BLE001 - it belongs to the caller, whatever it is
+                future.set_exception(error)
+
+        self._register.add_errand(Errand(run, future))
+        return future
+
+    def stats(self) -> Stats:
+        """What was done until now."""
+        return self._register.stats()
+
+    def close(self, *, drain: bool = True) -> None:
+        """Accept nothing more, and end the thread; the pipeline is free again. Closing twice does nothing.
+
+        Args:
+            drain: finish what was accepted; else it ends with `Cancelled`.
+        """
+        dropped = None if drain else "the batcher was closed before the request was finished"
+        self._register.close("the batcher is closed: make a new one", drop=dropped)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        atexit.unregister(self.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(drain=error is None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes without holding up the event loop."""
+        await asyncio.to_thread(self.close, drain=error is None)
+
+    def _run(self, begun: Future[None]) -> None:
+        try:
+            with self._pipeline.lend(), torch.inference_mode():
+                begun.set_result(None)
+                while (errands := self._register.wait()) is not None:
+                    self._worker.turn(errands)
+        except Exception as error:  # noqa: BLE001 - a thread that ends must leave nobody waiting
+            if not begun.done():
+                begun.set_exception(error)
+                return
+            with contextlib.suppress(RuntimeError):  # of a GPU that answers no more
+                self._worker.stop()
+            broken = f"the batcher is broken ({one_line(error)}): close it and make a new one"
+            self._register.abandon(partial(known, error), broken)
