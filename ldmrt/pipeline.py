@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +16,11 @@ import torch
 
 from ldmrt import choices, control, image as pixels
 from ldmrt.adapters import Adapters
-from ldmrt.bundle import Bundle, EngineRecord
+from ldmrt.beginning import resolve as resolve_beginning
+from ldmrt.bundle import REFINER, Bundle, EngineRecord, ModelRecord
 from ldmrt.capture import Recorder
 from ldmrt.components import CONTROLNET, STEP, parts
-from ldmrt.conditioning import Picture
+from ldmrt.conditioning import Picture, encode
 from ldmrt.config import parse_device
 from ldmrt.decoding import Decoding, decode
 from ldmrt.denoise import Denoiser
@@ -76,10 +78,8 @@ class Pipeline:
         self.bundle, self.device = loader.bundle, loader.device
         model = self.bundle.manifest.model
         self.schedule = NoiseSchedule.from_dict(model.schedule)
-        texts = [
-            TextModel(Tokenizer.from_folder(folder), loader.only(encoder))
-            for encoder, folder in self.bundle.check_tokenizers().items()
-        ]
+        tokenizers = {e: Tokenizer.from_folder(folder) for e, folder in self.bundle.check_tokenizers().items()}
+        texts = [TextModel(tokenizer, loader.only(encoder)) for encoder, tokenizer in tokenizers.items()]
         self.tokenizer = texts[0].tokenizer if texts else None
         self._prompts = PromptEncoder(texts, self.device, zero_empty_negative=model.zero_empty_negative)
         sizes = tuple(dict.fromkeys(record.size for record in loader.records("step") if record.size))
@@ -96,6 +96,9 @@ class Pipeline:
             max_steps=self.schedule.train_steps,
             max_clip_skip=self._prompts.layers - 1,
             guidance_embedded=model.guidance_embedding is not None,
+            strength=_strength(model),
+            refines=model.kind == REFINER,
+            takes_aesthetic_scores=model.requires_aesthetics_score,
         )
         self._denoisers = Denoisers(loader, capture)
         self._adapters = Adapters(self._weights)
@@ -158,8 +161,13 @@ class Pipeline:
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         clip_skip: int | None = None,
         long_prompt: LongPrompt = "chunk",
-        image: Picture | None = None,
+        image: Picture | torch.Tensor | None = None,
+        strength: float | None = None,
         mask_image: Picture | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+        aesthetic_score: float | None = None,
+        negative_aesthetic_score: float | None = None,
         control_image: Picture | Sequence[Picture | None] | None = None,
         controlnet_scale: float | Sequence[float] = 1.0,
         control_start: float | Sequence[float] = 0.0,
@@ -192,8 +200,15 @@ class Pipeline:
             clip_skip: how many of the text encoder's last layers to leave out.
             long_prompt: `chunk` encodes a prompt longer than the text encoder's window in several windows, as AUTOMATIC1111 does;
                 `cut` drops the rest, with a warning.
-            image: for an inpainting model, the picture to draw into, a PIL image or an array of uint8 (H, W, 3); it is resized.
-            mask_image: the same, white where it is to be drawn anew.
+            image: the picture to begin from, a PIL image or an array of uint8 (H, W, 3), which is resized, or its latents (1 or n, C, h, w);
+                for an inpainting model the picture to draw into.
+            strength: how much of the picture is drawn anew, 0 to 1: that share of the steps is made, the last ones. Without it 0.8, 0.3
+                for SDXL, and for an inpainting model 1, which leaves nothing of what the mask covers.
+            mask_image: for an inpainting model, a picture that is white where the other is to be drawn anew.
+            denoising_start: the share of the schedule that another model has made, whose latents are `image`; nothing is added to them.
+            denoising_end: the share of the schedule after which the latents are left to another model; see `ldmrt.refining`.
+            aesthetic_score: of the prompt's pictures, for a model that takes one (the refiner of SDXL); 6 without.
+            negative_aesthetic_score: of the negative prompt's; 2.5 without.
             control_image: for each ControlNet of the bundle (`bundle.manifest.controlnets`, in order) the picture that it follows, or
                 None to leave it out; a picture alone for a single one. All images of the call follow it. A PIL image or an array of
                 uint8 (H, W, 3); it is resized.
@@ -226,23 +241,32 @@ class Pipeline:
                 height=height,
                 clip_skip=clip_skip,
                 long_prompt=long_prompt,
+                has_image=image is not None,
+                strength=strength,
+                denoising_start=denoising_start,
+                denoising_end=denoising_end,
+                aesthetic_score=aesthetic_score,
+                negative_aesthetic_score=negative_aesthetic_score,
             ),
             self.defaults,
         )
+        model, size = self.bundle.manifest.model, (job.width, job.height)
         if output_type not in ("pil", "np", "latent"):
             raise BadRequest(f"output_type is {output_type!r}, expected pil, np or latent", param="output_type")
         controls = control.resolve(
             [record.name for record in self.bundle.manifest.controlnets],
-            (job.width, job.height),
+            size,
             pictures=control_image,
             scale=controlnet_scale,
             start=control_start,
             end=control_end,
         )
         names = [one.name for one in controls]
-        inpainting = resolve_inpainting(self.bundle.manifest.model, (job.width, job.height), image, mask_image)
+        inpainting = resolve_inpainting(model, size, image, mask_image)
+        beginning = resolve_beginning(model, job, image, latents)
+        table = self.table(job)
         given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
-        if not self.bundle.manifest.model.tokenizers:
+        if not model.tokenizers:
             _check_unconditional(job, given)
         clock = _Clock()
         with self._lock, torch.inference_mode():
@@ -251,19 +275,20 @@ class Pipeline:
             with clock("encode"):
                 texts = self._prompts.embed(job, windows, given)
             with clock("prepare"):
-                table = sampler_table(job.sampler, self.schedule, job.num_inference_steps, job.eta)
-                starts, noises, encoding = draw(
+                noise = draw(
                     job.seeds,
                     self._latent_shape(job),
                     table,
                     generator=generator,
-                    latents=latents,
+                    latents=beginning.latents if beginning.begun else latents,
                     encoding=inpainting is not None,
+                    picture=beginning.picture is not None,
                 )
+                encoded = partial(self._encoded, size)
+                starts, table = beginning.start(noise, table, encoded)
                 own: list[dict[str, torch.Tensor]] = [self._guidance(job)] * len(starts)
-                if inpainting is not None and encoding is not None:
-                    encoder = self._loader.load(self._loader.records("encoder", (job.width, job.height))[0])
-                    masked = inpainting.conditionings(encoder, self.bundle.manifest.model, encoding, self.device)
+                if inpainting is not None and noise.encoding is not None:
+                    masked = inpainting.conditionings(model.downscale, noise.encoding, encoded)
                     own = [one | more for one, more in zip(own, masked, strict=True)]
             finals = torch.empty_like(starts)
             decoded: dict[int, torch.Tensor] = {}
@@ -279,9 +304,11 @@ class Pipeline:
                                 latents=starts[number],
                                 table=table,
                                 guidance_scale=job.guidance_scale,
-                                cond=conditioning(cond, job) | own[number],
-                                uncond=None if uncond is None else conditioning(uncond, job) | own[number],
-                                noise=None if noises is None else noises[number],
+                                cond=self._conditioning(cond, job) | own[number],
+                                uncond=None
+                                if uncond is None
+                                else self._conditioning(uncond, job, negative=True) | own[number],
+                                noise=None if noise.steps is None else noise.steps[number],
                                 guidance_rescale=job.guidance_rescale,
                                 controls=[one.conditioning(table.evaluations, self.device) for one in controls],
                             )
@@ -306,7 +333,7 @@ class Pipeline:
                 elif decoded:
                     images = _delivered(torch.stack([decoded[number] for number in range(len(finals))]), output_type)
                 else:
-                    images = _delivered(decode(self._loader, finals, (job.width, job.height)), output_type)
+                    images = _delivered(decode(self._loader, finals, size), output_type)
         # A tensor made in inference mode could not be used in a caller's own computation.
         finals = finals.clone()
         images = finals if output_type == "latent" else images
@@ -409,6 +436,14 @@ class Pipeline:
     def _weights(self, component: str) -> Parameters:
         return self.bundle.parameters(self._record(component).weights, self.device)
 
+    def table(self, job: Job) -> SamplerTable:
+        """The evaluations of the model that a job takes.
+
+        Raises:
+            BadRequest: the sampler cannot be used with so many steps, or the job is to make none of them.
+        """
+        return sampler_table(job.sampler, self.schedule, job.num_inference_steps, job.eta, job.span)
+
     @property
     def kind(self) -> str:
         """The engine kind in use."""
@@ -428,6 +463,17 @@ class Pipeline:
     def _latent_shape(self, job: Job) -> tuple[int, int, int]:
         model = self.bundle.manifest.model
         return model.latent_channels, job.height // model.downscale, job.width // model.downscale
+
+    def _encoded(self, size: tuple[int, int], picture: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """A picture's latents: see `ldmrt.conditioning.encode`."""
+        encoder = self._loader.load(self._loader.records("encoder", size)[0])
+        return encode(encoder, self.bundle.manifest.model, picture, noise, self.device)
+
+    def _conditioning(self, embedding: Embedding, job: Job, *, negative: bool = False) -> dict[str, torch.Tensor]:
+        """See `conditioning`."""
+        scored = self.bundle.manifest.model.requires_aesthetics_score
+        score = job.negative_aesthetic_score if negative else job.aesthetic_score
+        return conditioning(embedding, job, score if scored else None)
 
     def _guidance(self, job: Job) -> dict[str, torch.Tensor]:
         """What a model that takes the guidance scale as an input reads of it; nothing for others."""
@@ -451,6 +497,15 @@ class Pipeline:
                     on_step(step, denoiser.slots.x[:images].clone())
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _strength(model: ModelRecord) -> float:
+    """How much of a picture is drawn anew where nothing is said: as diffusers' pipelines have it, but that SDXL's for inpainting leaves
+    out the first step.
+    """
+    if model.inpainting:
+        return 1.0
+    return 0.3 if model.kind.startswith("stable-diffusion-xl") else 0.8
 
 
 def _is_network(component: str) -> bool:
@@ -484,17 +539,18 @@ def _delivered(images: torch.Tensor, output_type: OutputType) -> Any:
     return pixels.to_float(images) if output_type == "np" else pixels.to_pil(pixels.to_uint8(images))
 
 
-def conditioning(embedding: Embedding, job: Job) -> dict[str, torch.Tensor]:
+def conditioning(embedding: Embedding, job: Job, score: float | None = None) -> dict[str, torch.Tensor]:
     """A denoising network's request inputs, without the dimension of rows; each network takes those that it knows.
 
     `time_ids` says that nothing was scaled or cropped (Podell et al. 2023, arXiv 2307.01952, section 2.2): original height and
-    width, top and left of the crop, target height and width.
+    width, top and left of the crop, target height and width; in a refiner, which has an aesthetic score, that in the place of the last two.
     """
     inputs = {"encoder_hidden_states": embedding.states}
     if embedding.pooled is not None:
         inputs["text_embeds"] = embedding.pooled
-        sizes = (job.height, job.width, 0, 0, job.height, job.width)
-        inputs["time_ids"] = torch.tensor(sizes, dtype=torch.float32, device=embedding.states.device)
+        target = (job.height, job.width) if score is None else (score,)
+        ids = (job.height, job.width, 0, 0, *target)
+        inputs["time_ids"] = torch.tensor(ids, dtype=torch.float32, device=embedding.states.device)
     return inputs
 
 
