@@ -37,6 +37,7 @@ from ldmrt.samplers.make import sampler_table
 from ldmrt.samplers.table import SamplerTable
 from ldmrt.schedule import NoiseSchedule
 from ldmrt.text import Embedding, Given, PromptEncoder, TextModel
+from ldmrt.textual_inversion import TextualInversion, Words
 from ldmrt.tokenizer import Tokenizer
 
 OutputType = Literal["pil", "np", "latent"]
@@ -102,6 +103,7 @@ class Pipeline:
         )
         self._denoisers = Denoisers(loader, capture)
         self._adapters = Adapters(self._weights)
+        self._words = Words(tokenizers, self._weights, self._token_table)
         self._lock = threading.Lock()
 
     @classmethod
@@ -411,6 +413,50 @@ class Pipeline:
     def loras(self) -> dict[str, float]:
         """The loaded LoRAs: name -> scale."""
         return self._adapters.scales
+
+    def load_textual_inversion(self, path: str | os.PathLike[str], token: str | None = None) -> str:
+        """Make a learnt word known (Gal et al. 2022, arXiv 2208.01618), in place: nothing is compiled or captured anew.
+
+        Args:
+            path: a safetensors file in the form of AUTOMATIC1111, diffusers, or of Stable Diffusion XL (`clip_l` and `clip_g`).
+            token: what to write in a prompt for it; None for the word that the file names, or the file's name without its ending.
+
+        Returns:
+            The word.
+
+        Raises:
+            BadRequest: the file is none, or for another kind of model; the word is taken; there is no room for more vectors.
+            EngineMismatch: the engine kind embeds its weights.
+        """
+        if self.kind != "torch":
+            raise EngineMismatch(
+                f"{self.kind} engines hold weights of their own, which no embedding can be added to: use the torch engine"
+            )
+        with self._lock:
+            shapes = {e: self.bundle.shapes(self._record(e).weights) for e in self.bundle.manifest.model.tokenizers}
+            widths = {encoder: held[self._token_table(encoder)][-1] for encoder, held in shapes.items()}
+            inversion = TextualInversion.read(Path(path), token, widths)
+            self._words.add(inversion)
+            return inversion.token
+
+    def unload_textual_inversion(self, token: str) -> None:
+        """Forget a learnt word. Without any the weights are what they were, to the bit.
+
+        Raises:
+            BadRequest: no embedding of that name is loaded.
+        """
+        with self._lock:
+            self._words.remove(token)
+
+    @property
+    def textual_inversions(self) -> tuple[str, ...]:
+        """The learnt words that are loaded."""
+        return self._words.tokens
+
+    def _token_table(self, encoder: str) -> str:
+        """The name of a text encoder's table of embeddings."""
+        names = self.bundle.shapes(self._record(encoder).weights)
+        return next(name for name in names if name.endswith("token_embedding.weight"))
 
     def _parameters(self, component: str) -> Parameters:
         """A component's weights, all of its engines loaded, so that their names are known."""

@@ -8,6 +8,8 @@ split into letters, single digits and the rest, then byte-level pairs with `</w>
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ _SPECIAL = {
 _DEFAULT_LENGTH = 77
 # Where no limit is known, transformers writes int(1e30).
 _LONGEST = 1 << 20
+# Text is in lower case, and UTF-8 has no such bytes.
+_UNSEEN = [*map(chr, range(ord("A"), ord("Z") + 1)), *map(chr, (0xC0, 0xC1, *range(0xF5, 0x100)))]
 # How many tokens a window gives up to end at a comma, as in AUTOMATIC1111's web UI.
 _COMMA_BACKTRACK = 20
 
@@ -54,6 +58,7 @@ class Tokenizer:
         bos_id: id of the token that begins a window.
         eos_id: id of the token that ends its text.
         pad_id: id that fills the rest: eos again in Stable Diffusion 1, 0 in Stable Diffusion 2 and SDXL's second encoder.
+        spare_ids: ids that no text is given, free for words that were learnt later.
     """
 
     def __init__(self, backend: Backend, *, model_max_length: int, bos_id: int, eos_id: int, pad_id: int) -> None:
@@ -63,6 +68,22 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.pad_id = pad_id
+        found = (backend.token_to_id(letter + end) for letter in _UNSEEN for end in ("", "</w>"))
+        self.spare_ids = tuple(one for one in found if one is not None and one not in (bos_id, eos_id, pad_id))
+        self.words = {}
+
+    @property
+    def words(self) -> Mapping[str, Sequence[int]]:
+        """Words that stand for ids of their own, as learnt by textual inversion. Case does not matter; a word that begins or ends with a
+        letter or a digit is not found within others.
+        """
+        return self._words
+
+    @words.setter
+    def words(self, words: Mapping[str, Sequence[int]]) -> None:
+        self._words = {word.casefold(): tuple(ids) for word, ids in words.items()}
+        longest_first = sorted(words, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(_whole_word, longest_first)), re.IGNORECASE) if words else None
 
     @classmethod
     def from_folder(cls, path: str | Path, *, model_max_length: int | None = None) -> Tokenizer:
@@ -172,13 +193,35 @@ class Tokenizer:
 
     def _encode(self, prompt: str) -> tuple[list[int], list[int]]:
         """The ids, and for each the index in `prompt` of the character it begins in."""
+        ids: list[int] = []
+        starts: list[int] = []
+        end = 0
+        for match in self._pattern.finditer(prompt) if self._pattern is not None else ():
+            self._encode_part(prompt, end, match.start(), ids, starts)
+            own = self._words[match[0].casefold()]
+            ids += own
+            starts += [match.start()] * len(own)
+            end = match.end()
+        self._encode_part(prompt, end, len(prompt), ids, starts)
+        return ids, starts
+
+    def _encode_part(self, prompt: str, begin: int, end: int, ids: list[int], starts: list[int]) -> None:
+        """Add the ids of a part of a prompt, and where they begin."""
         try:
-            encoding = self._backend.encode(prompt, add_special_tokens=False)
+            encoding = self._backend.encode(prompt[begin:end], add_special_tokens=False)
         except (TypeError, UnicodeError) as error:
             raise BadRequest(
                 "the prompt is not valid Unicode text (it holds a lone surrogate)", param="prompt"
             ) from error
-        return encoding.ids, [start for start, _ in encoding.offsets]
+        ids += encoding.ids
+        starts += [begin + start for start, _ in encoding.offsets]
+
+
+def _whole_word(word: str) -> str:
+    """A regular expression that finds a word, but not within others."""
+    before = r"(?<!\w)" if re.match(r"\w", word) else ""
+    after = r"(?!\w)" if re.search(r"\w\Z", word) else ""
+    return before + re.escape(word) + after
 
 
 def window_ends(ids: list[int], room: int, comma_id: int | None) -> list[int]:

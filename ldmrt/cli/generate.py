@@ -15,12 +15,14 @@ import typer
 
 from ldmrt.cli.options import (
     Dtype,
+    EmbeddingChoice,
     EngineChoice,
     Json,
     LoraChoice,
     Size,
     Verbose,
     parse_device,
+    parse_embedding,
     parse_lora,
     parse_size,
 )
@@ -85,6 +87,14 @@ def generate(
             metavar="PATH[:SCALE]",
             parser=parse_lora,
             help="LoRA to add to the weights, and how much of it (default: 1); repeatable.",
+        ),
+    ] = None,
+    embedding: Annotated[
+        list[EmbeddingChoice] | None,
+        typer.Option(
+            metavar="PATH[:WORD]",
+            parser=parse_embedding,
+            help="Textual inversion, and the word that stands for it (default: its own); repeatable.",
         ),
     ] = None,
     image: Annotated[
@@ -204,6 +214,8 @@ def generate(
     planned = pipe.table(job).num_steps if refining is None else refining.plan(pipe, job)
     for path, scale in lora or ():
         pipe.load_lora(path, scale)
+    for path, token in embedding or ():
+        pipe.load_textual_inversion(path, token)
     timings = {"load": time.perf_counter() - started}
     with shown_warnings():
         pictures = _draw(pipe, job, given, destination, timings, planned, refining)
@@ -344,6 +356,8 @@ def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int, re
         extra["Clip skip"] = job.clip_skip + 1  # AUTOMATIC1111 counts from 1
     if pipe.loras:
         extra["LoRAs"] = ", ".join(f"{name}: {scale:g}" for name, scale in pipe.loras.items())
+    if pipe.textual_inversions:
+        extra["TI"] = ", ".join(pipe.textual_inversions)
     if "strength" in given:
         extra["Denoising strength"] = f"{given['strength']:g}"
     if refining is not None:
@@ -387,6 +401,7 @@ def _settings(pipe: Pipeline, job: Job, given: dict[str, Any], refining: Refinin
         "clip_skip": job.clip_skip,
         "long_prompt": job.long_prompt,
         "loras": pipe.loras,
+        "embeddings": pipe.textual_inversions,
         "controlnets": [record.name for record in pipe.bundle.manifest.controlnets] if "control_image" in given else [],
         **{name: value for name, value in given.items() if not name.endswith("image")},
         **refined,
