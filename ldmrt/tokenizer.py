@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ class Tokenizer:
         """Cut a prompt into windows of model_max_length - 2 tokens, between bos and eos each.
 
         A window that overflows ends at its last comma instead, if that is among its last 20 tokens, so that what a comma
-        closes stays together; AUTOMATIC1111's web UI cuts like this by default. The last of `max_windows` is filled to
+        closes stays together; AUTOMATIC1111's web UI cuts like this by default. A learnt word (`words`) is not cut either. The last of `max_windows` is filled to
         the brim instead, as nothing follows it: `max_windows=1` cuts where diffusers does.
 
         Args:
@@ -175,7 +175,9 @@ class Tokenizer:
             raise BadRequest(f"max_windows is {max_windows}, expected 1 or more", param="max_windows")
         ids, starts = self._encode(prompt)
         room = self.model_max_length - 2
-        ends = window_ends(ids, room, self._comma_id)
+        own = set(self.spare_ids)
+        within = {i for i in range(1, len(ids)) if ids[i] in own and starts[i] == starts[i - 1]}
+        ends = window_ends(ids, room, self._comma_id, within)
         dropped = ""
         if max_windows is not None and len(ends) > max_windows:
             end = (ends[max_windows - 2] if max_windows > 1 else 0) + room
@@ -224,8 +226,10 @@ def _whole_word(word: str) -> str:
     return before + re.escape(word) + after
 
 
-def window_ends(ids: list[int], room: int, comma_id: int | None) -> list[int]:
-    """Where each window of at most `room` ids ends; at least one window. See `Tokenizer.windows` for the rule."""
+def window_ends(ids: list[int], room: int, comma_id: int | None, within: Container[int] = ()) -> list[int]:
+    """Where each window of at most `room` ids ends; at least one window. See `Tokenizer.windows` for the rule. `within` are the places
+    inside of words that are not to be cut.
+    """
     ends = []
     begin = 0
     while len(ids) - begin > room:
@@ -234,6 +238,8 @@ def window_ends(ids: list[int], room: int, comma_id: int | None) -> list[int]:
         if ids[end] != comma_id:
             nearby = range(end - 1, max(begin, end - _COMMA_BACKTRACK) - 1, -1)
             end = next((index + 1 for index in nearby if ids[index] == comma_id), end)
+        # A word that is longer than a window is cut all the same.
+        end = next((index for index in range(end, begin, -1) if index not in within), end)
         ends.append(end)
         begin = end
     return [*ends, len(ids)]

@@ -115,15 +115,20 @@ def test_words_in_a_prompt(tiny_bundle: Path) -> None:
     tokenizer = Pipeline.from_bundle(tiny_bundle).tokenizer
     assert tokenizer is not None
     plain = {text: tokenizer.encode(text) for text in ("a ", "circle", "scatter", "cats", " on")}
-    tokenizer.words = {"cat": (7, 8), "<cat>": (9,), "Big Cat": (5,)}
-    assert tokenizer.encode("a Cat on") == [*plain["a "], 7, 8, *plain[" on"]]
-    assert tokenizer.encode("circle,cat") == [*tokenizer.encode("circle,"), 7, 8]
-    assert tokenizer.encode("<cat>s<CAT>") == [9, *tokenizer.encode("s"), 9]
-    assert tokenizer.encode("big cat cat") == [5, 7, 8]
+    ids = tokenizer.spare_ids
+    x, y, z, big = ids[:4]
+    tokenizer.words = {"cat": ids[:2], "<cat>": ids[2:3], "Big Cat": ids[3:4]}
+    assert tokenizer.encode("a Cat on") == [*plain["a "], x, y, *plain[" on"]]
+    assert tokenizer.encode("circle,cat") == [*tokenizer.encode("circle,"), x, y]
+    assert tokenizer.encode("<cat>s<CAT>") == [z, *tokenizer.encode("s"), z]
+    assert tokenizer.encode("big cat cat") == [big, x, y]
     assert tokenizer.encode("scatter cats") == [*plain["scatter"], *plain["cats"]]
     cut = tokenizer.windows("cat " * 40, 1)
-    assert cut.ids[0, 1:76].tolist() == [7, 8] * 37 + [7]
+    assert cut.ids[0, 1:76].tolist() == [x, y] * 37 + [x]
     assert cut.dropped == "cat cat cat "
+    first, second = tokenizer.windows("cat " * 40).ids.tolist()
+    assert first[1:76] == [*[x, y] * 37, tokenizer.eos_id]
+    assert second[1:8] == [*[x, y] * 3, tokenizer.eos_id]
     tokenizer.words = {}
     assert tokenizer.encode("circle") == plain["circle"]
 
