@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from ldmrt.errors import BadRequest
+from ldmrt.noise import draw
 from ldmrt.samplers.make import sampler_table
 from ldmrt.samplers.registry import SAMPLERS
 from ldmrt.samplers.span import Span
 from ldmrt.samplers.table import SamplerTable
 from ldmrt.schedule import NoiseSchedule
-from tests.samplers.oracle import SHAPE, STABLE_DIFFUSION, TOLERANCE, build, ours, theirs
+from tests.samplers.oracle import SEED, SHAPE, STABLE_DIFFUSION, TOLERANCE, build, ours, theirs
 
 # diffusers' schedulers make arrays of tensors in ways that NumPy 2 warns of.
 pytestmark = [
@@ -54,20 +55,25 @@ def test_begun_as_diffusers_begins_them(name: str, begin: int) -> None:
 
 @pytest.mark.parametrize("begin", [0, 3, 7])
 @pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if not sampler.noise or sampler.eta])
-def test_a_model_that_knows_the_picture_ends_at_it(name: str, begin: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The noise is then the same everywhere, and every consistent method follows it to its end; not so one with a past it has not had."""
-    picture, schedule = latents(1), schedule_of(name, STABLE_DIFFUSION | {"set_alpha_to_one": True})
+def test_a_model_that_knows_the_picture_sees_the_same_noise_in_it(
+    name: str, begin: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every consistent method then stays on the line from the noise to the picture; not so one with a past that it has not had."""
+    picture, noise = latents(1), draw([SEED], SHAPE, sampler_table(name, schedule_of(name), STEPS)).start
+    schedule = schedule_of(name, STABLE_DIFFUSION | {"timestep_spacing": "leading"})  # whole timesteps
     table = sampler_table(name, schedule, STEPS, span=Span(strength=(STEPS - begin) / STEPS))
+    errors = []
 
     def noise_in(x: torch.Tensor, timestep: float) -> torch.Tensor:
-        """The noise in what the model is given, of unit variance."""
-        sigma = float(np.interp(timestep, np.arange(schedule.train_steps), schedule.sigmas))
-        return (x * (1 + sigma**2) ** 0.5 - picture) / sigma
+        sigma = float(np.exp(np.interp(timestep, np.arange(schedule.train_steps), np.log(schedule.sigmas))))
+        found = (x * (1 + sigma**2) ** 0.5 - picture) / sigma
+        errors.append(float((found - noise).norm() / noise.norm()))
+        return found
 
     monkeypatch.setattr("tests.samplers.oracle.model", noise_in)
-    *_, final = ours(table, picture)
-    # PNDM's first step is made to the second timestep, others end at the first level of the schedule, which is not quite without noise.
-    assert float((final - picture).norm() / picture.norm()) < 0.05
+    list(ours(table, picture))
+    # float32, divided by levels down to 0.04, of which more than one evaluation makes something.
+    assert max(errors) < 1e-4, errors
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.8, 0.97])
