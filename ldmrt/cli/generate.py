@@ -21,9 +21,9 @@ from ldmrt.cli.options import (
     LoraChoice,
     Size,
     Verbose,
+    lora_option,
     parse_device,
     parse_embedding,
-    parse_lora,
     parse_size,
 )
 from ldmrt.cli.output import print_json, progress_bar, shown_warnings
@@ -81,14 +81,7 @@ def generate(
     long_prompt: Annotated[
         LongPromptChoice, typer.Option(help="A prompt beyond the text encoder's window: in several windows, or cut.")
     ] = LongPromptChoice.chunk,
-    lora: Annotated[
-        list[LoraChoice] | None,
-        typer.Option(
-            metavar="PATH[:SCALE]",
-            parser=parse_lora,
-            help="LoRA to add to the weights, and how much of it (default: 1); repeatable.",
-        ),
-    ] = None,
+    lora: Annotated[list[LoraChoice] | None, lora_option("LoRA to add to the weights")] = None,
     embedding: Annotated[
         list[EmbeddingChoice] | None,
         typer.Option(
@@ -142,6 +135,20 @@ def generate(
     dtype: Annotated[
         Dtype, typer.Option(help="Which engines to use where the bundle has several precisions.")
     ] = Dtype.auto,
+    fallback: Annotated[
+        bool,
+        typer.Option(
+            "--fallback", help="Let another of the bundle's engines run where this one cannot, with a warning."
+        ),
+    ] = False,
+    weight_budget: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MIB",
+            min=0,
+            help="The most memory that the weights of a plan built with --weight-streaming take on the GPU. Default: TensorRT's choice.",
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -181,9 +188,12 @@ def generate(
         device=device or config.device,
         engine=None if engine is EngineChoice.auto else engine.value,
         dtype=None if dtype is Dtype.auto else dtype.value,
+        fallback=fallback,
+        weight_budget=None if weight_budget is None else weight_budget << 20,
     )
-    refining = _refining(open_bundle, refiner, refiner_start)
-    pipe = open_bundle(engines)
+    with shown_warnings():
+        refining = _refining(open_bundle, refiner, refiner_start)
+        pipe = open_bundle(engines)
     if prompt is None and pipe.bundle.manifest.model.tokenizers:
         name = pipe.bundle.manifest.model.name
         raise typer.BadParameter(

@@ -7,7 +7,7 @@ import re
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -70,6 +70,16 @@ def parse_embedding(text: str) -> EmbeddingChoice:
     """Read `cat.safetensors` or `cat.safetensors:<my-cat>`."""
     found = re.fullmatch(r"(.+\.\w+):(.+)", text)
     return EmbeddingChoice(Path(text), None) if found is None else EmbeddingChoice(Path(found[1]), found[2])
+
+
+def lora_option(what: str) -> Any:
+    """`--lora`, which says what it does with a LoRA."""
+    return typer.Option(
+        "--lora",
+        metavar="PATH[:SCALE]",
+        parser=parse_lora,
+        help=f"{what}, and how much of it (default: 1); repeatable.",
+    )
 
 
 def parse_device(text: str) -> str:
