@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from ldmrt.cli import app
 from ldmrt.errors import BadRequest, BuildError
@@ -277,6 +278,18 @@ def test_generate(
     with Image.open(tmp_path / "o.png") as found:
         assert np.array_equal(np.asarray(found), np.asarray(expected))
         assert "Refiner: tiny-refiner, Refiner switch at: 0.7" in found.info["parameters"]
+
+    # Both models learn a word.
+    word = tmp_path / "w.safetensors"
+    save_file({"clip_l": 3 * torch.ones(1, 32), "clip_g": 3 * torch.ones(1, 40)}, word)
+    refining = [*engines, "--refiner", tiny_bundle_refiner, "--embedding", f"{word}:circle"]
+    assert run(*command, *refining) == 0
+    capsys.readouterr()
+    for pipe in (base, refined):
+        pipe.load_textual_inversion(word, "circle")
+    other = Refining(refined).draw(base, [1], {}, **asked).images[0]
+    with Image.open(tmp_path / "o.png") as found:
+        assert np.array_equal(np.asarray(found), np.asarray(other))
 
     for wrong, message in (
         (["--engines", tiny_bundle_refiner], "this model is a refiner"),

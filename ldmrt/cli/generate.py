@@ -224,8 +224,9 @@ def generate(
     planned = pipe.table(job).num_steps if refining is None else refining.plan(pipe, job)
     for path, scale in lora or ():
         pipe.load_lora(path, scale)
-    for path, token in embedding or ():
-        pipe.load_textual_inversion(path, token)
+    for model in (pipe,) if refining is None else (pipe, refining.refiner):
+        for path, token in embedding or ():
+            model.load_textual_inversion(path, token)
     timings = {"load": time.perf_counter() - started}
     with shown_warnings():
         pictures = _draw(pipe, job, given, destination, timings, planned, refining)
