@@ -137,15 +137,15 @@ class Static:
 
     def _serve(self, visits: list[Visit]) -> None:
         pipe = self._pipe
-        jobs = [pipe.resolve(visit.request)[0] for visit in visits]
+        jobs, materials = zip(*(pipe.resolve(visit.request) for visit in visits), strict=True)
         tables = [pipe.table(job) for job in jobs]
         texts = pipe.embed([(job, pipe.tokenize(job)[0]) for job in jobs], together=True)
         size = jobs[0].width, jobs[0].height
         most = max(table.evaluations for table in tables)
         tokens = len(texts[0][0].states)
         denoiser = pipe.denoiser(size, 2 * len(visits), tokens=tokens, evaluations=most)
-        for slot, (job, table, text) in enumerate(zip(jobs, tables, texts, strict=True)):
-            pipe.admit(denoiser, slot, job, table, text, None)
+        for slot, (job, table, text, material) in enumerate(zip(jobs, tables, texts, materials, strict=True)):
+            pipe.admit(denoiser, slot, job, table, text, material)
         for made in range(1, most + 1):
             denoiser.step()
             for slot, (visit, table) in enumerate(zip(visits, tables, strict=True)):

@@ -52,7 +52,6 @@ Encoded = Callable[[], dict[str, torch.Tensor]]
 Plan = tuple[tuple[int, int] | None, Component, Trials]
 
 F32 = torch.float32
-TIME_IDS = 6
 
 
 def downscale(source: Source) -> int:
@@ -162,7 +161,8 @@ def _denoising_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[Tens
     kinds: dict[str, Kind] = {"latents": "step", "timesteps": "schedule", "encoder_hidden_states": "request"}
     if source.kind.addition_embed_type is not None:
         pooled = int(source.configs["text_encoder_2"]["projection_dim"])
-        inputs += [TensorSpec("text_embeds", ("rows", pooled), F32), TensorSpec("time_ids", ("rows", TIME_IDS), F32)]
+        ids = source.kind.time_ids
+        inputs += [TensorSpec("text_embeds", ("rows", pooled), F32), TensorSpec("time_ids", ("rows", ids), F32)]
         kinds |= {"text_embeds": "request", "time_ids": "request"}
     return tuple(inputs), kinds
 
@@ -252,6 +252,8 @@ def _denoising_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
     if pooled is not None:
         pooled, extreme_pooled = pooled.chunk(2)
         ids = torch.tensor([[size[1], size[0], 0, 0, size[1], size[0]]] * 2, dtype=F32)
+        if source.kind.requires_aesthetics_score:
+            ids = torch.tensor([[size[1], size[0], 0, 0, score] for score in (6.0, 2.5)], dtype=F32)
         random |= {"text_embeds": noise(7, *pooled.shape), "time_ids": ids.flip(0)}
         real |= {"text_embeds": pooled, "time_ids": ids}
         extreme |= {"text_embeds": extreme_pooled, "time_ids": ids}

@@ -182,11 +182,6 @@ class _Build:
         """Whether the bundle is the model's own folder."""
         return self.folder.path.resolve() == self.source.path.resolve() and not self.source.parts
 
-    @property
-    def guidance_scale(self) -> float:
-        """The guidance that the model is used with."""
-        return float(self.source.defaults.get("guidance_scale", self.source.kind.guidance_scale))
-
     def run(self) -> Bundle:
         """Build all components."""
         with self.folder.open():
@@ -322,7 +317,7 @@ class _Build:
         if guided and self.options.is_tensorrt:
             # Each plan holds the weights again: one for each batch size, for the guidance that the model is used with. One for guidance
             # also serves without, two images at a time.
-            factors = (2,) if self.guidance_scale > 1 else (1,)
+            factors = (2,) if self.source.guidance_scale > 1 else (1,)
         rows = sorted({factor * batch for batch in self.options.batch_sizes for factor in factors})
         fixed = {"tokens": architectures.tokens(self.source)} if self.options.is_tensorrt and reads_text else {}
         sized = [(specialize(last, {"rows": count, **fixed}), size, count) for count in rows]
@@ -565,7 +560,6 @@ class _Build:
         width, height = self.options.sizes[0]
         if old is not None:
             width, height = old.model.defaults.width, old.model.defaults.height
-        given = self.source.defaults
         return Manifest(
             format=FORMAT,
             ldmrt=ldmrt.__version__,
@@ -577,6 +571,7 @@ class _Build:
                 tokenizers=dict(self.source.kind.tokenizers),
                 zero_empty_negative=self.source.zero_empty_negative,
                 inpainting=self.source.kind.inpainting,
+                requires_aesthetics_score=self.source.kind.requires_aesthetics_score,
                 guidance_embedding=self.source.guidance_embedding,
                 scaling_factor=architectures.scaling(self.source)[0],
                 shift_factor=architectures.scaling(self.source)[1],
@@ -584,8 +579,8 @@ class _Build:
                 defaults=Defaults(
                     width=width,
                     height=height,
-                    num_inference_steps=int(given.get("num_inference_steps", 50)),
-                    guidance_scale=self.guidance_scale,
+                    num_inference_steps=self.source.num_inference_steps,
+                    guidance_scale=self.source.guidance_scale,
                     sampler=self.source.sampler,
                 ),
             ),

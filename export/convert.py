@@ -109,6 +109,10 @@ class ModelCheckpoint:
     """Stands for the class of PyTorch Lightning whose name is a key in checkpoints of its first versions; nothing is made of it."""
 
 
+class ParameterDict:
+    """Stands for torch's class of that name, which the first textual inversions are in; its contents are taken from what it was made of."""
+
+
 def _main(source: Path, written: Path, *, averaged: bool) -> None:
     """Read, write, and print an answer as one line of JSON."""
     _limit(source.stat().st_size)
@@ -140,7 +144,7 @@ def _convert(source: Path, written: Path, *, averaged: bool) -> Converted:
     from ldmrt.engines.protocol import TensorSpec
     from ldmrt.weights import write
 
-    held = _nested(_read(source))
+    held = _embedding(_nested(_read(source)))
     tensors = _tensors(source, held)
     averages = _averages(tensors) if averaged else {}
     kept = {name: averages.get(name, tensor) for name, tensor in tensors.items() if not name.startswith(_AVERAGED)}
@@ -168,7 +172,10 @@ def _read(source: Path) -> Any:
     import torch
 
     torch.serialization.add_safe_globals(
-        [(ModelCheckpoint, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+        [
+            (ModelCheckpoint, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+            (ParameterDict, "torch.nn.modules.container.ParameterDict"),
+        ]
     )
     try:
         # Only files of torch 1.6 and later are archives, which can be mapped.
@@ -203,6 +210,14 @@ def _nested(held: Any) -> Any:
             break
         held = inner
     return held
+
+
+def _embedding(held: Any) -> Any:
+    """A textual inversion of AUTOMATIC1111's as its safetensors files have it; anything else as it is."""
+    inner = held.get("string_to_param") if isinstance(held, Mapping) else None
+    if isinstance(inner, ParameterDict):
+        inner = vars(inner).get("_parameters")
+    return {"emb_params": inner["*"]} if isinstance(inner, Mapping) and "*" in inner else held
 
 
 def _tensors(source: Path, held: Any) -> dict[str, torch.Tensor]:

@@ -41,7 +41,7 @@ def fetch(model: str, *, revision: str | None = None, variant: str | None = None
             f"{model} on the Hub has no model_index.json: it is not in the diffusers layout; if it is one .safetensors file, fetch that and "
             "give its path"
         )
-    kind = kind_of(str(read_json(index).get("_class_name")), Path(model))
+    kind = kind_of(read_json(index), Path(model))
     stems = {kind.folders.get(folder, folder): STEMS[folder] for folder in kind.classes}
     folders = (*stems, *kind.tokenizers.values(), "scheduler")
     small = [f"{folder}/*.{ending}" for folder in folders for ending in ("json", "txt")]

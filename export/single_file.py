@@ -16,7 +16,7 @@ import torch
 from ldmrt import original
 from ldmrt.errors import BuildError
 from ldmrt.export.architectures import instantiate
-from ldmrt.export.source import PICKLES, Source
+from ldmrt.export.source import PICKLES, Source, names_turbo, unet_channels
 from ldmrt.original import Piece
 from ldmrt.weights import Entry, WeightFile
 
@@ -63,7 +63,7 @@ _UNUSED_PREFIXES = ("loss.", "model_ema.", "transformer.resblocks.")
 
 # By the width of the text that the U-Net reads, and whether it takes an embedding beside it.
 _WIDTHS = {(768, False): "sd15", (1024, False): "sd21", (2048, True): "sdxl", (1280, True): "sdxl-refiner"}
-_KNOWN = "Stable Diffusion 1.x, 2.x, XL base and XL refiner"
+_KNOWN = "Stable Diffusion 1.x, 2.x and XL base, for inpainting or not, and XL refiner"
 
 
 class OriginalWeights(Mapping[str, torch.Tensor]):
@@ -165,14 +165,14 @@ def open_single_file(path: Path, base: Source | None) -> Source:
     """
     file = open_file(path)
     if base is None:
-        name = recognise(file)
-        base = _with_prediction(Source.known(name), file)
+        name, inpainting = recognise(file)
+        base = _with_schedule(Source.known(name, inpainting=inpainting), file)
         missing = [folder for folder in base.folders if _place(file, folder) is None]
         if missing:
             raise BuildError(
                 f"{path} has no {' and no '.join(missing)}; give the model that has the rest: --base DIR (or an id on the Hub)"
             )
-    source = replace(base, title=path.stem)
+    source = _with_channels(replace(base, title=path.stem), file)
     held = [folder for folder in source.folders if _place(file, folder) is not None]
     if not held and "conv_in.weight" in file and "time_embedding.linear_1.weight" in file:
         return source.with_part("unet", [file])
@@ -229,8 +229,8 @@ def component(file: WeightFile, folder: str, source: Source) -> OriginalWeights:
     return OriginalWeights(file, prefix, names(list(shapes)), shapes)
 
 
-def recognise(file: WeightFile) -> str:
-    """Which known model a file is of, by its U-Net: see `Source.known`.
+def recognise(file: WeightFile) -> tuple[str, bool]:
+    """Which known model a file is of, and whether it is for inpainting, by its U-Net: see `Source.known`.
 
     Raises:
         BuildError: it is none.
@@ -242,13 +242,25 @@ def recognise(file: WeightFile) -> str:
     key = next((name for name in file if name.startswith(prefix) and name.endswith("attn2.to_k.weight")), None)
     width = file.entries[key].shape[-1] if key else 0
     name = _WIDTHS.get((width, f"{prefix}label_emb.0.0.weight" in file))
-    channels = file.entries[f"{prefix}input_blocks.0.0.weight"].shape[1:2]
-    if name is None or channels != (4,):
+    channels = next(iter(file.entries[f"{prefix}input_blocks.0.0.weight"].shape[1:2]), 0)
+    inpainting = channels == unet_channels(4, inpainting=True)
+    if name is None or channels != unet_channels(4, inpainting=inpainting):
         raise BuildError(
-            f"{file.path} has a U-Net that takes {channels[0] if channels else 'no'} channels and text of width {width}, which is none of "
+            f"{file.path} has a U-Net that takes {channels} channels and text of width {width}, which is none of "
             f"{_KNOWN}; give the model that it goes with as --base"
         )
-    return name
+    return name, inpainting
+
+
+def _with_channels(source: Source, file: WeightFile) -> Source:
+    """A model for inpainting where the U-Net in a file is for that, whatever the base model is, and none where it is not."""
+    place = _place(file, "unet")
+    entry = file.entries.get(f"{place[0]}input_blocks.0.0.weight" if place else "conv_in.weight")
+    latents = int(source.configs["vae"].get("latent_channels", 4))
+    for inpainting in (False, True):
+        if entry is not None and entry.shape[1:2] == (unet_channels(latents, inpainting=inpainting),):
+            return source.for_inpainting(inpainting=inpainting)
+    return source
 
 
 def _place(file: WeightFile, folder: str) -> tuple[str, str, Names] | None:
@@ -264,14 +276,18 @@ def _unknown(file: WeightFile) -> str:
     )
 
 
-def _with_prediction(source: Source, file: WeightFile) -> Source:
-    """With the noise schedule as the file states it: by its metadata (Stability AI's modelspec), or by empty tensors of these names."""
+def _with_schedule(source: Source, file: WeightFile) -> Source:
+    """With the noise schedule as the file states it: by its metadata (Stability AI's modelspec), by empty tensors of these names, or by its
+    own name.
+    """
     stated = file.metadata.get("modelspec.prediction_type", "v" if "v_pred" in file else "")
     changes: dict[str, Any] = {}
     if stated.startswith("v"):
         changes["prediction_type"] = "v_prediction"
     elif stated == "epsilon":
         changes["prediction_type"] = "epsilon"
+    if names_turbo(file.path.stem):
+        changes["timestep_spacing"] = "trailing"  # few steps begin at the last timestep
     if "ztsnr" in file:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     scheduler = {**source.configs["scheduler"], **changes}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,8 +33,10 @@ class Kind:
         tokenizers: text encoder's folder -> its tokenizer's folder; empty for a model that reads no text.
         addition_embed_type: what its U-Net takes beside text and timestep, as its config says it.
         guidance_scale: what its makers recommend.
+        num_inference_steps: the same.
         upcast_vae: whether its VAE is known to overflow float16.
         inpainting: whether its U-Net takes, beside the latents, a mask and the latents of the picture without what it covers.
+        requires_aesthetics_score: whether its U-Net takes an aesthetic score in the place of the target's size.
         folders: component -> its folder, where that is called otherwise.
         alternatives: component -> another class that it may have.
     """
@@ -44,12 +47,27 @@ class Kind:
     tokenizers: Mapping[str, str]
     addition_embed_type: str | None
     guidance_scale: float
+    num_inference_steps: int = 50
     upcast_vae: bool = False
     inpainting: bool = False
+    requires_aesthetics_score: bool = False
     folders: Mapping[str, str] = field(default_factory=dict)
     alternatives: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def time_ids(self) -> int:
+        """How many numbers about the picture's size (and its aesthetic score) its U-Net takes, if it takes any."""
+        return 5 if self.requires_aesthetics_score else 6
 
+
+def _for_inpainting(kind: Kind, *, inpainting: bool = True) -> Kind:
+    """The kind whose U-Net takes a mask and a masked picture besides, or takes none."""
+    title = kind.title.removesuffix(_INPAINTING) + (_INPAINTING if inpainting else "")
+    return replace(kind, title=title, inpainting=inpainting)
+
+
+_INPAINTING = " for inpainting"
+_XL_IMAGE_TO_IMAGE = "StableDiffusionXLImg2ImgPipeline"
 _DENOISER = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 
 # By the pipeline's class in model_index.json.
@@ -71,6 +89,16 @@ KINDS = {
         guidance_scale=5.0,
         upcast_vae=True,
     ),
+    # The refiner. That of a base model has the same name, and both text encoders.
+    _XL_IMAGE_TO_IMAGE: Kind(
+        name="stable-diffusion-xl-refiner",
+        title="Stable Diffusion XL refiner",
+        classes={"text_encoder_2": "CLIPTextModelWithProjection", **_DENOISER},
+        tokenizers={"text_encoder_2": "tokenizer_2"},
+        addition_embed_type="text_time",
+        guidance_scale=5.0,
+        upcast_vae=True,
+    ),
     # Rombach et al. 2022, arXiv 2112.10752: the models of CelebA-HQ, FFHQ and LSUN.
     "LDMPipeline": Kind(
         name="latent-diffusion",
@@ -83,11 +111,10 @@ KINDS = {
         alternatives={"vae": "AutoencoderKL"},
     ),
 }
-KINDS["StableDiffusionInpaintPipeline"] = replace(
-    KINDS["StableDiffusionPipeline"], title="Stable Diffusion 1.x and 2.x for inpainting", inpainting=True
-)
+KINDS["StableDiffusionInpaintPipeline"] = _for_inpainting(KINDS["StableDiffusionPipeline"])
+KINDS["StableDiffusionXLInpaintPipeline"] = _for_inpainting(KINDS["StableDiffusionXLPipeline"])
 KINDS["LatentConsistencyModelPipeline"] = replace(
-    KINDS["StableDiffusionPipeline"], title="Latent Consistency Models", guidance_scale=8.5
+    KINDS["StableDiffusionPipeline"], title="Latent Consistency Models", guidance_scale=8.5, num_inference_steps=4
 )
 KNOWN_KINDS = "; ".join(f"{kind.title} ({name})" for name, kind in KINDS.items())
 
@@ -185,6 +212,30 @@ class Source:
         return self.title or self.path.resolve().name
 
     @property
+    def is_turbo(self) -> bool:
+        """Whether it was distilled to few steps without guidance (Sauer et al. 2023, arXiv 2311.17042): its name says so, or its noise
+        schedule, which visits the last timestep first though that is not pure noise, with Euler's method.
+        """
+        scheduler = self.configs["scheduler"]
+        by_schedule = (
+            str(scheduler.get("_class_name")).startswith("Euler")
+            and scheduler.get("timestep_spacing") == "trailing"
+            and scheduler.get("prediction_type", "epsilon") == "epsilon"
+            and not scheduler.get("rescale_betas_zero_snr")
+        )
+        return by_schedule or names_turbo(self.name)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance that it is used with where nothing else is asked for."""
+        return float(self.defaults.get("guidance_scale", 0.0 if self.is_turbo else self.kind.guidance_scale))
+
+    @property
+    def num_inference_steps(self) -> int:
+        """The steps that it is used with where nothing else is asked for."""
+        return int(self.defaults.get("num_inference_steps", 4 if self.is_turbo else self.kind.num_inference_steps))
+
+    @property
     def sampler(self) -> str:
         """The sampler to use where nothing else is asked for: the maker's recommendation, or the scheduler's of diffusers."""
         given = self.defaults.get("sampler")
@@ -207,15 +258,13 @@ class Source:
             found = ", ".join(sorted(item.name for item in path.iterdir())[:6]) or "nothing"
             raise BuildError(f"{path} is not a model folder: expected a model_index.json, found {found}")
         index = read_json(path / "model_index.json")
-        pipeline = index.get("_class_name")
-        if not isinstance(pipeline, str):
+        if not isinstance(index.get("_class_name"), str):
             raise BuildError(
                 f"{path / 'model_index.json'} does not name a pipeline (_class_name); copy the model again"
             )
-        kind = kind_of(pipeline, path)
+        kind = kind_of(index, path)
         for folder, name in kind.classes.items():
-            entry = index.get(kind.folders.get(folder, folder))
-            named = entry[-1] if isinstance(entry, list) and entry else entry
+            named = _class_of(index, kind.folders.get(folder, folder))
             if named is not None and named == kind.alternatives.get(folder):
                 kind = replace(kind, classes={**kind.classes, folder: named})
             elif named != name:
@@ -238,24 +287,38 @@ class Source:
         return source
 
     @classmethod
-    def known(cls, name: str) -> Source:
-        """The configs and tokenizers of a model that is widely known, without weights: `sd15`, `sd21`, `sdxl` or `sdxl-refiner`.
+    def known(cls, name: str, *, inpainting: bool = False) -> Source:
+        """The configs and tokenizers of a model that is widely known, without weights.
+
+        Args:
+            name: `sd15`, `sd21`, `sdxl` or `sdxl-refiner`.
+            inpainting: whether it is the one that was made of it for inpainting.
 
         Raises:
             BuildError: it is of a kind that ldmrt does not build.
         """
         path = _KNOWN / f"{name}.json"
         configs = read_json(path)
-        kind = kind_of(configs["pipeline"], path)
-        return cls(
+        kind = kind_of({**configs, "_class_name": configs["pipeline"]}, path)
+        changes = configs.get("inpainting", {}) if inpainting else {}
+        source = cls(
             _KNOWN,
             kind,
-            {folder: configs[folder] for folder in (*kind.classes, "scheduler")},
+            {folder: {**configs[folder], **changes.get(folder, {})} for folder in (*kind.classes, "scheduler")},
             {},
             bool(configs.get("force_zeros_for_empty_prompt", False)),
             title=name,
             files=dict.fromkeys((*kind.classes, "scheduler"), path),
             tokenizers={encoder: _KNOWN / folder for encoder, folder in configs["tokenizers"].items()},
+        )
+        return source.for_inpainting(inpainting=inpainting)
+
+    def for_inpainting(self, *, inpainting: bool) -> Source:
+        """The same model with a U-Net that takes a mask and the masked picture besides, or with one that takes none."""
+        latents = int(self.configs["vae"].get("latent_channels", 4))
+        unet = {**self.configs["unet"], "in_channels": unet_channels(latents, inpainting=inpainting)}
+        return replace(
+            self, kind=_for_inpainting(self.kind, inpainting=inpainting), configs={**self.configs, "unet": unet}
         )
 
     def with_part(
@@ -326,15 +389,34 @@ class Source:
         ]
 
 
-def kind_of(pipeline: str, where: Path) -> Kind:
-    """The kind of a model, by its pipeline's class.
+def kind_of(index: Mapping[str, Any], where: Path) -> Kind:
+    """The kind of a model, by its model_index.json.
 
     Raises:
         BuildError: it is none that ldmrt builds.
     """
+    pipeline = str(index.get("_class_name"))
     if pipeline not in KINDS:
         raise BuildError(f"{where} is a {pipeline}, which ldmrt does not build yet; known kinds: {KNOWN_KINDS}")
-    return KINDS[pipeline]
+    if pipeline == _XL_IMAGE_TO_IMAGE and _class_of(index, "text_encoder") is not None:
+        pipeline = "StableDiffusionXLPipeline"
+    return replace(KINDS[pipeline], requires_aesthetics_score=bool(index.get("requires_aesthetics_score", False)))
+
+
+def _class_of(index: Mapping[str, Any], folder: str) -> Any:
+    """The class that a model_index.json names for a component, or None."""
+    entry = index.get(folder)
+    return entry[-1] if isinstance(entry, list) and entry else entry
+
+
+def unet_channels(latents: int, *, inpainting: bool) -> int:
+    """Channels that a U-Net takes: for inpainting beside the latents those of the masked picture, and the mask."""
+    return 2 * latents + 1 if inpainting else latents
+
+
+def names_turbo(name: str) -> bool:
+    """Whether a model's name says that it is one of few steps, as `sd-turbo` and `sd_xl_turbo_1.0_fp16` do."""
+    return re.search(r"(?<![a-z])turbo(?![a-z])", name.casefold()) is not None
 
 
 def weight_files(where: Path, stem: str, variant: str | None = None) -> list[Path]:
@@ -518,7 +600,7 @@ def _check_values(
 def _check_unet(path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]]) -> None:
     unet, vae = configs["unet"], configs["vae"]
     latents = vae.get("latent_channels", 4)
-    channels = 2 * latents + 1 if kind.inpainting else latents
+    channels = unet_channels(latents, inpainting=kind.inpainting)
     if unet.get("in_channels", 4) != channels:
         raise BuildError(
             f"{path}: its U-Net takes {unet.get('in_channels')} channels, expected {channels} of {kind.title}, whose VAE makes "
@@ -530,6 +612,7 @@ def _check_unet(path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]]
             raise BuildError(
                 f"{path}: its U-Net has {key} = {unet.get(key)!r}, which is not built yet; known kinds: {KNOWN_KINDS}"
             )
+    _check_time_ids(path, kind, configs)
     width = unet.get("time_cond_proj_dim")
     if width is not None and width < 4:
         raise BuildError(
@@ -540,4 +623,19 @@ def _check_unet(path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]]
         raise BuildError(
             f"{path}: its U-Net reads text of width {unet['cross_attention_dim']}, its text encoders make "
             f"{' + '.join(map(str, widths))}; the components are of different models"
+        )
+
+
+def _check_time_ids(path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that the U-Net takes as many numbers beside the pooled text as its kind gives it."""
+    unet = configs["unet"]
+    expected, width = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
+    if kind.addition_embed_type is None or not isinstance(expected, int) or not isinstance(width, int):
+        return
+    pooled = int(configs["text_encoder_2"].get("projection_dim") or 0)
+    given = pooled + kind.time_ids * width
+    if given != expected:
+        raise BuildError(
+            f"{path}: its U-Net takes {expected} numbers beside the text, and {kind.title} gives {pooled} + {kind.time_ids} x {width} = {given}; "
+            f"requires_aesthetics_score is {kind.requires_aesthetics_score} in its model_index.json, which may be wrong: copy the model again"
         )

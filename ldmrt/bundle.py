@@ -29,6 +29,8 @@ from ldmrt.weights import WeightFile, read_header, sha256
 
 FORMAT = 1
 MANIFEST = "ldmrt.json"
+# The kind of a model that finishes what another has begun.
+REFINER = "stable-diffusion-xl-refiner"
 
 Pixels = Annotated[int, Field(ge=1, le=1 << 16)]
 
@@ -188,6 +190,7 @@ class ModelRecord(_Record):
             reads no text.
         zero_empty_negative: whether an empty negative prompt means embeddings of zeros.
         inpainting: whether it draws into the masked part of a picture, and nothing else.
+        requires_aesthetics_score: whether it takes an aesthetic score beside the picture's size.
         guidance_embedding: width of the embedding of the guidance scale that the U-Net takes in the place of classifier-free guidance;
             None if it takes none.
         scaling_factor: the latents that are denoised are (encoded - shift_factor) * scaling_factor.
@@ -196,13 +199,14 @@ class ModelRecord(_Record):
         defaults: see `Defaults`.
     """
 
-    kind: str = Field(pattern="^(stable-diffusion(-xl)?|latent-diffusion)$")
+    kind: str = Field(pattern="^(stable-diffusion(-xl(-refiner)?)?|latent-diffusion)$")
     name: str
     latent_channels: int = Field(ge=1, le=1024)
     downscale: int = Field(ge=1, le=1024)
     tokenizers: dict[str, str]
     zero_empty_negative: bool = False
     inpainting: bool = False
+    requires_aesthetics_score: bool = False
     guidance_embedding: int | None = Field(default=None, ge=4)
     scaling_factor: float = Field(default=0.18215, gt=0)
     shift_factor: float = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from ldmrt.errors import BadRequest
 from ldmrt.rows import run_rows
 
 Picture = Image.Image | NDArray[np.uint8]
+# From a picture (3, H, W) and noise (n, C, h, w) to latents (n, C, h, w): see `encode`.
+Encode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def open_picture(path: str | os.PathLike[str], *, param: str) -> Image.Image:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ldmrt.bundle import ModelRecord
-from ldmrt.conditioning import Picture, encode, mask, rgb
-from ldmrt.engines.protocol import Engine
+from ldmrt.conditioning import Encode, Picture, mask, rgb
 from ldmrt.errors import BadRequest
 
 
@@ -24,39 +23,43 @@ class Inpainting:
     picture: torch.Tensor
     mask: torch.Tensor
 
-    def conditionings(
-        self, encoder: Engine, model: ModelRecord, noise: torch.Tensor, device: torch.device
-    ) -> list[dict[str, torch.Tensor]]:
+    def conditionings(self, downscale: int, noise: torch.Tensor, encode: Encode) -> list[dict[str, torch.Tensor]]:
         """The U-Net's inputs for each image: `mask` (1, h, w), and `masked_image_latents` (C, h, w).
 
         Args:
-            encoder: the VAE's.
-            model: has the latents' scaling and size.
+            downscale: pixels per latent cell, each way.
             noise: (images, C, h, w) float32, standard normal, of what the encoder draws.
-            device: where the engines run.
+            encode: from a picture and the noise of its encoding to latents.
         """
-        latents = encode(encoder, model, self.picture * (1 - self.mask), noise, device)
+        latents = encode(self.picture * (1 - self.mask), noise)
         # As diffusers takes it: the pixel at the corner of each cell.
-        cells = self.mask[:, :: model.downscale, :: model.downscale].to(device)
+        cells = self.mask[:, ::downscale, ::downscale].to(latents.device)
         return [{"mask": cells, "masked_image_latents": one} for one in latents]
 
 
 def resolve(
-    model: ModelRecord, size: tuple[int, int], image: Picture | None, mask_image: Picture | None
+    model: ModelRecord,
+    size: tuple[int, int],
+    image: Picture | torch.Tensor | None,
+    mask_image: Picture | None,
 ) -> Inpainting | None:
-    """The picture and the mask of a request, or None for a model that takes none.
+    """The picture and the mask of a request, or None for a model that takes no mask.
 
     Raises:
-        BadRequest: the model needs them and they are not there, or it has no use for them.
+        BadRequest: the model needs them and they are not there, or they are latents; or it has no use for a mask.
     """
-    given = {name: value for name, value in (("image", image), ("mask_image", mask_image)) if value is not None}
     if not model.inpainting:
-        if given:
-            name = next(iter(given))
+        if mask_image is not None:
             raise BadRequest(
-                f"{name} was given, and {model.name} is no inpainting model, which alone takes one", param=name
+                f"mask_image was given, and {model.name} is no inpainting model, which alone takes one",
+                param="mask_image",
             )
         return None
+    if isinstance(image, torch.Tensor):
+        raise BadRequest(
+            f"image is a tensor of latents, and {model.name} masks a picture, expected a PIL image or an array of uint8",
+            param="image",
+        )
     if image is None or mask_image is None:
         missing = "image" if image is None else "mask_image"
         raise BadRequest(

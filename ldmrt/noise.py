@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -10,6 +11,22 @@ from ldmrt.errors import BadRequest
 from ldmrt.samplers.table import SamplerTable
 
 Generators = torch.Generator | Sequence[torch.Generator]
+
+
+class Noise(NamedTuple):
+    """The noise of a call, float32.
+
+    Attributes:
+        start: (n, C, h, w), of the initial latents.
+        steps: (n, evaluations, C, h, w), of a sampler that draws some; None for another.
+        encoding: (n, C, h, w), of the encoding of what an inpainting model is shown; None without.
+        picture: (n, C, h, w), of the encoding of the picture that is begun from; None without.
+    """
+
+    start: torch.Tensor
+    steps: torch.Tensor | None
+    encoding: torch.Tensor | None
+    picture: torch.Tensor | None
 
 
 def draw(
@@ -20,11 +37,13 @@ def draw(
     generator: Generators | None = None,
     latents: torch.Tensor | None = None,
     encoding: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    picture: bool = False,
+) -> Noise:
     """Draw all the noise of a call, float32.
 
-    A generator gives first the initial latents of its images, then what the encoding of a picture draws (once for all its images),
-    then their noise step by step: what diffusers would draw from it.
+    A generator gives first what the encoding of the picture draws that is begun from (once for all its images), then the initial latents
+    of its images, then what the encoding of an inpainting model's picture draws, then their noise step by step: what diffusers would draw
+    from it.
 
     Args:
         seeds: one for each image; each starts a generator of its own.
@@ -32,11 +51,8 @@ def draw(
         table: the sampler, which says in which evaluations it draws.
         generator: instead of the seeds: one for all images, or one for each.
         latents: (n, C, h, w), instead of drawing them.
-        encoding: whether a picture is encoded.
-
-    Returns:
-        Initial latents (n, C, h, w); the noise (n, evaluations, C, h, w) of samplers that draw some, else None; that of the encoding
-        (n, C, h, w), or None.
+        encoding: whether a picture is encoded that an inpainting model is shown.
+        picture: whether a picture is encoded that is begun from.
 
     Raises:
         BadRequest: the generators or the latents do not fit the images.
@@ -56,8 +72,10 @@ def draw(
             "the generator is on a GPU, expected torch.Generator('cpu'): noise is drawn on the CPU", param="generator"
         )
     block = (images, *shape)
-    starts, noises, encodings = [], [], []
+    starts, noises, encodings, pictures = [], [], [], []
     for one in generators:
+        if picture:
+            pictures.append(torch.randn((1, *shape), generator=one).expand(block))
         if latents is None:
             starts.append(torch.randn(block, generator=one))
         if encoding:
@@ -66,4 +84,5 @@ def draw(
             drawn = [torch.randn(block, generator=one) if d else torch.zeros(block) for d in table.draws_noise.tolist()]
             noises.append(torch.stack(drawn, dim=1))
     start = torch.cat(starts) if latents is None else latents.detach().to("cpu", torch.float32)
-    return start, torch.cat(noises) if noises else None, torch.cat(encodings) if encodings else None
+    steps, shown, begun = (torch.cat(drawn) if drawn else None for drawn in (noises, encodings, pictures))
+    return Noise(start, steps, shown, begun)

@@ -9,48 +9,42 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
 from ldmrt import choices, control, image as pixels
 from ldmrt.adapters import Adapters
-from ldmrt.bundle import Bundle, EngineRecord
+from ldmrt.bundle import REFINER, Bundle, EngineRecord, ModelRecord
 from ldmrt.capture import Recorder
 from ldmrt.components import CONTROLNET, STEP, parts
-from ldmrt.conditioning import Picture
+from ldmrt.conditioning import Picture, encode
 from ldmrt.config import parse_device
 from ldmrt.decoding import Decoding, decode
 from ldmrt.denoise import Denoiser
 from ldmrt.denoisers import Denoisers
 from ldmrt.errors import BadRequest, EngineMismatch, NumericalError, Unavailable
 from ldmrt.guidance import embedding
-from ldmrt.inpainting import Inpainting, resolve as resolve_inpainting
 from ldmrt.loader import EngineLoader, kinds_of
 from ldmrt.lora import Lora
-from ldmrt.noise import Generators, draw
+from ldmrt.material import Material, Start, resolve as resolve_material
+from ldmrt.noise import Generators
 from ldmrt.parameters import Parameters
 from ldmrt.request import Defaults, Job, LongPrompt, Request, resolve
 from ldmrt.samplers.make import sampler_table
 from ldmrt.samplers.table import SamplerTable
 from ldmrt.schedule import NoiseSchedule
 from ldmrt.text import Embedding, Given, PromptEncoder, TextModel, Windows
+from ldmrt.textual_inversion import TextualInversion, Words
 from ldmrt.tokenizer import Tokenizer
 
 OutputType = Literal["pil", "np", "latent"]
 Capture = Literal["step", "loop", "image", "off"]
 OnStep = Callable[[int, torch.Tensor], None]
 Text = tuple[Embedding, Embedding | None]
-
-
-class _Beginning(NamedTuple):
-    """What an image starts from: its latents (C, h, w), its sampler's noise (evaluations, C, h, w), the network's inputs that are its own."""
-
-    latents: torch.Tensor
-    noise: torch.Tensor | None
-    own: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,10 +80,8 @@ class Pipeline:
         self.bundle, self.device = loader.bundle, loader.device
         model = self.bundle.manifest.model
         self.schedule = NoiseSchedule.from_dict(model.schedule)
-        texts = [
-            TextModel(Tokenizer.from_folder(folder), loader.only(encoder))
-            for encoder, folder in self.bundle.check_tokenizers().items()
-        ]
+        tokenizers = {e: Tokenizer.from_folder(folder) for e, folder in self.bundle.check_tokenizers().items()}
+        texts = [TextModel(tokenizer, loader.only(encoder)) for encoder, tokenizer in tokenizers.items()]
         self.tokenizer = texts[0].tokenizer if texts else None
         self._prompts = PromptEncoder(texts, self.device, zero_empty_negative=model.zero_empty_negative)
         sizes = tuple(dict.fromkeys(record.size for record in loader.records("step") if record.size))
@@ -106,9 +98,13 @@ class Pipeline:
             max_steps=self.schedule.train_steps,
             max_clip_skip=self._prompts.layers - 1,
             guidance_embedded=model.guidance_embedding is not None,
+            strength=_strength(model),
+            refines=model.kind == REFINER,
+            takes_aesthetic_scores=model.requires_aesthetics_score,
         )
         self._denoisers = Denoisers(loader, capture)
         self._adapters = Adapters(self._weights)
+        self._words = Words(tokenizers, self._weights, self._token_table)
         self._lock = threading.Lock()
         self._borrower: int | None = None
 
@@ -180,8 +176,13 @@ class Pipeline:
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         clip_skip: int | None = None,
         long_prompt: LongPrompt = "chunk",
-        image: Picture | None = None,
+        image: Picture | torch.Tensor | None = None,
+        strength: float | None = None,
         mask_image: Picture | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+        aesthetic_score: float | None = None,
+        negative_aesthetic_score: float | None = None,
         control_image: Picture | Sequence[Picture | None] | None = None,
         controlnet_scale: float | Sequence[float] = 1.0,
         control_start: float | Sequence[float] = 0.0,
@@ -214,8 +215,15 @@ class Pipeline:
             clip_skip: how many of the text encoder's last layers to leave out.
             long_prompt: `chunk` encodes a prompt longer than the text encoder's window in several windows, as AUTOMATIC1111 does;
                 `cut` drops the rest, with a warning.
-            image: for an inpainting model, the picture to draw into, a PIL image or an array of uint8 (H, W, 3); it is resized.
-            mask_image: the same, white where it is to be drawn anew.
+            image: the picture to begin from, a PIL image or an array of uint8 (H, W, 3), which is resized, or its latents (1 or n, C, h, w);
+                for an inpainting model the picture to draw into.
+            strength: how much of the picture is drawn anew, 0 to 1: that share of the steps is made, the last ones. Without it 0.8, 0.3
+                for SDXL, and for an inpainting model 1, which leaves nothing of what the mask covers.
+            mask_image: for an inpainting model, a picture that is white where the other is to be drawn anew.
+            denoising_start: the share of the schedule that another model has made, whose latents are `image`; nothing is added to them.
+            denoising_end: the share of the schedule after which the latents are left to another model; see `ldmrt.refining`.
+            aesthetic_score: of the prompt's pictures, for a model that takes one (the refiner of SDXL); 6 without.
+            negative_aesthetic_score: of the negative prompt's; 2.5 without.
             control_image: for each ControlNet of the bundle (`bundle.manifest.controlnets`, in order) the picture that it follows, or
                 None to leave it out; a picture alone for a single one. All images of the call follow it. A PIL image or an array of
                 uint8 (H, W, 3); it is resized.
@@ -248,21 +256,29 @@ class Pipeline:
                 height=height,
                 clip_skip=clip_skip,
                 long_prompt=long_prompt,
+                has_image=image is not None,
+                strength=strength,
+                denoising_start=denoising_start,
+                denoising_end=denoising_end,
+                aesthetic_score=aesthetic_score,
+                negative_aesthetic_score=negative_aesthetic_score,
             ),
             self.defaults,
         )
+        model, size = self.bundle.manifest.model, (job.width, job.height)
         if output_type not in ("pil", "np", "latent"):
             raise BadRequest(f"output_type is {output_type!r}, expected pil, np or latent", param="output_type")
         controls = control.resolve(
             [record.name for record in self.bundle.manifest.controlnets],
-            (job.width, job.height),
+            size,
             pictures=control_image,
             scale=controlnet_scale,
             start=control_start,
             end=control_end,
         )
         names = [one.name for one in controls]
-        inpainting = resolve_inpainting(self.bundle.manifest.model, (job.width, job.height), image, mask_image)
+        material = resolve_material(model, job, image=image, mask_image=mask_image, latents=latents)
+        table = self.table(job)
         given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         self._check_text(job, given)
         clock = _Clock()
@@ -272,9 +288,8 @@ class Pipeline:
             with clock("encode"):
                 texts = self._prompts.embed(job, windows, given)
             with clock("prepare"):
-                table = self.table(job)
-                beginnings = self._beginnings(job, table, inpainting, generator, latents)
-            finals = torch.stack([beginning.latents for beginning in beginnings])
+                starts = material.starts(job, table, partial(self._encoded, size), generator)
+            finals = torch.stack([start.latents for start in starts])
             decoded: dict[int, torch.Tensor] = {}
             for group in self._denoisers.groups(job, [len(cond.states) for cond, _ in texts], names):
                 with clock("prepare"):
@@ -288,7 +303,7 @@ class Pipeline:
                 try:
                     with clock("prepare"):
                         for slot, number in enumerate(group):
-                            self._admit(denoiser, slot, job, table, texts[number], beginnings[number], controls)
+                            self._admit(denoiser, slot, job, texts[number], starts[number], controls)
                     with clock("denoise"):
                         wanted = on_step is None and output_type != "latent"
                         decoding = (
@@ -312,7 +327,7 @@ class Pipeline:
                 elif decoded:
                     images = delivered(torch.stack([decoded[number] for number in range(len(finals))]), output_type)
                 else:
-                    images = delivered(decode(self._loader, finals, (job.width, job.height)), output_type)
+                    images = delivered(decode(self._loader, finals, size), output_type)
         # A tensor made in inference mode could not be used in a caller's own computation.
         finals = finals.clone()
         images = finals if output_type == "latent" else images
@@ -391,6 +406,51 @@ class Pipeline:
         """The loaded LoRAs: name -> scale."""
         return self._adapters.scales
 
+    def load_textual_inversion(self, path: str | os.PathLike[str], token: str | None = None) -> str:
+        """Make a learnt word known (Gal et al. 2022, arXiv 2208.01618), in place: nothing is compiled or captured anew.
+
+        Args:
+            path: a safetensors file in the form of AUTOMATIC1111, diffusers, or of Stable Diffusion XL (`clip_l` and `clip_g`).
+            token: what to write in a prompt for it; None for the word that the file names, or the file's name without its ending.
+
+        Returns:
+            The word.
+
+        Raises:
+            BadRequest: the file is none, or for another kind of model; the word is taken; there is no room for more vectors.
+            EngineMismatch: the engine kind embeds its weights.
+        """
+        encoders = tuple(self.bundle.manifest.model.tokenizers)
+        if not all(self._record(encoder).takes_weights for encoder in encoders):
+            raise EngineMismatch(
+                f"{self.kind} engines hold weights of their own, which no embedding can be added to: use the torch engine"
+            )
+        with self._lock:
+            shapes = {encoder: self.bundle.shapes(self._record(encoder).weights) for encoder in encoders}
+            widths = {encoder: held[self._token_table(encoder)][-1] for encoder, held in shapes.items()}
+            inversion = TextualInversion.read(Path(path), token, widths)
+            self._words.add(inversion)
+            return inversion.token
+
+    def unload_textual_inversion(self, token: str) -> None:
+        """Forget a learnt word. Without any the weights are what they were, to the bit.
+
+        Raises:
+            BadRequest: no embedding of that name is loaded.
+        """
+        with self._lock:
+            self._words.remove(token)
+
+    @property
+    def textual_inversions(self) -> tuple[str, ...]:
+        """The learnt words that are loaded."""
+        return self._words.tokens
+
+    def _token_table(self, encoder: str) -> str:
+        """The name of a text encoder's table of embeddings."""
+        names = self.bundle.shapes(self._record(encoder).weights)
+        return next(name for name in names if name.endswith("token_embedding.weight"))
+
     def _parameters(self, component: str) -> Parameters:
         """A component's weights, all of its engines loaded, so that their names are known."""
         needed = parts(_step(component)) if _is_network(component) else (component,)
@@ -448,7 +508,7 @@ class Pipeline:
 
     def resolve(
         self, request: Request, image: Picture | None = None, mask_image: Picture | None = None
-    ) -> tuple[Job, Inpainting | None]:
+    ) -> tuple[Job, Material]:
         """What is to be done for a request, checked. Any thread may call it.
 
         Raises:
@@ -456,7 +516,7 @@ class Pipeline:
         """
         job = resolve(request, self.defaults)
         self._check_text(job, Given())
-        return job, resolve_inpainting(self.bundle.manifest.model, (job.width, job.height), image, mask_image)
+        return job, resolve_material(self.bundle.manifest.model, job, image=image, mask_image=mask_image)
 
     def tokenize(self, job: Job) -> list[Windows]:
         """For each prompt its windows of tokens: see `ldmrt.text.PromptEncoder.tokenize`. Any thread may call it."""
@@ -468,7 +528,7 @@ class Pipeline:
         Raises:
             BadRequest: the sampler does not go with the model or the steps.
         """
-        return sampler_table(job.sampler, self.schedule, job.num_inference_steps, job.eta)
+        return sampler_table(job.sampler, self.schedule, job.num_inference_steps, job.eta, job.span)
 
     def row_counts(self, size: tuple[int, int]) -> list[int]:
         """The rows of the model's batches that the bundle has engines for, fewest first. An image takes one, with guidance two."""
@@ -485,11 +545,11 @@ class Pipeline:
         return [self._prompts.embed(job, [windows], Given())[0] for job, windows in images]
 
     def admit(
-        self, denoiser: Denoiser, slot: int, job: Job, table: SamplerTable, text: Text, inpainting: Inpainting | None
+        self, denoiser: Denoiser, slot: int, job: Job, table: SamplerTable, text: Text, material: Material
     ) -> None:
         """Put the image of a job of one image into a slot."""
-        (beginning,) = self._beginnings(job, table, inpainting)
-        self._admit(denoiser, slot, job, table, text, beginning)
+        (start,) = material.starts(job, table, partial(self._encoded, (job.width, job.height)))
+        self._admit(denoiser, slot, job, text, start)
 
     def decode(self, latents: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Latents (n, C, h, w) to pixels (n, 3, H, W) in [-1, 1]."""
@@ -516,52 +576,39 @@ class Pipeline:
         if not self.bundle.manifest.model.tokenizers:
             _check_unconditional(job, given)
 
-    def _beginnings(
-        self,
-        job: Job,
-        table: SamplerTable,
-        inpainting: Inpainting | None,
-        generator: Generators | None = None,
-        latents: torch.Tensor | None = None,
-    ) -> list[_Beginning]:
-        """What each image starts from."""
-        shape = self._latent_shape(job)
-        encodes = inpainting is not None
-        starts, noises, encoding = draw(job.seeds, shape, table, generator=generator, latents=latents, encoding=encodes)
-        own: list[dict[str, torch.Tensor]] = [self._guidance(job)] * len(starts)
-        if inpainting is not None and encoding is not None:
-            encoder = self._loader.load(self._loader.records("encoder", (job.width, job.height))[0])
-            masked = inpainting.conditionings(encoder, self.bundle.manifest.model, encoding, self.device)
-            own = [one | more for one, more in zip(own, masked, strict=True)]
-        drawn = [None] * len(starts) if noises is None else list(noises)
-        return [_Beginning(*one) for one in zip(starts, drawn, own, strict=True)]
-
     def _admit(
         self,
         denoiser: Denoiser,
         slot: int,
         job: Job,
-        table: SamplerTable,
         text: Text,
-        beginning: _Beginning,
+        start: Start,
         controls: Sequence[control.Control] = (),
     ) -> None:
         cond, uncond = text
+        own = self._guidance(job) | start.inputs
         denoiser.admit(
             slot,
-            latents=beginning.latents,
-            table=table,
+            latents=start.latents,
+            table=start.table,
             guidance_scale=job.guidance_scale,
-            cond=conditioning(cond, job) | beginning.own,
-            uncond=None if uncond is None else conditioning(uncond, job) | beginning.own,
-            noise=beginning.noise,
+            cond=self._conditioning(cond, job) | own,
+            uncond=None if uncond is None else self._conditioning(uncond, job, negative=True) | own,
+            noise=start.noise,
             guidance_rescale=job.guidance_rescale,
-            controls=[one.conditioning(table.evaluations, self.device) for one in controls],
+            controls=[one.conditioning(start.table.evaluations, self.device) for one in controls],
         )
 
-    def _latent_shape(self, job: Job) -> tuple[int, int, int]:
-        model = self.bundle.manifest.model
-        return model.latent_channels, job.height // model.downscale, job.width // model.downscale
+    def _encoded(self, size: tuple[int, int], picture: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """A picture's latents: see `ldmrt.conditioning.encode`."""
+        encoder = self._loader.load(self._loader.records("encoder", size)[0])
+        return encode(encoder, self.bundle.manifest.model, picture, noise, self.device)
+
+    def _conditioning(self, embedding: Embedding, job: Job, *, negative: bool = False) -> dict[str, torch.Tensor]:
+        """See `conditioning`."""
+        scored = self.bundle.manifest.model.requires_aesthetics_score
+        score = job.negative_aesthetic_score if negative else job.aesthetic_score
+        return conditioning(embedding, job, score if scored else None)
 
     def _guidance(self, job: Job) -> dict[str, torch.Tensor]:
         """What a model that takes the guidance scale as an input reads of it; nothing for others."""
@@ -589,6 +636,15 @@ class Pipeline:
 
 def _lent() -> Unavailable:
     return Unavailable("the pipeline is lent to a batcher: submit to that (`ldmrt.serving.Batcher`), or close it first")
+
+
+def _strength(model: ModelRecord) -> float:
+    """How much of a picture is drawn anew where nothing is said: as diffusers' pipelines have it, but that SDXL's for inpainting leaves
+    out the first step.
+    """
+    if model.inpainting:
+        return 1.0
+    return 0.3 if model.kind.startswith("stable-diffusion-xl") else 0.8
 
 
 def _is_network(component: str) -> bool:
@@ -643,17 +699,18 @@ def delivered(images: torch.Tensor, output_type: OutputType) -> Any:
     return pixels.to_float(images) if output_type == "np" else pixels.to_pil(pixels.to_uint8(images))
 
 
-def conditioning(embedding: Embedding, job: Job) -> dict[str, torch.Tensor]:
+def conditioning(embedding: Embedding, job: Job, score: float | None = None) -> dict[str, torch.Tensor]:
     """A denoising network's request inputs, without the dimension of rows; each network takes those that it knows.
 
     `time_ids` says that nothing was scaled or cropped (Podell et al. 2023, arXiv 2307.01952, section 2.2): original height and
-    width, top and left of the crop, target height and width.
+    width, top and left of the crop, target height and width; in a refiner, which has an aesthetic score, that in the place of the last two.
     """
     inputs = {"encoder_hidden_states": embedding.states}
     if embedding.pooled is not None:
         inputs["text_embeds"] = embedding.pooled
-        sizes = (job.height, job.width, 0, 0, job.height, job.width)
-        inputs["time_ids"] = torch.tensor(sizes, dtype=torch.float32, device=embedding.states.device)
+        target = (job.height, job.width) if score is None else (score,)
+        ids = (job.height, job.width, 0, 0, *target)
+        inputs["time_ids"] = torch.tensor(ids, dtype=torch.float32, device=embedding.states.device)
     return inputs
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from ldmrt.errors import BadRequest
 from ldmrt.samplers.registry import Choice, resolve as find_sampler
+from ldmrt.samplers.span import Span
 
 T = TypeVar("T")
 LongPrompt = Literal["chunk", "cut"]
@@ -43,6 +44,12 @@ class Request:
         height: in pixels.
         clip_skip: how many of the text encoder's last layers are left out.
         long_prompt: what to do with a prompt longer than the text encoder takes: "chunk" it into windows, or "cut" it.
+        has_image: whether there is a picture to begin from, or latents in its place.
+        strength: how much of the picture is drawn anew: the share of the steps that are made, 0 to 1.
+        denoising_start: the share of the schedule that another model has made, whose latents are in the picture's place.
+        denoising_end: the share of the schedule after which the latents are left to another model.
+        aesthetic_score: for a model that takes one, as refiners do, that of the prompt's pictures; 6 if None.
+        negative_aesthetic_score: that of the negative prompt's; 2.5 if None.
     """
 
     prompt: str | Sequence[str]
@@ -58,6 +65,12 @@ class Request:
     height: int | None = None
     clip_skip: int | None = None
     long_prompt: LongPrompt = "chunk"
+    has_image: bool = False
+    strength: float | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
+    aesthetic_score: float | None = None
+    negative_aesthetic_score: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +89,9 @@ class Defaults:
         max_images: the most images of one call.
         max_clip_skip: the layers that can be left out.
         guidance_embedded: whether the model takes the guidance scale as an input, in the place of classifier-free guidance.
+        strength: how much of a picture is drawn anew.
+        refines: whether the model does nothing but finish pictures.
+        takes_aesthetic_scores: whether the model takes aesthetic scores.
     """
 
     width: int
@@ -89,6 +105,9 @@ class Defaults:
     max_images: int = 1000
     max_clip_skip: int = 11
     guidance_embedded: bool = False
+    strength: float = 0.8
+    refines: bool = False
+    takes_aesthetic_scores: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +122,8 @@ class Job:
         num_images_per_prompt: see `Request`, as are the others.
         seed_was_drawn: no seed was given; whoever wants the images again needs `seeds`.
         guidance_embedded: see `Defaults`.
+        span: which of the steps are made.
+        aesthetic_score: see `Request`, as the next.
     """
 
     prompts: tuple[str, ...]
@@ -120,6 +141,9 @@ class Job:
     clip_skip: int
     long_prompt: LongPrompt
     guidance_embedded: bool
+    span: Span
+    aesthetic_score: float
+    negative_aesthetic_score: float
 
     @property
     def num_images(self) -> int:
@@ -176,7 +200,49 @@ def resolve(request: Request, defaults: Defaults) -> Job:
         clip_skip=_whole("clip_skip", _either(request.clip_skip, 0), low=0, high=defaults.max_clip_skip),
         long_prompt=_one_of("long_prompt", request.long_prompt, get_args(LongPrompt)),
         guidance_embedded=defaults.guidance_embedded,
+        span=_span(request, defaults),
+        aesthetic_score=_score("aesthetic_score", request.aesthetic_score, defaults, 6.0),
+        negative_aesthetic_score=_score("negative_aesthetic_score", request.negative_aesthetic_score, defaults, 2.5),
     )
+
+
+def _span(request: Request, defaults: Defaults) -> Span:
+    """The part of the steps that a request asks for."""
+    if not request.has_image:
+        for name in ("strength", "denoising_start"):
+            if getattr(request, name) is not None:
+                raise BadRequest(
+                    f"{name} was given, and there is no picture to begin from; give image, or leave out {name}",
+                    param=name,
+                )
+        if defaults.refines:
+            raise BadRequest(
+                "this model is a refiner, which finishes pictures, and there is none; give image and strength, or let its base model "
+                "begin one: ldmrt generate PROMPT --engines BASE --refiner DIR",
+                param="image",
+            )
+    if request.strength is not None and request.denoising_start is not None:
+        raise BadRequest(
+            "strength and denoising_start both say where to begin; give strength for a picture, denoising_start for the latents of another "
+            "model",
+            param="strength",
+        )
+    begins = request.has_image and request.denoising_start is None
+    start = _number("denoising_start", _either(request.denoising_start, 0.0), low=0.0, high=1.0)
+    end = _number("denoising_end", _either(request.denoising_end, 1.0), low=0.0, high=1.0)
+    if start >= end:
+        raise BadRequest(
+            f"denoising is to begin at {start:g} and to end at {end:g} of the schedule, expected denoising_start < denoising_end",
+            param="denoising_end",
+        )
+    strength = _either(request.strength, defaults.strength) if begins else 1.0
+    return Span(strength=_number("strength", strength, low=0.0, high=1.0), denoising_start=start, denoising_end=end)
+
+
+def _score(name: str, value: float | None, defaults: Defaults, default: float) -> float:
+    if value is not None and not defaults.takes_aesthetic_scores:
+        raise BadRequest(f"{name} was given, and this model takes none; leave it out", param=name)
+    return _number(name, _either(value, default), low=0.0)
 
 
 def _sampler(value: object) -> Choice:

@@ -8,6 +8,8 @@ split into letters, single digits and the rest, then byte-level pairs with `</w>
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ _SPECIAL = {
 _DEFAULT_LENGTH = 77
 # Where no limit is known, transformers writes int(1e30).
 _LONGEST = 1 << 20
+# Text is in lower case, and UTF-8 has no such bytes.
+_UNSEEN = [*map(chr, range(ord("A"), ord("Z") + 1)), *map(chr, (0xC0, 0xC1, *range(0xF5, 0x100)))]
 # How many tokens a window gives up to end at a comma, as in AUTOMATIC1111's web UI.
 _COMMA_BACKTRACK = 20
 
@@ -54,6 +58,7 @@ class Tokenizer:
         bos_id: id of the token that begins a window.
         eos_id: id of the token that ends its text.
         pad_id: id that fills the rest: eos again in Stable Diffusion 1, 0 in Stable Diffusion 2 and SDXL's second encoder.
+        spare_ids: ids that no text is given, free for words that were learnt later.
     """
 
     def __init__(self, backend: Backend, *, model_max_length: int, bos_id: int, eos_id: int, pad_id: int) -> None:
@@ -63,6 +68,22 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.pad_id = pad_id
+        found = (backend.token_to_id(letter + end) for letter in _UNSEEN for end in ("", "</w>"))
+        self.spare_ids = tuple(one for one in found if one is not None and one not in (bos_id, eos_id, pad_id))
+        self.words = {}
+
+    @property
+    def words(self) -> Mapping[str, Sequence[int]]:
+        """Words that stand for ids of their own, as learnt by textual inversion. Case does not matter; a word that begins or ends with a
+        letter or a digit is not found within others.
+        """
+        return self._words
+
+    @words.setter
+    def words(self, words: Mapping[str, Sequence[int]]) -> None:
+        self._words = {word.casefold(): tuple(ids) for word, ids in words.items()}
+        longest_first = sorted(words, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(_whole_word, longest_first)), re.IGNORECASE) if words else None
 
     @classmethod
     def from_folder(cls, path: str | Path, *, model_max_length: int | None = None) -> Tokenizer:
@@ -139,7 +160,7 @@ class Tokenizer:
         """Cut a prompt into windows of model_max_length - 2 tokens, between bos and eos each.
 
         A window that overflows ends at its last comma instead, if that is among its last 20 tokens, so that what a comma
-        closes stays together; AUTOMATIC1111's web UI cuts like this by default. The last of `max_windows` is filled to
+        closes stays together; AUTOMATIC1111's web UI cuts like this by default. A learnt word (`words`) is not cut either. The last of `max_windows` is filled to
         the brim instead, as nothing follows it: `max_windows=1` cuts where diffusers does.
 
         Args:
@@ -154,7 +175,9 @@ class Tokenizer:
             raise BadRequest(f"max_windows is {max_windows}, expected 1 or more", param="max_windows")
         ids, starts = self._encode(prompt)
         room = self.model_max_length - 2
-        ends = window_ends(ids, room, self._comma_id)
+        own = set(self.spare_ids)
+        within = {i for i in range(1, len(ids)) if ids[i] in own and starts[i] == starts[i - 1]}
+        ends = window_ends(ids, room, self._comma_id, within)
         dropped = ""
         if max_windows is not None and len(ends) > max_windows:
             end = (ends[max_windows - 2] if max_windows > 1 else 0) + room
@@ -172,17 +195,41 @@ class Tokenizer:
 
     def _encode(self, prompt: str) -> tuple[list[int], list[int]]:
         """The ids, and for each the index in `prompt` of the character it begins in."""
+        ids: list[int] = []
+        starts: list[int] = []
+        end = 0
+        for match in self._pattern.finditer(prompt) if self._pattern is not None else ():
+            self._encode_part(prompt, end, match.start(), ids, starts)
+            own = self._words[match[0].casefold()]
+            ids += own
+            starts += [match.start()] * len(own)
+            end = match.end()
+        self._encode_part(prompt, end, len(prompt), ids, starts)
+        return ids, starts
+
+    def _encode_part(self, prompt: str, begin: int, end: int, ids: list[int], starts: list[int]) -> None:
+        """Add the ids of a part of a prompt, and where they begin."""
         try:
-            encoding = self._backend.encode(prompt, add_special_tokens=False)
+            encoding = self._backend.encode(prompt[begin:end], add_special_tokens=False)
         except (TypeError, UnicodeError) as error:
             raise BadRequest(
                 "the prompt is not valid Unicode text (it holds a lone surrogate)", param="prompt"
             ) from error
-        return encoding.ids, [start for start, _ in encoding.offsets]
+        ids += encoding.ids
+        starts += [begin + start for start, _ in encoding.offsets]
 
 
-def window_ends(ids: list[int], room: int, comma_id: int | None) -> list[int]:
-    """Where each window of at most `room` ids ends; at least one window. See `Tokenizer.windows` for the rule."""
+def _whole_word(word: str) -> str:
+    """A regular expression that finds a word, but not within others."""
+    before = r"(?<!\w)" if re.match(r"\w", word) else ""
+    after = r"(?!\w)" if re.search(r"\w\Z", word) else ""
+    return before + re.escape(word) + after
+
+
+def window_ends(ids: list[int], room: int, comma_id: int | None, within: Container[int] = ()) -> list[int]:
+    """Where each window of at most `room` ids ends; at least one window. See `Tokenizer.windows` for the rule. `within` are the places
+    inside of words that are not to be cut.
+    """
     ends = []
     begin = 0
     while len(ids) - begin > room:
@@ -191,6 +238,8 @@ def window_ends(ids: list[int], room: int, comma_id: int | None) -> list[int]:
         if ids[end] != comma_id:
             nearby = range(end - 1, max(begin, end - _COMMA_BACKTRACK) - 1, -1)
             end = next((index + 1 for index in nearby if ids[index] == comma_id), end)
+        # A word that is longer than a window is cut all the same.
+        end = next((index for index in range(end, begin, -1) if index not in within), end)
         ends.append(end)
         begin = end
     return [*ends, len(ids)]

@@ -82,6 +82,28 @@ def tiny_model_inpainting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_model_xl_inpainting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like Stable Diffusion XL's for inpainting."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-xl-inpainting"
+    write_model_xl(folder, seed=5, inpainting=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_refiner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like Stable Diffusion XL refiner's: the second text encoder alone, an aesthetic score. Its VAE is `tiny_model_xl`'s."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-refiner"
+    write_model_xl(folder, seed=2, refiner=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_refiner(tiny_model_refiner: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model_refiner` on the torch engine in float32, for one and two images. Do not write to it."""
+    return _built(tiny_model_refiner, tmp_path_factory, "torch")
+
+
+@pytest.fixture(scope="session")
 def tiny_model_ldm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like that of the latent diffusion model of CelebA-HQ: no text, a first stage with a codebook, 16 x 16 latents."""
     folder = tmp_path_factory.mktemp("models") / "tiny-ldm"
@@ -309,8 +331,10 @@ def write_model(
     )
 
 
-def write_model_xl(folder: Path, *, seed: int) -> None:
-    """Write a model like Stable Diffusion XL base with weights drawn from a seed."""
+def write_model_xl(folder: Path, *, seed: int, inpainting: bool = False, refiner: bool = False) -> None:
+    """Write a model like Stable Diffusion XL base with weights drawn from a seed; with `inpainting` its U-Net takes a mask and a masked
+    picture besides; or one like the refiner.
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
     from transformers.utils.logging import disable_progress_bar
@@ -321,7 +345,7 @@ def write_model_xl(folder: Path, *, seed: int) -> None:
     vocabulary, merges = _vocabulary()
     ids = {"bos_token_id": vocabulary[START], "eos_token_id": vocabulary[END], "vocab_size": len(vocabulary)}
     text = {"num_attention_heads": 4, "max_position_embeddings": 77, "intermediate_size": 64, **ids}
-    pooled, time_ids, time_width = 24, 6, 8
+    pooled, time_ids, time_width = 24, 5 if refiner else 6, 8
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         modules: dict[str, torch.nn.Module] = {
@@ -333,12 +357,13 @@ def write_model_xl(folder: Path, *, seed: int) -> None:
             ),
             "unet": UNet2DConditionModel(
                 sample_size=SIZE // 8,
+                in_channels=9 if inpainting else 4,
                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
                 up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
                 block_out_channels=(16, 32),
                 layers_per_block=1,
                 norm_num_groups=8,
-                cross_attention_dim=32 + 40,
+                cross_attention_dim=40 if refiner else 32 + 40,
                 attention_head_dim=(2, 4),
                 transformer_layers_per_block=(1, 2),
                 use_linear_projection=True,
@@ -356,10 +381,13 @@ def write_model_xl(folder: Path, *, seed: int) -> None:
                 scaling_factor=0.13025,
             ),
         }
+        if refiner:
+            del modules["text_encoder"]
         for name, module in modules.items():
             _enliven(module)
             module.save_pretrained(folder / name)  # type: ignore[operator]
-    _write_tokenizer(folder / "tokenizer", vocabulary, merges, 77, pad=END)
+    if not refiner:
+        _write_tokenizer(folder / "tokenizer", vocabulary, merges, 77, pad=END)
     _write_tokenizer(folder / "tokenizer_2", vocabulary, merges, 77, pad="!")
     schedule = {**_SCHEDULERS[1], "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
     _write_json(folder / "scheduler" / "scheduler_config.json", schedule)
@@ -367,15 +395,16 @@ def write_model_xl(folder: Path, *, seed: int) -> None:
     _write_json(
         folder / "model_index.json",
         {
-            "_class_name": "StableDiffusionXLPipeline",
+            "_class_name": f"StableDiffusionXL{'Inpaint' * inpainting}{'Img2Img' * refiner}Pipeline",
             "_diffusers_version": "0.36.0",
             "feature_extractor": [None, None],
             "image_encoder": [None, None],
-            "force_zeros_for_empty_prompt": True,
+            "force_zeros_for_empty_prompt": not refiner,
+            **({"requires_aesthetics_score": True} if refiner else {}),
             "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
+            "text_encoder": [None, None] if refiner else ["transformers", "CLIPTextModel"],
             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "tokenizer": [None, None] if refiner else ["transformers", "CLIPTokenizer"],
             "tokenizer_2": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"],

@@ -46,6 +46,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+@pytest.mark.covers("Stable Diffusion 1.x", "LoRA")
+@pytest.mark.covers("Stable Diffusion XL", "LoRA")
 @pytest.mark.parametrize("kind", ["", "_xl"])
 def test_pictures_are_those_of_diffusers(
     kind: str, tmp_path: Path, write_lora: Write, fused_by_diffusers: Fuse, request: pytest.FixtureRequest

@@ -113,6 +113,19 @@ def test_version(run: Run) -> None:
     assert run("--version") == (0, f"ldmrt {ldmrt.__version__}\n", "")
 
 
+def test_a_prompt_is_for_models_that_read_one(
+    run: Run, tiny_bundle: Path, tiny_model_ldm: Path, tmp_path: Path
+) -> None:
+    code, _, error = run("generate", "--engines", tiny_bundle, "--device", "cpu")
+    assert code == 2
+    assert "it is missing, and tiny draws what a text says; give one" in " ".join(error.replace("│", " ").split())
+    ldmrt.build_engines(tiny_model_ldm, tmp_path / "b", dtype="float32")
+    out = tmp_path / "o.png"
+    assert run("generate", "--engines", tmp_path / "b", "--steps", 1, "--out", out, "--device", "cpu").code == 0
+    assert out.is_file()
+    refused(run("generate", "a face", "--engines", tmp_path / "b", "--device", "cpu"), "leave the prompt empty")
+
+
 @pytest.mark.parametrize(
     "args",
     [

@@ -17,6 +17,7 @@ from ldmrt.export.source import Source
 from ldmrt.guidance import embedding
 from ldmrt.pipeline import Pipeline
 from tests.conftest import write_model
+from tests.test_inpainting import picture
 from tests.test_parity import (
     LATENTS,
     NEGATIVE,
@@ -70,9 +71,22 @@ def reference(distilled: Path) -> Any:
     return reference_pipeline(distilled)
 
 
+@pytest.mark.covers("latent consistency models", "new pictures")
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_pictures_as_diffusers(bundle: Bundle, reference: Any, name: str) -> None:
     compare(Pipeline.from_bundle(bundle.path), reference, CASES[name])
+
+
+@pytest.mark.covers("latent consistency models", "image to image")
+def test_a_picture_of_a_picture(bundle: Bundle, distilled: Path) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+
+    theirs: Any = StableDiffusionImg2ImgPipeline.from_pretrained(distilled)
+    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
+    theirs.set_progress_bar_config(disable=True)
+    asked = {"image": picture(1), "strength": 0.5, "guidance_scale": 4.0, "num_inference_steps": 6}
+    expected = theirs(PROMPT, **asked, generator=generator(3), output_type="latent").images
+    assert relative(Pipeline.from_bundle(bundle.path)(PROMPT, **{**QUICK, **asked}).latents, expected) < LATENTS
 
 
 def test_guidance_takes_no_second_row(bundle: Bundle) -> None:

@@ -12,10 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+import ldmrt
+from ldmrt.bundle import Bundle
 from ldmrt.cli import app
 from ldmrt.errors import BadRequest, BuildError
 from ldmrt.export.source import Source
 from ldmrt.pipeline import Pipeline
+from tests.conftest import write_model
 from tests.test_parity import LATENTS, NEGATIVE, PROMPT, Case, compare, generator, relative
 
 QUICK: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 5.0, "seed": 3, "output_type": "latent"}
@@ -40,9 +43,14 @@ def reference(model: Path, controlnet: Path | None = None) -> Any:
         DDIMScheduler,
         StableDiffusionControlNetInpaintPipeline,
         StableDiffusionInpaintPipeline,
+        StableDiffusionXLInpaintPipeline,
     )
 
-    pipe: Any = StableDiffusionInpaintPipeline.from_pretrained(model)
+    pipe: Any
+    if (model / "text_encoder_2").is_dir():
+        pipe = StableDiffusionXLInpaintPipeline.from_pretrained(model, add_watermarker=False)
+    else:
+        pipe = StableDiffusionInpaintPipeline.from_pretrained(model)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     if controlnet is not None:
         net = ControlNetModel.from_pretrained(controlnet)
@@ -63,10 +71,18 @@ def pipe(tiny_bundle_inpainting: Path) -> Pipeline:
     return Pipeline.from_bundle(tiny_bundle_inpainting)
 
 
+@pytest.fixture(scope="module")
+def bundle_xl(tiny_model_xl_inpainting: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundles") / "xl-inpainting"
+    bundle: Bundle = ldmrt.build_engines(tiny_model_xl_inpainting, out, dtype="float32")
+    return bundle.path
+
+
 def case(**common: Any) -> Case:
     common = {"image": picture(1, (100, 80)), "mask_image": half((50, 90)), "guidance_scale": 5.0, **common}
-    # Their own size is not the bundle's: they take it from the picture.
-    return Case(common, lambda: {"seed": 3}, lambda: {"generator": generator(3), "height": 64, "width": 64})
+    # Their own size is not the bundle's: they take it from the picture; and XL's own strength is a little less than 1.
+    theirs = {"height": 64, "width": 64, "strength": 1.0}
+    return Case(common, lambda: {"seed": 3}, lambda: {"generator": generator(3), **theirs})
 
 
 CASES = {
@@ -77,9 +93,28 @@ CASES = {
 }
 
 
+@pytest.mark.covers("Stable Diffusion 1.x", "inpainting")
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_pictures_as_diffusers(pipe: Pipeline, theirs: Any, name: str) -> None:
     compare(pipe, theirs, CASES[name])
+
+
+@pytest.mark.covers("Stable Diffusion XL", "inpainting")
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_pictures_as_diffusers_xl(bundle_xl: Path, theirs_xl: Any, name: str) -> None:
+    compare(Pipeline.from_bundle(bundle_xl), theirs_xl, CASES[name])
+
+
+@pytest.fixture(scope="module")
+def theirs_xl(tiny_model_xl_inpainting: Path) -> Any:
+    return reference(tiny_model_xl_inpainting)
+
+
+@pytest.mark.covers("Stable Diffusion 2.x", "inpainting")
+def test_the_same_pictures_as_diffusers_v(tmp_path: Path) -> None:
+    write_model(tmp_path / "v", version=2, seed=6, inpainting=True)
+    bundle = ldmrt.build_engines(tmp_path / "v", tmp_path / "b", dtype="float32")
+    compare(Pipeline.from_bundle(bundle.path), reference(tmp_path / "v"), CASES["noise, and a negative prompt"])
 
 
 def test_with_a_controlnet(pipe: Pipeline, tiny_model_inpainting: Path, tiny_controlnets: list[Path]) -> None:

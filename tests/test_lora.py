@@ -169,6 +169,7 @@ def test_kohya_for_sdxl_in_the_original_layout(tiny_model_xl: Path, tmp_path: Pa
     same(fused_by_diffusers(tiny_model_xl, {path: 1.0}), tiny_model_xl, {path: 1.0}, changed=count(tiny_model_xl, ALL))
 
 
+@pytest.mark.covers("Stable Diffusion 2.x", "LoRA")
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_model_v"])
 def test_kohya_with_convolutions_and_an_alpha_for_each(
     model: str, tmp_path: Path, request: pytest.FixtureRequest, fused_by_diffusers: Fuse

@@ -21,7 +21,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 
 def test_seeds_are_a_list_of_generators() -> None:
-    latents, noise, _ = draw([5, 9], SHAPE, QUIET)
+    latents, noise, *_ = draw([5, 9], SHAPE, QUIET)
     assert torch.equal(latents, randn_tensor((2, *SHAPE), generator=generators(5, 9)))
     assert noise is None
 
@@ -29,7 +29,7 @@ def test_seeds_are_a_list_of_generators() -> None:
 def test_steps_draw_after_the_latents() -> None:
     """From each image's generator diffusers draws the latents, then noise of the same shape in every step."""
     theirs = generators(5, 9)
-    latents, noise, _ = draw([5, 9], SHAPE, NOISY)
+    latents, noise, *_ = draw([5, 9], SHAPE, NOISY)
     assert torch.equal(latents, randn_tensor((2, *SHAPE), generator=theirs))
     assert noise is not None
     for step in range(3):
@@ -38,7 +38,7 @@ def test_steps_draw_after_the_latents() -> None:
 
 def test_one_generator_for_all_images() -> None:
     (theirs,) = generators(7)
-    latents, noise, _ = draw([0, 0], SHAPE, NOISY, generator=generators(7)[0])
+    latents, noise, *_ = draw([0, 0], SHAPE, NOISY, generator=generators(7)[0])
     assert torch.equal(latents, randn_tensor((2, *SHAPE), generator=theirs))
     assert noise is not None
     assert torch.equal(noise[:, 0], randn_tensor((2, *SHAPE), generator=theirs))
@@ -46,7 +46,7 @@ def test_one_generator_for_all_images() -> None:
 
 def test_given_latents_are_not_drawn() -> None:
     given = torch.randn(1, *SHAPE).half()
-    latents, noise, _ = draw([5], SHAPE, NOISY, latents=given)
+    latents, noise, *_ = draw([5], SHAPE, NOISY, latents=given)
     assert torch.equal(latents, given.float())
     assert noise is not None
     assert torch.equal(noise[:, 0], randn_tensor((1, *SHAPE), generator=generators(5)))
@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_named(arguments: dict[str, object], param: str) ->
 
 def test_the_encoding_of_a_picture_draws_behind_the_latents() -> None:
     """In diffusers' order, and once for all images of a generator."""
-    latents, noise, encoding = draw([5, 9], SHAPE, NOISY, encoding=True)
+    latents, noise, encoding, _ = draw([5, 9], SHAPE, NOISY, encoding=True)
     assert noise is not None
     assert encoding is not None
     for number, generator in enumerate(generators(5, 9)):
@@ -78,6 +78,16 @@ def test_the_encoding_of_a_picture_draws_behind_the_latents() -> None:
         assert torch.equal(latents[number], expected[0])
         assert torch.equal(encoding[number], expected[1])
         assert torch.equal(noise[number, 0], expected[2])
-    _, _, shared = draw([0, 0], SHAPE, QUIET, generator=generators(7)[0], encoding=True)
+    shared = draw([0, 0], SHAPE, QUIET, generator=generators(7)[0], encoding=True).encoding
     assert shared is not None
     assert torch.equal(shared[0], shared[1])
+
+
+def test_the_encoding_of_a_picture_to_begin_from_draws_before_the_latents() -> None:
+    """In diffusers' order, with that of an inpainting model's picture behind both."""
+    drawn = draw([5], SHAPE, NOISY, encoding=True, picture=True)
+    (generator,) = generators(5)
+    assert drawn.picture is not None
+    assert drawn.encoding is not None
+    for found in (drawn.picture, drawn.start, drawn.encoding):
+        assert torch.equal(found, torch.randn((1, *SHAPE), generator=generator))

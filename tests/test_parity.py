@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import ldmrt
 from ldmrt.pipeline import Pipeline, Result
@@ -93,11 +95,11 @@ CASES: dict[str, Case] = {
 }
 
 
-def reference_pipeline(model: Path) -> Any:
+def reference_pipeline(model: Path, **options: Any) -> Any:
     from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
     xl = (model / "text_encoder_2").is_dir()
-    options = {"add_watermarker": False} if xl else {}
+    options |= {"add_watermarker": False} if xl else {}
     pipe = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline).from_pretrained(model, **options)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -170,11 +172,13 @@ def check_that_it_can_fail(reference: Any, arguments: Sequence[dict[str, Any]]) 
     assert all(relative(other, base) > 1000 * LATENTS for other in others)
 
 
+@pytest.mark.covers("Stable Diffusion 1.x", "new pictures")
 @pytest.mark.parametrize("name", CASES)
 def test_torch(tiny_bundle: Path, reference: Any, name: str) -> None:
     compare(Pipeline.from_bundle(tiny_bundle), reference, CASES[name])
 
 
+@pytest.mark.covers("Stable Diffusion 2.x", "new pictures")
 @pytest.mark.parametrize("name", CASES)
 def test_torch_v_prediction(tiny_bundle_v: Path, reference_v: Any, name: str) -> None:
     compare(Pipeline.from_bundle(tiny_bundle_v), reference_v, CASES[name])
@@ -197,6 +201,7 @@ def for_xl(name: str) -> Case:
     return Case({**case.common, "negative_prompt": NEGATIVE}, case.ours, case.theirs) if name == "two prompts" else case
 
 
+@pytest.mark.covers("Stable Diffusion XL", "new pictures")
 @pytest.mark.parametrize("name", CASES)
 def test_torch_xl(tiny_bundle_xl: Path, reference_xl: Any, name: str) -> None:
     compare(Pipeline.from_bundle(tiny_bundle_xl), reference_xl, for_xl(name))
@@ -364,6 +369,20 @@ def test_bfloat16(tiny_model: Path, reference: Any, tmp_path: Path) -> None:
     assert pipe.dtype == "bfloat16"
     for name in ("guidance", "no guidance", "eta and a negative prompt"):
         compare(pipe, reference, CASES[name], limit=LATENTS_BFLOAT16, decibels=PSNR_BFLOAT16)
+
+
+def test_weights_of_several_precisions_in_one_file(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "mixed")
+    precisions = (torch.float32, torch.float16, torch.bfloat16)
+    for path in model.glob("*/*.safetensors"):
+        held = load_file(path)
+        save_file({name: tensor.to(precisions[i % 3]) for i, (name, tensor) in enumerate(held.items())}, path)
+    bundle = ldmrt.build_engines(model, tmp_path / "bundle", dtype="float32")
+    compare(Pipeline.from_bundle(bundle.path), reference_pipeline(model, torch_dtype=torch.float32), CASES["guidance"])
+    in_place = ldmrt.build_engines(model, model, dtype="float32")
+    arguments = {"prompt": PROMPT, "num_inference_steps": 2, "seed": 3}
+    ours = [draw_ours(Pipeline.from_bundle(one.path), arguments)[0][-1] for one in (bundle, in_place)]
+    assert torch.equal(*ours)
 
 
 def test_weights_changed_in_place(tiny_model: Path, tiny_bundle: Path) -> None:

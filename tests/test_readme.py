@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ldmrt.cli import app
+from tests import kinds
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,3 +41,24 @@ def test_commands_are_spelt_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for line in lines:
         result = CliRunner().invoke(app, shlex.split(line))
         assert result.exit_code != 2, f"{line}: {result.output}"
+
+
+def test_the_table_of_kinds_is_what_tests_cover() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert kinds.page(text, ROOT / "tests") == text, "write it anew: python -P tests/kinds.py"
+
+
+def test_a_mark_that_is_misspelt_is_found(tmp_path: Path) -> None:
+    test = tmp_path / "test_a.py"
+    test.write_text('@pytest.mark.covers("Stable Diffusion XL", "inpainting")\ndef test_a(): ...\n')
+    assert list(kinds.covered(tmp_path)) == [("Stable Diffusion XL", "inpainting")]
+    assert kinds.table(tmp_path).count("✓") == 1
+    for marks in (
+        '"SDXL", "inpainting"',
+        '"Stable Diffusion XL"',
+        'KIND, "inpainting"',
+        '"Stable Diffusion XL", "video"',
+    ):
+        test.write_text(f"@pytest.mark.covers({marks})\ndef test_a(): ...\n")
+        with pytest.raises(ValueError, match=r"test_a\.py:1: pytest\.mark\.covers\(.*names no kind and task"):
+            list(kinds.covered(tmp_path))

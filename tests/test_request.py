@@ -9,6 +9,7 @@ import pytest
 
 from ldmrt.errors import BadRequest
 from ldmrt.request import Defaults, Job, Request, resolve
+from ldmrt.samplers.span import WHOLE, Span
 
 DEFAULTS = Defaults(
     width=512,
@@ -42,6 +43,9 @@ def test_defaults_of_the_model() -> None:
         clip_skip=0,
         long_prompt="chunk",
         guidance_embedded=False,
+        span=WHOLE,
+        aesthetic_score=6.0,
+        negative_aesthetic_score=2.5,
     )
     assert job.do_cfg
     assert job.num_images == 1
@@ -148,3 +152,29 @@ def test_an_embedded_guidance_scale_needs_no_negative_row() -> None:
     request = Request(prompt="a", guidance_scale=8.0)
     assert resolve(request, DEFAULTS).do_cfg
     assert not resolve(request, dataclasses.replace(DEFAULTS, guidance_embedded=True)).do_cfg
+
+
+def test_the_part_of_the_steps() -> None:
+    assert ask(has_image=True).span == Span(strength=0.8)
+    assert ask(has_image=True, strength=0.25).span == Span(strength=0.25)
+    # Another model's latents say where to begin.
+    assert ask(has_image=True, denoising_start=0.7).span == Span(denoising_start=0.7)
+    assert ask(denoising_end=0.7).span == Span(denoising_end=0.7)
+    assert ask(has_image=True, strength=0.5, denoising_end=0.7).span == Span(strength=0.5, denoising_end=0.7)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"strength": 0.5}, "strength"),
+        ({"denoising_start": 0.5}, "denoising_start"),
+        ({"has_image": True, "strength": math.nan}, "strength"),
+        ({"has_image": True, "denoising_start": 1.0}, "denoising_end"),
+        ({"denoising_end": -0.1}, "denoising_end"),
+        ({"aesthetic_score": 6.0}, "aesthetic_score"),
+    ],
+)
+def test_parts_that_cannot_be(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        ask(**fields)
+    assert caught.value.param == param

@@ -54,6 +54,7 @@ def close(found: Any, model: Path, steps: int) -> None:
     assert -10 * (torch.from_numpy(found.images) - pictures).square().mean().log10() > 60
 
 
+@pytest.mark.covers("latent diffusion without text", "new pictures")
 def test_pictures_are_those_of_diffusers(bundle: Bundle, tiny_model_ldm: Path) -> None:
     pipe = ldmrt.Pipeline.from_bundle(bundle.path, "cpu")
     close(pipe(seed=3, num_inference_steps=4, num_images_per_prompt=2, output_type="np"), tiny_model_ldm, 4)

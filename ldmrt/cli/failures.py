@@ -26,6 +26,7 @@ _FLAGS = {
     "num_inference_steps": "--steps",
     "sampler": "--sampler",
     "seed": "--seed",
+    "strength": "--strength",
 }
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +15,7 @@ import typer
 
 from ldmrt.cli.options import (
     Dtype,
+    EmbeddingChoice,
     EngineChoice,
     Json,
     LoraChoice,
@@ -20,6 +23,7 @@ from ldmrt.cli.options import (
     Verbose,
     lora_option,
     parse_device,
+    parse_embedding,
     parse_size,
 )
 from ldmrt.cli.output import print_json, progress_bar, shown_warnings
@@ -28,6 +32,7 @@ from ldmrt.samplers.registry import SAMPLERS, resolve as find_sampler
 
 if TYPE_CHECKING:
     from ldmrt.pipeline import Pipeline
+    from ldmrt.refining import Refining
     from ldmrt.request import Job
 
 
@@ -45,7 +50,9 @@ class LongPromptChoice(StrEnum):
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the picture shows.")],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="What the picture shows; not for a model that reads no text.")
+    ] = None,
     engines: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A bundle made by build-engines. Default: the built-in model.")
     ] = None,
@@ -75,11 +82,34 @@ def generate(
         LongPromptChoice, typer.Option(help="A prompt beyond the text encoder's window: in several windows, or cut.")
     ] = LongPromptChoice.chunk,
     lora: Annotated[list[LoraChoice] | None, lora_option("LoRA to add to the weights")] = None,
+    embedding: Annotated[
+        list[EmbeddingChoice] | None,
+        typer.Option(
+            metavar="PATH[:WORD]",
+            parser=parse_embedding,
+            help="Textual inversion, and the word that stands for it (default: its own); repeatable.",
+        ),
+    ] = None,
     image: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="For an inpainting model: the picture to draw into.")
+        Path | None,
+        typer.Option(metavar="FILE", help="The picture to begin from; for an inpainting model, to draw into."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            metavar="F", help="How much of --image is drawn anew, 0 to 1. Default: 0.8; 0.3 for SDXL; 1 for inpainting."
+        ),
     ] = None,
     mask: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="White where the picture is to be drawn anew.")
+        Path | None,
+        typer.Option(metavar="FILE", help="For an inpainting model: white where the picture is to be drawn anew."),
+    ] = None,
+    refiner: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The bundle of a refiner, which finishes what the model begins.")
+    ] = None,
+    refiner_start: Annotated[
+        float | None,
+        typer.Option(metavar="F", help="Share of the schedule after which the refiner takes over. Default: 0.8."),
     ] = None,
     control_image: Annotated[
         list[Path] | None,
@@ -150,21 +180,28 @@ def generate(
     from ldmrt.pipeline import Pipeline
     from ldmrt.request import Request, resolve
 
-    given = _masked(image, mask) | _controls(control_image, control_scale, control_start, control_end)
+    given = _pictures(image, mask) | _controls(control_image, control_scale, control_start, control_end)
     if config.threads:
         torch.set_num_threads(config.threads)
+    open_bundle = partial(
+        Pipeline.from_bundle,
+        device=device or config.device,
+        engine=None if engine is EngineChoice.auto else engine.value,
+        dtype=None if dtype is Dtype.auto else dtype.value,
+        fallback=fallback,
+        weight_budget=None if weight_budget is None else weight_budget << 20,
+    )
     with shown_warnings():
-        pipe = Pipeline.from_bundle(
-            engines,
-            device or config.device,
-            engine=None if engine is EngineChoice.auto else engine.value,
-            dtype=None if dtype is Dtype.auto else dtype.value,
-            fallback=fallback,
-            weight_budget=None if weight_budget is None else weight_budget << 20,
+        refining = _refining(open_bundle, refiner, refiner_start)
+        pipe = open_bundle(engines)
+    if prompt is None and pipe.bundle.manifest.model.tokenizers:
+        name = pipe.bundle.manifest.model.name
+        raise typer.BadParameter(
+            f'it is missing, and {name} draws what a text says; give one, "" for none', param_hint="PROMPT"
         )
     job = resolve(
         Request(
-            prompt=prompt,
+            prompt=prompt or "",
             negative_prompt=negative_prompt,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
@@ -177,21 +214,29 @@ def generate(
             height=size.height if size else None,
             clip_skip=clip_skip,
             long_prompt=long_prompt.value,
+            has_image="image" in given,
+            strength=strength,
         ),
         pipe.defaults,
     )
+    if "image" in given:
+        given["strength"] = job.span.strength
+    planned = pipe.table(job).num_steps if refining is None else refining.plan(pipe, job)
     for path, scale in lora or ():
         pipe.load_lora(path, scale)
+    for model in (pipe,) if refining is None else (pipe, refining.refiner):
+        for path, token in embedding or ():
+            model.load_textual_inversion(path, token)
     timings = {"load": time.perf_counter() - started}
     with shown_warnings():
-        pictures = _draw(pipe, job, given, destination, timings)
+        pictures = _draw(pipe, job, given, destination, timings, planned, refining)
     timings["total"] = time.perf_counter() - started
     if json:
         print_json(
             {
                 "images": pictures,
                 "timings": {stage: round(seconds, 4) for stage, seconds in timings.items()},
-                "settings": _settings(pipe, job, given),
+                "settings": _settings(pipe, job, given, refining),
             }
         )
         return
@@ -201,8 +246,26 @@ def generate(
     typer.echo(f"{timings['total']:.2f} s: {stages}")
 
 
-def _masked(image: Path | None, mask: Path | None) -> dict[str, Any]:
-    """The pipeline's arguments for an inpainting model.
+def _refining(open_bundle: Callable[[Path], Pipeline], refiner: Path | None, start: float | None) -> Refining | None:
+    """The refiner that finishes the pictures, if there is one.
+
+    Raises:
+        BadRequest: there is none, and a start was given.
+        LdmrtError: its bundle cannot be used.
+    """
+    from ldmrt.refining import START, Refining
+
+    if refiner is None:
+        if start is not None:
+            raise BadRequest(
+                "--refiner-start says nothing without --refiner; give --refiner DIR", param="refiner_start"
+            )
+        return None
+    return Refining(open_bundle(refiner), START if start is None else start)
+
+
+def _pictures(image: Path | None, mask: Path | None) -> dict[str, Any]:
+    """The pipeline's arguments for a picture to begin from, and for an inpainting model.
 
     Raises:
         BadRequest: a file is no picture.
@@ -238,9 +301,15 @@ def _controls(
 
 
 def _draw(
-    pipe: Pipeline, job: Job, given: dict[str, Any], destination: Destination, timings: dict[str, float]
+    pipe: Pipeline,
+    job: Job,
+    given: dict[str, Any],
+    destination: Destination,
+    timings: dict[str, float],
+    planned: int,
+    refining: Refining | None,
 ) -> list[dict[str, Any]]:
-    """Make the pictures batch by batch, and save each batch when it is done. Adds to `timings`."""
+    """Make the pictures batch by batch, each in `planned` steps, and save each batch when it is done. Adds to `timings`."""
     import hashlib
 
     from ldmrt.image import save
@@ -248,30 +317,31 @@ def _draw(
     at_a_time = pipe.images_at_a_time(job.width, job.height, guidance=job.do_cfg)
     pictures = []
     with progress_bar("denoising") as update:
-        update(total=job.num_images * job.num_inference_steps)
+        update(total=job.num_images * planned)
         for first in range(0, job.num_images, at_a_time):
             seeds = job.seeds[first : first + at_a_time]
-            result = pipe(
-                job.prompts[0],
-                job.negative_prompts[0],
-                job.num_inference_steps,
-                job.guidance_scale,
-                job.sampler,
-                job.eta,
-                seeds[0],
-                len(seeds),
-                job.width,
-                job.height,
-                guidance_rescale=job.guidance_rescale,
-                clip_skip=job.clip_skip,
-                long_prompt=job.long_prompt,
-                **given,
-                on_step=lambda step, latents: update(advance=len(latents)),
-            )
+            asked: dict[str, Any] = {
+                "prompt": job.prompts[0],
+                "negative_prompt": job.negative_prompts[0],
+                "num_inference_steps": job.num_inference_steps,
+                "guidance_scale": job.guidance_scale,
+                "sampler": job.sampler,
+                "eta": job.eta,
+                "width": job.width,
+                "height": job.height,
+                "guidance_rescale": job.guidance_rescale,
+                "long_prompt": job.long_prompt,
+                "on_step": lambda step, latents: update(advance=len(latents)),
+            }
+            own = {"clip_skip": job.clip_skip, **given}
+            if refining is None:
+                result = pipe(**asked, **own, seed=seeds[0], num_images_per_prompt=len(seeds))
+            else:
+                result = refining.draw(pipe, seeds, own, **asked)
             saving = time.perf_counter()
             for number, image in enumerate(result.images, start=first):
                 path = destination.path(number, job.seeds[number])
-                save(image, path, parameters=_parameters(pipe, job, given, number))
+                save(image, path, parameters=_parameters(pipe, job, given, number, refining))
                 pictures.append(
                     {
                         "path": str(path),
@@ -286,7 +356,7 @@ def _draw(
     return pictures
 
 
-def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int) -> str:
+def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int, refining: Refining | None) -> str:
     import ldmrt
     from ldmrt.image import parameters_text
 
@@ -297,6 +367,13 @@ def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int) ->
         extra["Clip skip"] = job.clip_skip + 1  # AUTOMATIC1111 counts from 1
     if pipe.loras:
         extra["LoRAs"] = ", ".join(f"{name}: {scale:g}" for name, scale in pipe.loras.items())
+    if pipe.textual_inversions:
+        extra["TI"] = ", ".join(pipe.textual_inversions)
+    if "strength" in given:
+        extra["Denoising strength"] = f"{given['strength']:g}"
+    if refining is not None:
+        extra["Refiner"] = refining.refiner.bundle.manifest.model.name
+        extra["Refiner switch at"] = f"{refining.start:g}"
     if "control_image" in given:
         extra["ControlNets"] = ", ".join(record.name for record in pipe.bundle.manifest.controlnets)
         for name in ("controlnet_scale", "control_start", "control_end"):
@@ -316,7 +393,10 @@ def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int) ->
     )
 
 
-def _settings(pipe: Pipeline, job: Job, given: dict[str, Any]) -> dict[str, Any]:
+def _settings(pipe: Pipeline, job: Job, given: dict[str, Any], refining: Refining | None) -> dict[str, Any]:
+    refined: dict[str, Any] = {}
+    if refining is not None:
+        refined = {"refiner": str(refining.refiner.bundle.path.resolve()), "refiner_start": refining.start}
     return {
         "prompt": job.prompts[0],
         "negative_prompt": job.negative_prompts[0],
@@ -332,8 +412,10 @@ def _settings(pipe: Pipeline, job: Job, given: dict[str, Any]) -> dict[str, Any]
         "clip_skip": job.clip_skip,
         "long_prompt": job.long_prompt,
         "loras": pipe.loras,
+        "embeddings": pipe.textual_inversions,
         "controlnets": [record.name for record in pipe.bundle.manifest.controlnets] if "control_image" in given else [],
         **{name: value for name, value in given.items() if not name.endswith("image")},
+        **refined,
         "model": pipe.bundle.manifest.model.name,
         "bundle": str(pipe.bundle.path.resolve()),
         "engine": pipe.kind,

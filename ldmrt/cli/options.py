@@ -59,6 +59,19 @@ def parse_lora(text: str) -> LoraChoice:
         return LoraChoice(Path(text), 1.0)
 
 
+class EmbeddingChoice(NamedTuple):
+    """The file of a textual inversion, and the word that stands for it, if it is not its own."""
+
+    path: Path
+    token: str | None
+
+
+def parse_embedding(text: str) -> EmbeddingChoice:
+    """Read `cat.safetensors` or `cat.safetensors:<my-cat>`."""
+    found = re.fullmatch(r"(.+\.\w+):(.+)", text)
+    return EmbeddingChoice(Path(text), None) if found is None else EmbeddingChoice(Path(found[1]), found[2])
+
+
 def lora_option(what: str) -> Any:
     """`--lora`, which says what it does with a LoRA."""
     return typer.Option(

@@ -15,42 +15,45 @@ from ldmrt.schedule import NoiseSchedule
 _SIGMA_DATA = 0.5
 
 
-def lcm(schedule: NoiseSchedule, num_inference_steps: int) -> SamplerTable:
+def lcm(schedule: NoiseSchedule, num_inference_steps: int, *, begin: int = 0) -> SamplerTable:
     """Multistep latent consistency sampling (Luo et al. 2023, arXiv 2310.04378, algorithm 3).
 
     Args:
         schedule: of the model to be sampled.
         num_inference_steps: steps, from 1 to schedule.original_inference_steps.
+        begin: how many of the first steps are left out.
 
     Raises:
         BadRequest: the steps are out of range, or the schedule cannot be sampled with them.
     """
-    timesteps = _skipped(schedule, num_inference_steps)
+    timesteps = _skipped(schedule, num_inference_steps)[begin:]
     alpha = visible(schedule, timesteps)
+    signal, noise = np.sqrt(alpha), np.sqrt(1.0 - alpha)
     alpha_next = np.append(schedule.alphas_cumprod[timesteps[1:]], 1.0)
     time = timesteps * schedule.timestep_scaling
     skip = _SIGMA_DATA**2 / (time**2 + _SIGMA_DATA**2)
     out = time / np.sqrt(time**2 + _SIGMA_DATA**2)
 
-    rows = blank_rows(num_inference_steps)
-    set_denoised(rows, schedule, np.sqrt(alpha), np.sqrt(1.0 - alpha), clips=True, thresholds=True)
-    signal = np.sqrt(alpha_next)
-    assign(rows, Column.NEXT_X, x=signal * skip, d=signal * out, noise=np.sqrt(1.0 - alpha_next))
-    return on_unit_variance("lcm", timesteps, rows, _all_but_the_last(num_inference_steps))
+    rows = blank_rows(len(timesteps))
+    set_denoised(rows, schedule, signal, noise, clips=True, thresholds=True)
+    kept = np.sqrt(alpha_next)
+    assign(rows, Column.NEXT_X, x=kept * skip, d=kept * out, noise=np.sqrt(1.0 - alpha_next))
+    return on_unit_variance("lcm", timesteps, rows, signal, noise, _all_but_the_last(len(timesteps)))
 
 
-def tcd(schedule: NoiseSchedule, num_inference_steps: int, eta: float = 0.0) -> SamplerTable:
+def tcd(schedule: NoiseSchedule, num_inference_steps: int, eta: float = 0.0, *, begin: int = 0) -> SamplerTable:
     """Strategic stochastic sampling (Zheng et al. 2024, arXiv 2402.19159, algorithm 4).
 
     Args:
         schedule: of the model to be sampled.
         num_inference_steps: steps, from 1 to schedule.original_inference_steps.
         eta: gamma of the paper: 0 for no noise, 1 for multistep consistency sampling.
+        begin: how many of the first steps are left out.
 
     Raises:
         BadRequest: the steps are out of range, or the schedule cannot be sampled with them.
     """
-    timesteps = _skipped(schedule, num_inference_steps)
+    timesteps = _skipped(schedule, num_inference_steps)[begin:]
     alpha = visible(schedule, timesteps)
     signal, noise = np.sqrt(alpha), np.sqrt(1.0 - alpha)
     following = np.append(timesteps[1:], 0)
@@ -60,10 +63,11 @@ def tcd(schedule: NoiseSchedule, num_inference_steps: int, eta: float = 0.0) -> 
     of_x, of_m = noise_estimate(schedule.prediction_type, signal, noise)
     grown, drift = np.sqrt(ratio * alpha_landing), np.sqrt(ratio * (1.0 - alpha_landing))
 
-    rows = blank_rows(num_inference_steps)
+    rows = blank_rows(len(timesteps))
     set_denoised(rows, schedule, signal, noise)
     assign(rows, Column.NEXT_X, x=drift * of_x, m=drift * of_m, d=grown, noise=np.sqrt(1.0 - ratio))
-    return on_unit_variance("tcd", timesteps, rows, _all_but_the_last(num_inference_steps) & (eta > 0))
+    draws = _all_but_the_last(len(timesteps)) & (eta > 0)
+    return on_unit_variance("tcd", timesteps, rows, signal, noise, draws)
 
 
 def _all_but_the_last(count: int) -> NDArray[np.bool_]:

@@ -20,7 +20,7 @@ from ldmrt.samplers.table import (
 from ldmrt.schedule import NoiseSchedule
 
 
-def ddim(schedule: NoiseSchedule, num_inference_steps: int, eta: float = 0.0) -> SamplerTable:
+def ddim(schedule: NoiseSchedule, num_inference_steps: int, eta: float = 0.0, *, begin: int = 0) -> SamplerTable:
     """DDIM (Song et al. 2020, arXiv 2010.02502, eqs. 12 and 16), with diffusers' choices where the paper leaves room.
 
     Each step turns x_t into
@@ -34,11 +34,12 @@ def ddim(schedule: NoiseSchedule, num_inference_steps: int, eta: float = 0.0) ->
         schedule: of the model to be sampled.
         num_inference_steps: steps, from 1 to schedule.train_steps.
         eta: 0 for the deterministic sampler, 1 for the noise of DDPM.
+        begin: how many of the first steps are left out.
 
     Raises:
         BadRequest: the steps are out of range, or the schedule cannot be sampled with them.
     """
-    timesteps = training_timesteps(schedule, num_inference_steps)
+    timesteps = training_timesteps(schedule, num_inference_steps, begin)
     alpha = visible(schedule, timesteps)
     previous = timesteps - schedule.train_steps // num_inference_steps
     alpha_previous = np.where(
@@ -51,31 +52,33 @@ def ddim(schedule: NoiseSchedule, num_inference_steps: int, eta: float = 0.0) ->
     direction = np.sqrt(np.maximum(1.0 - alpha_previous - sigma**2, 0.0))
     of_x, of_m = noise_estimate(schedule.prediction_type, signal, noise)
 
-    rows = blank_rows(num_inference_steps)
+    rows = blank_rows(len(timesteps))
     set_denoised(rows, schedule, signal, noise, clips=True, thresholds=True)
     assign(rows, Column.NEXT_X, x=direction * of_x, m=direction * of_m, d=np.sqrt(alpha_previous), noise=sigma)
     # Noise is drawn even where sigma is 0, to use up a generator as diffusers does.
-    return on_unit_variance("ddim", timesteps, rows, np.full(num_inference_steps, eta > 0))
+    return on_unit_variance("ddim", timesteps, rows, signal, noise, np.full(len(timesteps), eta > 0))
 
 
-def ddpm(schedule: NoiseSchedule, num_inference_steps: int) -> SamplerTable:
+def ddpm(schedule: NoiseSchedule, num_inference_steps: int, *, begin: int = 0) -> SamplerTable:
     """DDPM (Ho et al. 2020, arXiv 2006.11239, eqs. 7 and 15) with the small variance, between the timesteps that are visited.
 
     Args:
         schedule: of the model to be sampled.
         num_inference_steps: steps, from 1 to schedule.train_steps.
+        begin: how many of the first steps are left out.
 
     Raises:
         BadRequest: the steps are out of range, or the schedule cannot be sampled with them.
     """
-    timesteps = training_timesteps(schedule, num_inference_steps)
+    timesteps = training_timesteps(schedule, num_inference_steps, begin)
     alpha = visible(schedule, timesteps)
+    signal, noise = np.sqrt(alpha), np.sqrt(1.0 - alpha)
     alpha_previous = np.append(schedule.alphas_cumprod[timesteps[1:]], 1.0)
     beta = 1.0 - alpha / alpha_previous
     draws = timesteps > 0
 
-    rows = blank_rows(num_inference_steps)
-    set_denoised(rows, schedule, np.sqrt(alpha), np.sqrt(1.0 - alpha), clips=True, thresholds=True)
+    rows = blank_rows(len(timesteps))
+    set_denoised(rows, schedule, signal, noise, clips=True, thresholds=True)
     assign(
         rows,
         Column.NEXT_X,
@@ -83,7 +86,7 @@ def ddpm(schedule: NoiseSchedule, num_inference_steps: int) -> SamplerTable:
         d=np.sqrt(alpha_previous) * beta / (1.0 - alpha),
         noise=np.where(draws, np.sqrt((1.0 - alpha_previous) / (1.0 - alpha) * beta), 0.0),
     )
-    return on_unit_variance("ddpm", timesteps, rows, draws)
+    return on_unit_variance("ddpm", timesteps, rows, signal, noise, draws)
 
 
 def visible(schedule: NoiseSchedule, timesteps: NDArray[np.int64]) -> Float64:

@@ -15,33 +15,44 @@ from ldmrt.samplers.table import Float64, SamplerTable, assign, blank_rows, on_u
 from ldmrt.schedule import NoiseSchedule
 
 
-def dpm_2m(schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None) -> SamplerTable:
+def dpm_2m(
+    schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None, *, begin: int = 0
+) -> SamplerTable:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), the first and the last step of first order.
 
     Args:
         schedule: of the model to be sampled.
         num_inference_steps: steps, from 1 to schedule.train_steps.
         sigmas: the spacing of the noise levels.
+        begin: how many of the first steps are left out.
 
     Raises:
         BadRequest: the steps are out of range.
     """
-    return _multistep("dpm++ 2m", schedule, num_inference_steps, sigmas, stochastic=False)
+    return _multistep("dpm++ 2m", schedule, num_inference_steps, sigmas, begin, stochastic=False)
 
 
-def dpm_2m_sde(schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None) -> SamplerTable:
+def dpm_2m_sde(
+    schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None, *, begin: int = 0
+) -> SamplerTable:
     """SDE-DPM-Solver++(2M) (arXiv 2211.01095, section 5). The arguments are those of `dpm_2m`.
 
     Noise is drawn in the last step too, where it has no weight, as in diffusers.
     """
-    return _multistep("dpm++ 2m sde", schedule, num_inference_steps, sigmas, stochastic=True)
+    return _multistep("dpm++ 2m sde", schedule, num_inference_steps, sigmas, begin, stochastic=True)
 
 
 def _multistep(
-    name: str, schedule: NoiseSchedule, num_inference_steps: int, spacing: SigmaSpacing | None, *, stochastic: bool
+    name: str,
+    schedule: NoiseSchedule,
+    num_inference_steps: int,
+    spacing: SigmaSpacing | None,
+    begin: int,
+    *,
+    stochastic: bool,
 ) -> SamplerTable:
     at = solver_levels(
-        schedule, num_inference_steps, spacing, rounded_karras=schedule.beta_schedule != "squaredcos_cap_v2"
+        schedule, num_inference_steps, spacing, begin, rounded_karras=schedule.beta_schedule != "squaredcos_cap_v2"
     )
     signal = 1.0 / np.sqrt(1.0 + at.sigmas**2)
     here, there = at.sigmas[:-1], at.sigmas[1:]
@@ -52,18 +63,21 @@ def _multistep(
     noise = signal[1:] * there * np.sqrt(1.0 - shrink**2) if stochastic else 0.0
 
     # D1 / 2 = (d - h1) / (2 r), r = h_before / h; of second order are all steps but the first and the last.
-    half = np.zeros(num_inference_steps)
+    half = np.zeros(len(here))
     step = -np.diff(np.log(here))
     half[1:-1] = step[1:] / step[:-1] / 2
 
-    rows = blank_rows(num_inference_steps)
-    set_denoised(rows, schedule, signal[:-1], signal[:-1] * here, thresholds=True)
+    rows = blank_rows(len(here))
+    level = signal[:-1], signal[:-1] * here
+    set_denoised(rows, schedule, *level, thresholds=True)
     assign(rows, Column.NEXT_X, x=of_x, d=of_d * (1 + half), h1=-of_d * half, noise=noise)
     assign(rows, Column.PUSHED, d=1.0)
-    return on_unit_variance(name, at.timesteps, rows, np.full(num_inference_steps, stochastic))
+    return on_unit_variance(name, at.timesteps, rows, *level, np.full(len(here), stochastic))
 
 
-def dpm_sde(schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None) -> SamplerTable:
+def dpm_sde(
+    schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None, *, begin: int = 0
+) -> SamplerTable:
     """SDE-DPM-Solver++ of second order in single steps (k-diffusion's sample_dpmpp_sde, with r = 1/2 and eta = 1).
 
     A step goes to the middle of its noise levels' logarithms, and from its start again to its end. Both add the noise of one
@@ -73,11 +87,12 @@ def dpm_sde(schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpac
         schedule: of the model to be sampled.
         num_inference_steps: steps, from 1 to schedule.train_steps.
         sigmas: the spacing of the noise levels.
+        begin: how many of the first steps are left out.
 
     Raises:
         BadRequest: the steps are out of range.
     """
-    at = levels(schedule, num_inference_steps, sigmas)
+    at = levels(schedule, num_inference_steps, sigmas, begin)
     here, there = at.sigmas[:-1], at.sigmas[1:]
     middle = np.sqrt(here * there)  # 0 in the last step, which makes it Euler's
     rows, first, second = two_stages(schedule, here, middle[:-1])

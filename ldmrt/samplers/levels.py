@@ -17,9 +17,11 @@ from ldmrt.schedule import NoiseSchedule, TimestepSpacing
 _KARRAS_RHO = 7.0
 
 
-def training_timesteps(schedule: NoiseSchedule, count: int) -> NDArray[np.int64]:
-    """Training timesteps to visit, from noisy to clean, int64 (count,); spaced by default as "leading"."""
-    return _spaced(schedule, count, "leading", whole=True).astype(np.int64)
+def training_timesteps(schedule: NoiseSchedule, count: int, begin: int = 0) -> NDArray[np.int64]:
+    """Training timesteps to visit, from noisy to clean, int64 (count - begin,), without the first `begin`; spaced by default as
+    "leading".
+    """
+    return _spaced(schedule, count, "leading", whole=True).astype(np.int64)[begin:]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,16 +91,18 @@ class Levels:
             draws_noise=draws_noise,
             initial_input_scale=float(_unit(self.sigmas[0])),
             initial_noise_scale=self.initial_noise_scale,
+            initial_mixture=(1.0, float(self.sigmas[0])),
         )
 
 
-def levels(schedule: NoiseSchedule, count: int, spacing: SigmaSpacing | None) -> Levels:
+def levels(schedule: NoiseSchedule, count: int, spacing: SigmaSpacing | None, begin: int = 0) -> Levels:
     """As the samplers of Karras et al. 2022 (arXiv 2206.00364) take them in diffusers: from the first timestep to the last.
 
     Args:
         schedule: of the model.
         count: of levels above 0.
         spacing: instead of the levels of the schedule's timesteps, those between the first and the last of them.
+        begin: how many of the first are left out.
     """
     timesteps = _spaced(schedule, count, "linspace", whole=False)
     sigmas = np.interp(timesteps, np.arange(schedule.train_steps), schedule.sigmas)
@@ -107,11 +111,17 @@ def levels(schedule: NoiseSchedule, count: int, spacing: SigmaSpacing | None) ->
         timesteps = timestep_of(schedule, sigmas)
     first = float(sigmas.max())
     leading = schedule.timestep_spacing == "leading"
-    return Levels(timesteps, np.append(sigmas, 0.0), (first**2 + 1) ** 0.5 if leading else first)
+    scale = (first**2 + 1) ** 0.5 if leading else first
+    return Levels(timesteps[begin:], np.append(sigmas, 0.0)[begin:], scale)
 
 
 def solver_levels(
-    schedule: NoiseSchedule, count: int, spacing: SigmaSpacing | None, *, rounded_karras: bool = True
+    schedule: NoiseSchedule,
+    count: int,
+    spacing: SigmaSpacing | None,
+    begin: int = 0,
+    *,
+    rounded_karras: bool = True,
 ) -> Levels:
     """As DPM-Solver and UniPC take them in diffusers: one more timestep, the last, is left out; all are whole.
 
@@ -119,6 +129,7 @@ def solver_levels(
         schedule: of the model.
         count: of levels above 0.
         spacing: instead of the levels of the schedule's timesteps, those between its noisiest and its cleanest.
+        begin: how many of the first are left out.
         rounded_karras: round the timesteps of Karras' levels, or cut their fractions off, as those of others are.
     """
     if spacing is None:
@@ -130,7 +141,7 @@ def solver_levels(
         timesteps = timestep_of(schedule, sigmas)
         # The noisiest level is the last timestep's, whichever way its logarithm was rounded.
         timesteps = timesteps.round() if spacing == "karras" and rounded_karras else np.trunc(timesteps + 1e-6)
-    return Levels(timesteps, np.append(sigmas, 0.0))
+    return Levels(timesteps[begin:], np.append(sigmas, 0.0)[begin:])
 
 
 def timestep_of(schedule: NoiseSchedule, sigmas: Float64) -> Float64:

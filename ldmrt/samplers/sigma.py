@@ -21,47 +21,52 @@ from ldmrt.schedule import NoiseSchedule
 _LMS_ORDER = 4
 
 
-def euler(schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None) -> SamplerTable:
+def euler(
+    schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None, *, begin: int = 0
+) -> SamplerTable:
     """Euler's method (Karras et al. 2022, arXiv 2206.00364, algorithm 2 without churn).
 
     Args:
         schedule: of the model to be sampled.
         num_inference_steps: steps, from 1 to schedule.train_steps.
         sigmas: the spacing of the noise levels.
+        begin: how many of the first steps are left out.
 
     Raises:
         BadRequest: the steps are out of range.
     """
-    at = levels(schedule, num_inference_steps, sigmas)
+    at = levels(schedule, num_inference_steps, sigmas, begin)
     rows = _rows(schedule, at.sigmas[:-1])
     assign(rows, Column.NEXT_X, **_move(at.sigmas[:-1], at.sigmas[1:]))
     return at.single("euler", rows)
 
 
 def euler_ancestral(
-    schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None
+    schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None, *, begin: int = 0
 ) -> SamplerTable:
     """Euler's method below the next noise level, and noise up to it (k-diffusion's sample_euler_ancestral).
 
     The arguments are those of `euler`. Noise is drawn in the last step too, where it has no weight, as in diffusers.
     """
-    at = levels(schedule, num_inference_steps, sigmas)
+    at = levels(schedule, num_inference_steps, sigmas, begin)
     down, up = ancestral(at.sigmas[:-1], at.sigmas[1:])
     rows = _rows(schedule, at.sigmas[:-1])
     assign(rows, Column.NEXT_X, noise=up, **_move(at.sigmas[:-1], down))
     return at.single("euler-ancestral", rows, noise=True)
 
 
-def lms(schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None) -> SamplerTable:
+def lms(
+    schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None, *, begin: int = 0
+) -> SamplerTable:
     """The linear multistep method of order 4: the polynomial through the last derivatives, integrated over the step.
 
     The arguments are those of `euler`.
     """
-    at = levels(schedule, num_inference_steps, sigmas)
+    at = levels(schedule, num_inference_steps, sigmas, begin)
     here = at.sigmas[:-1]
     rows = _rows(schedule, here)
     assign(rows, Column.PUSHED, x=1 / here, d=-1 / here)
-    for index in range(num_inference_steps):
+    for index in range(len(here)):
         newest, *past = _multistep_weights(at.sigmas, index)
         older = {f"h{age}": weight for age, weight in enumerate(past, start=1)}
         assign(rows[index : index + 1], Column.NEXT_X, x=1 + newest / here[index], d=-newest / here[index], **older)
@@ -79,12 +84,14 @@ def _multistep_weights(sigmas: Float64, index: int) -> list[float]:
     return weights
 
 
-def heun(schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None) -> SamplerTable:
+def heun(
+    schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None, *, begin: int = 0
+) -> SamplerTable:
     """Heun's method (Karras et al. 2022, arXiv 2206.00364, algorithm 1): the mean of the derivatives at both ends of a step.
 
     The arguments are those of `euler`. The last step is Euler's.
     """
-    at = levels(schedule, num_inference_steps, sigmas)
+    at = levels(schedule, num_inference_steps, sigmas, begin)
     here, there = at.sigmas[:-1], at.sigmas[1:]
     rows, first, second = two_stages(schedule, here, there[:-1], clips=True)
     assign(first, Column.NEXT_X, **_move(here, there))
@@ -95,25 +102,33 @@ def heun(schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing
     return at.double("heun", rows, there[:-1], at.timesteps[1:])
 
 
-def kdpm2(schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None) -> SamplerTable:
+def kdpm2(
+    schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None, *, begin: int = 0
+) -> SamplerTable:
     """DPM-Solver-2 (Lu et al. 2022, arXiv 2206.00927) in noise levels: the derivative in the middle of a step.
 
     The arguments are those of `euler`. The middle is that of the levels' logarithms; the last step is Euler's.
     """
-    return _kdpm2("kdpm2", schedule, num_inference_steps, sigmas, noise=False)
+    return _kdpm2("kdpm2", schedule, num_inference_steps, sigmas, begin, noise=False)
 
 
 def kdpm2_ancestral(
-    schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None
+    schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None, *, begin: int = 0
 ) -> SamplerTable:
     """`kdpm2` below the next noise level, and noise up to it."""
-    return _kdpm2("kdpm2-ancestral", schedule, num_inference_steps, sigmas, noise=True)
+    return _kdpm2("kdpm2-ancestral", schedule, num_inference_steps, sigmas, begin, noise=True)
 
 
 def _kdpm2(
-    name: str, schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None, *, noise: bool
+    name: str,
+    schedule: NoiseSchedule,
+    num_inference_steps: int,
+    sigmas: SigmaSpacing | None,
+    begin: int,
+    *,
+    noise: bool,
 ) -> SamplerTable:
-    at = levels(schedule, num_inference_steps, sigmas)
+    at = levels(schedule, num_inference_steps, sigmas, begin)
     here, there = at.sigmas[:-1], at.sigmas[1:]
     down, up = ancestral(here, there) if noise else (there, np.zeros_like(there))
     middle = np.sqrt(here * down)  # 0 in the last step, which makes it Euler's

@@ -7,7 +7,7 @@ loop then has no arithmetic of its own: it reads a row and applies it, on any de
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,6 +33,8 @@ class SamplerTable:
         draws_noise: bool (evaluations,), the rows for which fresh standard normal noise is to be drawn.
         initial_input_scale: the first model input is the initial x times this.
         initial_noise_scale: the initial x is standard normal noise times this.
+        initial_mixture: where it begins from a picture, the initial x is the picture's latents times the first of these, and
+            standard normal noise times the second: the level at which the first evaluation is made.
     """
 
     name: str
@@ -42,6 +44,7 @@ class SamplerTable:
     draws_noise: NDArray[np.bool_]
     initial_input_scale: float = 1.0
     initial_noise_scale: float = 1.0
+    initial_mixture: tuple[float, float] = (0.0, 1.0)
 
     @property
     def evaluations(self) -> int:
@@ -58,9 +61,36 @@ class SamplerTable:
         """Whether any row asks for dynamic thresholding."""
         return bool((self.coefficients[:, Column.THRESHOLD_RATIO] > 0).any())
 
+    @property
+    def num_steps(self) -> int:
+        """How many steps it makes, as the user counts them."""
+        return int(self.steps.max()) + 1
+
+    @property
+    def step_timesteps(self) -> Float64:
+        """The timesteps at which its steps begin, float64 (num_steps,)."""
+        begins: NDArray[np.bool_] = np.append(True, self.steps[:-1] >= 0)
+        return self.timesteps[begins]
+
+    def first_steps(self, count: int) -> SamplerTable:
+        """The same, ended after so many steps."""
+        rows = int(np.flatnonzero(self.steps == count - 1)[0]) + 1
+        return replace(
+            self,
+            timesteps=self.timesteps[:rows],
+            coefficients=self.coefficients[:rows],
+            steps=self.steps[:rows],
+            draws_noise=self.draws_noise[:rows],
+        )
+
 
 def on_unit_variance(
-    name: str, timesteps: ArrayLike, rows: Float64, draws_noise: NDArray[np.bool_] | None = None
+    name: str,
+    timesteps: ArrayLike,
+    rows: Float64,
+    signal: Float64,
+    noise: Float64,
+    draws_noise: NDArray[np.bool_] | None = None,
 ) -> SamplerTable:
     """The table of a sampler with one evaluation a step, on latents of unit variance.
 
@@ -68,6 +98,8 @@ def on_unit_variance(
         name: of the sampler.
         timesteps: (n,).
         rows: (n, WIDTH).
+        signal: (n,) or more: the latents that it begins from are signal[0] x_0 + noise[0] n.
+        noise: the same.
         draws_noise: (n,); None for a sampler that draws none.
     """
     return SamplerTable(
@@ -76,6 +108,7 @@ def on_unit_variance(
         coefficients=rows,
         steps=np.arange(len(rows), dtype=np.int64),
         draws_noise=np.zeros(len(rows), dtype=np.bool_) if draws_noise is None else draws_noise,
+        initial_mixture=(float(signal[0]), float(noise[0])),
     )
 
 

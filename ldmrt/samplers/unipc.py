@@ -13,7 +13,9 @@ from ldmrt.samplers.table import Float64, SamplerTable, assign, blank_rows, on_u
 from ldmrt.schedule import NoiseSchedule
 
 
-def unipc(schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None) -> SamplerTable:
+def unipc(
+    schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacing | None = None, *, begin: int = 0
+) -> SamplerTable:
     """UniPC of order 2 with B(h) = exp(h) - 1, on the denoised estimate (Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2).
 
     The corrected x is made of the last corrected one, which is saved, and of denoised estimates: of the predicted x nothing is
@@ -23,18 +25,20 @@ def unipc(schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacin
         schedule: of the model to be sampled.
         num_inference_steps: steps, from 1 to schedule.train_steps.
         sigmas: the spacing of the noise levels.
+        begin: how many of the first steps are left out.
 
     Raises:
         BadRequest: the steps are out of range.
     """
-    at = solver_levels(schedule, num_inference_steps, sigmas)
+    at = solver_levels(schedule, num_inference_steps, sigmas, begin)
     signal = 1.0 / np.sqrt(1.0 + at.sigmas**2)
     noise = signal * at.sigmas
-    rows = blank_rows(num_inference_steps)
+    count = len(at.timesteps)
+    rows = blank_rows(count)
     set_denoised(rows, schedule, signal[:-1], noise[:-1], thresholds=True)
     assign(rows, Column.PUSHED, d=1.0)
     order = 0
-    for index in range(num_inference_steps):
+    for index in range(count):
         # What the corrected x is made of.
         corrected = {"x": 1.0}
         if index:
@@ -47,7 +51,7 @@ def unipc(schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacin
                 "d": grown * newest,
             }
         # And the predicted one.
-        order = min(2, index + 1, num_inference_steps - index)
+        order = min(2, index + 1, count - index)
         kept, grown = _first_order(signal, noise, index + 1)
         slope = 0.5 / _ratio(at.sigmas, index + 1) if order == 2 else 0.0
         predicted = {name: kept * value for name, value in corrected.items()}
@@ -56,7 +60,7 @@ def unipc(schedule: NoiseSchedule, num_inference_steps: int, sigmas: SigmaSpacin
         row = rows[index : index + 1]
         assign(row, Column.NEXT_SAVED, **corrected)
         assign(row, Column.NEXT_X, **predicted)
-    return on_unit_variance("unipc", at.timesteps, rows)
+    return on_unit_variance("unipc", at.timesteps, rows, signal, noise)
 
 
 def _first_order(signal: Float64, noise: Float64, index: int) -> tuple[float, float]:

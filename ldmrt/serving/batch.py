@@ -83,7 +83,7 @@ class Batch:
         """Put an image into the room that was reserved."""
         denoiser, ticket = self._running(), image.ticket
         slot = denoiser.slots.free[0]
-        self._pipeline.admit(denoiser, slot, image.job(), ticket.table, text, ticket.inpainting)
+        self._pipeline.admit(denoiser, slot, image.job(), ticket.table, text, ticket.material.of(image.number))
         self._slots[image] = slot
 
     def step(self) -> int:

@@ -74,7 +74,7 @@ class Batcher:
 
         Args:
             request: what is wanted.
-            image: for an inpainting model, as of `Pipeline.__call__`.
+            image: as of `Pipeline.__call__`.
             mask_image: the same.
             priority: the greater starts first, however long the others have waited.
             timeout: seconds from now in which all its pictures must be finished.
@@ -99,7 +99,7 @@ class Batcher:
                 raise BadRequest(
                     f"previews is {previews}, expected 0 or more, with on_progress to get them", param="previews"
                 )
-            job, inpainting = self._pipeline.resolve(request, image, mask_image)
+            job, material = self._pipeline.resolve(request, image, mask_image)
             now = self._register.clock()
             ticket: Ticket
             ticket = Ticket(
@@ -107,7 +107,7 @@ class Batcher:
                 job=job,
                 table=self._pipeline.table(job),
                 windows=self._pipeline.tokenize(job),
-                inpainting=inpainting,
+                material=material,
                 output_type=output_type,
                 previews=previews,
                 on_progress=on_progress,

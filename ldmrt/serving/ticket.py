@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from ldmrt.inpainting import Inpainting
+from ldmrt.material import Material
 from ldmrt.pipeline import OutputType
 from ldmrt.request import Job
 from ldmrt.samplers.table import SamplerTable
@@ -25,7 +25,7 @@ class Ticket:
         job: what was asked.
         table: the sampler.
         windows: the tokens of each prompt.
-        inpainting: the picture to draw into, for a model that takes one.
+        material: what else it brings.
         output_type: how the pictures are delivered.
         previews: how many pictures of each image are wanted on its way.
         on_progress: called after every step of every image.
@@ -44,7 +44,7 @@ class Ticket:
     job: Job
     table: SamplerTable
     windows: Sequence[Windows]
-    inpainting: Inpainting | None
+    material: Material
     output_type: OutputType
     previews: int
     on_progress: OnProgress | None
@@ -71,7 +71,7 @@ class Ticket:
     @cached_property
     def preview_steps(self) -> frozenset[int]:
         """The steps after which there is a preview: as many equal parts of the way as there are pictures, the last one included."""
-        steps = self.job.num_inference_steps
+        steps = self.table.num_steps
         return frozenset(round(part * steps / (self.previews + 1)) - 1 for part in range(1, self.previews + 1)) - {-1}
 
     def images(self) -> list[Image]:

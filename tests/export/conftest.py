@@ -57,7 +57,9 @@ def single_file(path: Path, model: Path, components: tuple[str, ...] | None = No
         if any(folder.glob("*.safetensors")) and (components is None or folder.name in components)
     }
     xl = (model / "text_encoder_2").is_dir()
-    second = json.loads((model / "text_encoder" / "config.json").read_text())["hidden_act"] == "gelu"
+    first = model / "text_encoder" / "config.json"
+    refiner = not first.is_file()
+    second = not refiner and json.loads(first.read_text())["hidden_act"] == "gelu"
     tensors: dict[str, torch.Tensor] = {}
     for folder, weights in held.items():
         if folder == "unet":
@@ -65,7 +67,7 @@ def single_file(path: Path, model: Path, components: tuple[str, ...] | None = No
         elif folder == "vae":
             prefix, pieces = "first_stage_model.", {n: Piece(c) for n, c in original.vae(weights).items()}
         elif folder == "text_encoder_2" or second:
-            prefix = "conditioner.embedders.1.model." if xl else "cond_stage_model.model."
+            prefix = f"conditioner.embedders.{0 if refiner else 1}.model." if xl else "cond_stage_model.model."
             pieces = {name: original.open_clip(name) for name in weights}
         else:
             prefix = "conditioner.embedders.0.transformer." if xl else "cond_stage_model.transformer."

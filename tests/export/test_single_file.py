@@ -8,8 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ldmrt
@@ -23,7 +26,8 @@ from ldmrt.original import Piece
 from ldmrt.weights import WeightFile
 
 Write = Callable[..., Path]
-MODELS = ["tiny_model", "tiny_model_v", "tiny_model_xl"]
+MODELS = ["tiny_model", "tiny_model_v", "tiny_model_xl", "tiny_model_inpainting", "tiny_model_xl_inpainting"]
+MODELS += ["tiny_model_refiner"]
 UNET = "model.diffusion_model."
 
 
@@ -58,12 +62,14 @@ def test_every_weight_is_found(
     same(source, model)
 
 
-@pytest.mark.parametrize("name", MODELS[1:])
+@pytest.mark.covers("Stable Diffusion 2.x", "from one file")
+@pytest.mark.covers("Stable Diffusion XL", "from one file")
+@pytest.mark.parametrize("name", MODELS[1:3])
 def test_a_picture_is_diffusers_picture(
     name: str, tmp_path: Path, request: pytest.FixtureRequest, write_single_file: Write
 ) -> None:
     """float32 on both sides, sums in another order: latents within 1e-3, pictures within 45 dB."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     model = request.getfixturevalue(name)
     file = write_single_file(tmp_path / "mine.safetensors", model)
@@ -95,6 +101,43 @@ def test_a_picture_is_diffusers_picture(
     assert {"unet/mine.safetensors", "vae/mine.safetensors", "unet/config.json", "tokenizer/vocab.json"} <= files
     with pytest.raises(BuildError, match="holds a bundle of another model"):
         ldmrt.build_engines(model, bundle.path, dtype="float32")
+
+
+@pytest.mark.covers("Stable Diffusion 1.x", "from one file")
+@pytest.mark.parametrize(("name", "base"), [(MODELS[3], MODELS[0]), (MODELS[4], MODELS[2])])
+def test_an_inpainting_file_on_the_base_of_another_kind(
+    name: str, base: str, tmp_path: Path, request: pytest.FixtureRequest, write_single_file: Write
+) -> None:
+    """The file's U-Net says what it is for, and diffusers draws the same picture of it."""
+    from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
+
+    model, other = request.getfixturevalue(name), request.getfixturevalue(base)
+    file = write_single_file(tmp_path / "mine.safetensors", model)
+    assert resolve(file, base=other).kind == Source.open(model).kind
+    assert resolve(write_single_file(tmp_path / "plain.safetensors", other), base=model).kind == Source.open(other).kind
+    bundle = ldmrt.build_engines(file, tmp_path / "bundle", base=other, dtype="float32")
+    assert bundle.manifest.model.inpainting
+    xl = "xl" in name
+    options: dict[str, Any] = {"add_watermarker": False} if xl else {}
+    pipe: Any = (StableDiffusionXLInpaintPipeline if xl else StableDiffusionInpaintPipeline).from_single_file(
+        file, config=str(model), local_files_only=True, torch_dtype=torch.float32, **options
+    )
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    pixels = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    asked: dict[str, Any] = {
+        "prompt": "a red circle",
+        "image": Image.fromarray(pixels),
+        "mask_image": Image.fromarray(np.tri(64, dtype=np.uint8) * 255),
+        "num_inference_steps": 3,
+        "guidance_scale": 3.0,
+        "width": 64,
+        "height": 64,
+        "output_type": "latent",
+    }
+    ours = ldmrt.Pipeline.from_bundle(bundle.path, "cpu")(**asked, seed=3).latents
+    expected = pipe(**asked, strength=1.0, generator=torch.Generator().manual_seed(3)).images
+    assert (ours - expected).norm() / expected.norm() < 1e-3
 
 
 def test_what_the_file_has_beside_the_weights(tiny_model_v: Path, tmp_path: Path, write_single_file: Write) -> None:
@@ -174,9 +217,9 @@ def sparse(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, s
 
 
 @cache
-def real(name: str) -> dict[str, tuple[int, ...]]:
+def real(name: str, *, inpainting: bool = False) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a known model's file."""
-    source = Source.known(name)
+    source = Source.known(name, inpainting=inpainting)
     shapes: dict[str, tuple[int, ...]] = {}
     for folder, names, prefix in (("unet", original.unet, UNET), ("vae", original.vae, "first_stage_model.")):
         held = {key: tuple(tensor.shape) for key, tensor in instantiate(source, folder).state_dict().items()}
@@ -188,6 +231,7 @@ def real(name: str) -> dict[str, tuple[int, ...]]:
             "text_encoder": "conditioner.embedders.0.transformer.",
             "text_encoder_2": "conditioner.embedders.1.model.",
         },
+        "sdxl-refiner": {"text_encoder_2": "conditioner.embedders.0.model."},
     }
     for folder, prefix in encoders[name].items():
         for key, tensor in instantiate(source, folder).state_dict().items():
@@ -198,9 +242,21 @@ def real(name: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-@pytest.mark.parametrize(("name", "prediction"), [("sd15", "epsilon"), ("sd21", "v_prediction"), ("sdxl", "epsilon")])
-def test_a_known_model_needs_no_config(name: str, prediction: str, tmp_path: Path) -> None:
-    source = resolve(sparse(tmp_path / "mine.safetensors", real(name)))
+@pytest.mark.parametrize(
+    ("name", "inpainting", "prediction"),
+    [
+        ("sd15", False, "epsilon"),
+        ("sd21", False, "v_prediction"),
+        ("sdxl", False, "epsilon"),
+        ("sd15", True, "epsilon"),
+        ("sd21", True, "epsilon"),
+        ("sdxl-refiner", False, "epsilon"),
+    ],
+)
+def test_a_known_model_needs_no_config(name: str, inpainting: bool, prediction: str, tmp_path: Path) -> None:
+    source = resolve(sparse(tmp_path / "mine.safetensors", real(name, inpainting=inpainting)))
+    assert source.kind.inpainting == inpainting
+    assert source.configs["unet"]["sample_size"] == {"sd15": 64, "sd21": 64 if inpainting else 96}.get(name, 128)
     assert source.configs["scheduler"].get("prediction_type", "epsilon") == prediction
     assert source.name == "mine"
     for folder in source.folders:
@@ -241,6 +297,15 @@ def test_a_file_may_state_its_schedule(change: dict[str, Any], expected: dict[st
     assert {key: scheduler[key] for key in expected} == expected
 
 
+def test_the_file_of_a_turbo_model_begins_at_the_last_timestep(tmp_path: Path) -> None:
+    turbo, plain = (
+        resolve(sparse(tmp_path / f"sd_{name}_1.0.safetensors", real("sd15"))) for name in ("turbo", "plain")
+    )
+    assert turbo.configs["scheduler"]["timestep_spacing"] == "trailing"
+    assert "timestep_spacing" not in plain.configs["scheduler"]
+    assert (turbo.num_inference_steps, turbo.guidance_scale) == (4, 0.0)
+
+
 def test_the_tokenizers_that_come_with_it_are_clips() -> None:
     """As transformers reads the same files; ids as in its documentation's examples of CLIP."""
     from transformers import CLIPTokenizer
@@ -256,13 +321,20 @@ def test_the_tokenizers_that_come_with_it_are_clips() -> None:
         assert expected[:4] == [49406, 320, 8853, 539]
 
 
-def test_the_refiner_is_recognised(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("width", "channels", "expected"),
+    [(1280, 4, ("sdxl-refiner", False)), (2048, 4, ("sdxl", False)), (2048, 9, ("sdxl", True))],
+)
+def test_models_of_xl_are_recognised(width: int, channels: int, expected: tuple[str, bool], tmp_path: Path) -> None:
     shapes = {
-        f"{UNET}input_blocks.0.0.weight": (384, 4, 3, 3),
-        f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (768, 1280),
+        f"{UNET}input_blocks.0.0.weight": (384, channels, 3, 3),
+        f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (768, width),
         f"{UNET}label_emb.0.0.weight": (1536, 2560),
     }
-    assert recognise(WeightFile(sparse(tmp_path / "refiner.safetensors", shapes))) == "sdxl-refiner"
+    file = WeightFile(sparse(tmp_path / "xl.safetensors", shapes))
+    assert recognise(file) == expected
+    source = Source.known(expected[0], inpainting=expected[1])
+    assert (source.kind.inpainting, source.configs["unet"]["in_channels"]) == (expected[1], channels)
 
 
 # ---------------------------------------------------------------------------------------------------- refusals

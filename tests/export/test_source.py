@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from ldmrt.errors import BuildError, BundleError
 from ldmrt.export.architectures import downscale, instantiate
 from ldmrt.export.source import Checkpoint, Source
+from ldmrt.schedule import NoiseSchedule
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -199,6 +200,47 @@ def test_a_config_of_another_version_of_diffusers(model: Path) -> None:
         checkpoint(model, "unet")
     edit(model / "unet/config.json", surprise=None, _private=1)
     assert checkpoint(model, "unet").keys
+
+
+def test_fields_that_make_no_other_network(model: Path) -> None:
+    """Where the classes themselves pass over what they do not know, as transformers' do, and diffusers' noise schedules, so do we."""
+    reference = checkpoint(model, "text_encoder").keys.keys()
+    edit(model / "text_encoder/config.json", surprise=True)
+    edit(model / "scheduler/scheduler_config.json", surprise=True)
+    assert checkpoint(model, "text_encoder").keys.keys() == reference
+    assert NoiseSchedule.from_config(Source.open(model).configs["scheduler"]).beta_schedule == "scaled_linear"
+
+
+TRAILING = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "turbo"),
+    [
+        ("sd-turbo", {}, True),
+        ("sd_xl_turbo_1.0_fp16", {}, True),
+        ("DreamTurbo", {}, False),
+        ("turbine", {}, False),
+        ("mine", TRAILING, True),
+        ("mine", TRAILING | {"rescale_betas_zero_snr": True}, False),
+        ("mine", TRAILING | {"prediction_type": "v_prediction"}, False),
+        ("mine", TRAILING | {"timestep_spacing": "leading"}, False),
+        ("mine", TRAILING | {"_class_name": "DDIMScheduler"}, False),
+    ],
+)
+def test_models_of_few_steps(model: Path, name: str, schedule: dict[str, Any], turbo: bool) -> None:
+    edit(model / "scheduler/scheduler_config.json", **schedule)
+    source = Source.open(model.rename(model.with_name(name)))
+    assert (source.num_inference_steps, source.guidance_scale) == ((4, 0.0) if turbo else (50, 7.5))
+    (source.path / "ldmrt-defaults.json").write_text('{"guidance_scale": 2.0, "num_inference_steps": 8}')
+    found = Source.open(source.path)
+    assert (found.num_inference_steps, found.guidance_scale) == (8, 2.0)
+
+
+def test_latent_consistency_models_take_few_steps(model: Path) -> None:
+    edit(model / "model_index.json", _class_name="LatentConsistencyModelPipeline")
+    source = Source.open(model)
+    assert (source.num_inference_steps, source.guidance_scale) == (4, 8.5)
 
 
 def test_a_damaged_weight_file(model: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldmrt.beginning import Beginning
 from ldmrt.noise import draw
 from ldmrt.samplers.make import sampler_table
 from ldmrt.samplers.registry import SAMPLERS
@@ -52,26 +53,33 @@ def model(x: Tensor, timestep: float) -> Tensor:
     return made
 
 
-def ours(table: SamplerTable) -> Iterator[Tensor]:
-    """The latents (1, C, h, w) after each evaluation, as the sampling loop makes them on a CPU."""
-    starts, noises, _ = draw([SEED], SHAPE, table)
+def ours(table: SamplerTable, picture: Tensor | None = None) -> Iterator[Tensor]:
+    """The latents (1, C, h, w) after each evaluation, as the sampling loop makes them on a CPU, from noise or from a picture's latents."""
+    drawn = draw([SEED], SHAPE, table)
+    starts, table = Beginning(latents=picture).start(drawn, table, lambda *_: starts)
     slots = Slots(1, 1, SHAPE, table.evaluations + 1, "cpu", torch.float32)
-    noise = None if noises is None else noises[0]
+    noise = None if drawn.steps is None else drawn.steps[0]
     slots.admit(0, latents=starts[0], table=table, guidance_scale=1.0, cond_row=0, noise=noise)
     for timestep in table.timesteps.tolist():
         slots.update(model(slots.model_input, timestep), slots.adjustments)
         yield slots.x.clone()
 
 
-def theirs(scheduler: Any, timesteps: list[float], *, eta: float) -> Iterator[Tensor]:
-    """The latents after each evaluation, as diffusers' pipelines make them; the model is told `timesteps`."""
+def theirs(
+    scheduler: Any, timesteps: list[float], *, eta: float, picture: Tensor | None = None, begin: int = 0
+) -> Iterator[Tensor]:
+    """The latents after each evaluation, as diffusers' pipelines make them; the model is told `timesteps`. From noise, or from a picture's
+    latents without the first `begin` steps.
+    """
     generator = torch.Generator("cpu").manual_seed(SEED)
     known = inspect.signature(scheduler.step).parameters
     options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
-    x = torch.randn(1, *SHAPE, generator=generator) * scheduler.init_noise_sigma
+    noise = torch.randn(1, *SHAPE, generator=generator)
+    visited = scheduler.timesteps[begin * scheduler.order :]
+    x = noise * scheduler.init_noise_sigma if picture is None else scheduler.add_noise(picture, noise, visited[:1])
     if hasattr(scheduler, "noise_sampler"):
         scheduler.noise_sampler = Brownian(generator)
-    for told, timestep in zip(timesteps, scheduler.timesteps, strict=True):
+    for told, timestep in zip(timesteps, visited, strict=True):
         output = model(scheduler.scale_model_input(x, timestep), told)
         x = scheduler.step(output, timestep, x, **options).prev_sample
         yield x

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ldmrt import material
+from ldmrt.bundle import Bundle
+from ldmrt.pipeline import builtin_bundle
 from ldmrt.request import Defaults, Request, resolve
 from ldmrt.samplers.make import sampler_table
 from ldmrt.schedule import NoiseSchedule
@@ -25,7 +28,7 @@ def ticket(previews: int = 0, **fields: Any) -> Ticket:
         job=job,
         table=sampler_table("heun", SCHEDULE, job.num_inference_steps),
         windows=windows,
-        inpainting=None,
+        material=material.resolve(Bundle.open(builtin_bundle()).manifest.model, job),
         output_type="pil",
         previews=previews,
         on_progress=None,

@@ -1,0 +1,93 @@
+"""What denoising begins from: noise, a picture and noise, or latents that another model has begun."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ldmrt.bundle import ModelRecord
+from ldmrt.conditioning import Encode, Picture, rgb
+from ldmrt.errors import BadRequest
+from ldmrt.noise import Noise
+from ldmrt.request import Job
+from ldmrt.samplers.table import SamplerTable
+
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """Where the latents of a call come from; without either, from noise alone.
+
+    Attributes:
+        picture: (3, H, W) float32 in [-1, 1], which is encoded and gets the noise of its first step (Meng et al. 2021, arXiv 2108.01073).
+        latents: (n, C, h, w) float32: a picture that is encoded already, or, if `begun`, what another model has denoised so far.
+        begun: whether the latents are taken as they are.
+    """
+
+    picture: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    begun: bool = False
+
+    def start(self, noise: Noise, table: SamplerTable, encode: Encode) -> tuple[torch.Tensor, SamplerTable]:
+        """The initial latents and the table that goes with them: it scales those that are noise, and no others.
+
+        Args:
+            noise: see `ldmrt.noise.draw`.
+            table: the sampler.
+            encode: from a picture and the noise of its encoding to latents.
+
+        Returns:
+            (n, C, h, w) float32 on the CPU, and the table.
+        """
+        if self.picture is not None and noise.picture is not None:
+            latents = encode(self.picture, noise.picture).cpu()
+        elif self.latents is not None:
+            latents = self.latents
+        else:
+            return noise.start, table
+        of_picture, of_noise = (1.0, 0.0) if self.begun else table.initial_mixture
+        return of_picture * latents + of_noise * noise.start, replace(table, initial_noise_scale=1.0)
+
+
+def resolve(
+    model: ModelRecord, job: Job, image: Picture | torch.Tensor | None, latents: torch.Tensor | None
+) -> Beginning:
+    """What a request begins from.
+
+    Args:
+        model: of the bundle.
+        job: what was asked.
+        image: a picture, or latents (n, C, h, w) or (1, C, h, w) in its place.
+        latents: what was given instead of noise.
+
+    Raises:
+        BadRequest: the image is none; or latents do not fit, or there is a picture where only latents do.
+    """
+    begun = job.span.denoising_start > 0
+    if image is None or (model.inpainting and job.span.strength == 1 and not begun):
+        return Beginning()
+    if begun and latents is not None:
+        raise BadRequest(
+            "latents stands for noise, and with denoising_start there is none to begin from; give the other model's latents as image",
+            param="latents",
+        )
+    if isinstance(image, torch.Tensor):
+        return Beginning(latents=_latents(model, job, image), begun=begun)
+    if begun:
+        raise BadRequest(
+            "denoising_start goes with the latents of another model, and image is a picture; give strength for a picture",
+            param="denoising_start",
+        )
+    return Beginning(picture=rgb(image, (job.width, job.height), param="image") * 2 - 1)
+
+
+def _latents(model: ModelRecord, job: Job, latents: torch.Tensor) -> torch.Tensor:
+    """Latents in the place of a picture, one for each image."""
+    shape = (model.latent_channels, job.height // model.downscale, job.width // model.downscale)
+    if tuple(latents.shape) not in ((job.num_images, *shape), (1, *shape)):
+        raise BadRequest(
+            f"image is latents of shape {tuple(latents.shape)}, expected {(job.num_images, *shape)}: a size of this bundle, and as many as "
+            "images",
+            param="image",
+        )
+    return latents.detach().to("cpu", torch.float32).expand(job.num_images, *shape)
