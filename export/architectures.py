@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from ldmrt.components import CONTROLLED_STEP, parts
+from ldmrt.components import CLASS_LABELS, CONTROLLED_STEP, parts
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BuildError
 from ldmrt.export.component import (
     DOWN_RESIDUALS,
+    LOW_RES,
     MASKED,
     MID_RESIDUAL,
     TIMESTEP_COND,
+    BertTextEncoder,
     Component,
     ControlNet,
     Decoder,
@@ -25,8 +27,8 @@ from ldmrt.export.component import (
     QuantizedDecoder,
     QuantizedEncoder,
     TextEncoder,
-    UnconditionalUNet,
     UNet,
+    UNetWithoutText,
 )
 from ldmrt.export.passes.hoist import Kind
 from ldmrt.export.source import Checkpoint, Source
@@ -62,6 +64,8 @@ def downscale(source: Source) -> int:
 def scaling(source: Source) -> tuple[float, float]:
     """Factor and shift of the latents: denoised are (encoded - shift) * factor."""
     vae = source.configs["vae"]
+    if source.kind.unscaled:
+        return 1.0, 0.0
     return float(vae.get("scaling_factor", 0.18215)), float(vae.get("shift_factor") or 0.0)
 
 
@@ -91,7 +95,9 @@ def text_encoder(source: Source, folder: str) -> Component:
     module = instantiate(source, folder)
     pooled = folder == "text_encoder_2"
     wrapper: torch.nn.Module
-    if source.kind.addition_embed_type is None:
+    if source.kind.classes[folder] == "LDMBertModel":
+        wrapper = BertTextEncoder(module)
+    elif source.kind.addition_embed_type is None:
         wrapper = TextEncoder(module)
     else:
         wrapper = PenultimateTextEncoder(module, pooled=pooled)
@@ -105,11 +111,9 @@ def text_encoder(source: Source, folder: str) -> Component:
 def unet(source: Source, size: tuple[int, int]) -> Component:
     """The denoising network."""
     inputs, kinds = _unet_inputs(source, size)
-    if source.kind.tokenizers:
-        wrapper: torch.nn.Module = UNet(instantiate(source, "unet"), [spec.name for spec in inputs])
-    else:
-        wrapper = UnconditionalUNet(instantiate(source, "unet"))
-    return Component("unet", "unet", wrapper, inputs, ("model_output",), kinds)
+    wrapper = UNetWithoutText if source.kind.classes["unet"] == "UNet2DModel" else UNet
+    module = wrapper(instantiate(source, "unet"), [spec.name for spec in inputs])
+    return Component("unet", "unet", module, inputs, ("model_output",), kinds)
 
 
 def controlled_unet(source: Source, size: tuple[int, int]) -> Component:
@@ -133,10 +137,14 @@ def controlnet(source: Source, folder: str, size: tuple[int, int]) -> Component:
 def _unet_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[TensorSpec, ...], dict[str, Kind]]:
     """What the U-Net takes, and the class of each."""
     inputs, kinds = _denoising_inputs(source, size)
-    if not source.kind.tokenizers:
-        return inputs[:2], kinds
+    channels, height, width = _latent_shape(source, size)
+    if source.kind.upscaling:
+        inputs += (TensorSpec(LOW_RES, ("rows", 3, height, width), F32),)
+        kinds |= {LOW_RES: "request"}
+    if source.labels is not None:
+        inputs += (TensorSpec(CLASS_LABELS, ("rows",), torch.int64),)
+        kinds |= {CLASS_LABELS: "request"}
     if source.kind.inpainting:
-        channels, height, width = _latent_shape(source, size)
         inputs += tuple(
             TensorSpec(name, ("rows", count, height, width), F32)
             for name, count in zip(MASKED, (1, channels), strict=True)
@@ -151,13 +159,15 @@ def _unet_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[TensorSpe
 def _denoising_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[TensorSpec, ...], dict[str, Kind]]:
     """What the U-Net and its ControlNets both take, and the class of each."""
     channels, height, width = _latent_shape(source, size)
-    text = int(source.configs["unet"].get("cross_attention_dim") or 0)
     inputs = [
         TensorSpec("latents", ("rows", channels, height, width), F32),
         TensorSpec("timesteps", ("rows",), F32),
-        TensorSpec("encoder_hidden_states", ("rows", "tokens", text), F32),
     ]
-    kinds: dict[str, Kind] = {"latents": "step", "timesteps": "schedule", "encoder_hidden_states": "request"}
+    kinds: dict[str, Kind] = {"latents": "step", "timesteps": "schedule"}
+    if source.kind.tokenizers:
+        width_of_text = int(source.configs["unet"]["cross_attention_dim"])
+        inputs += [TensorSpec("encoder_hidden_states", ("rows", "tokens", width_of_text), F32)]
+        kinds |= {"encoder_hidden_states": "request"}
     if source.kind.addition_embed_type is not None:
         pooled = int(source.configs["text_encoder_2"]["projection_dim"])
         inputs += [TensorSpec("text_embeds", ("rows", pooled), F32), TensorSpec("time_ids", ("rows", TIME_IDS), F32)]
@@ -212,7 +222,8 @@ def _latent_shape(source: Source, size: tuple[int, int]) -> tuple[int, int, int]
 
 
 def _prompt_ids(source: Source, folder: str, prompts: Sequence[str]) -> torch.Tensor:
-    tokenizer = Tokenizer.from_folder(source.tokenizer_folder(folder))
+    length = int(source.configs[folder]["max_position_embeddings"])
+    tokenizer = Tokenizer.from_folder(source.tokenizer_folder(folder), model_max_length=length)
     return torch.cat([torch.from_numpy(tokenizer.windows(prompt, 1).ids) for prompt in prompts])
 
 
@@ -264,12 +275,16 @@ def _unet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
 
 
 def _unets_own(source: Source, size: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
-    """What the U-Nets of some models take, and ControlNets do not, for two rows: half of a picture to be edited, and some latents; a
-    weak and a strong guidance.
+    """What the U-Nets of some models take, and ControlNets do not, for two rows: a small picture; a class or noise level; half of a picture
+    to be edited, and some latents; a weak and a strong guidance.
     """
     found: dict[str, torch.Tensor] = {}
+    channels, height, width = _latent_shape(source, size)
+    if source.kind.upscaling:
+        found[LOW_RES] = noise(40 + seed, 2, 3, height, width).clamp(-1, 1)
+    if source.labels is not None:
+        found[CLASS_LABELS] = torch.tensor([seed % source.labels, source.labels - 1])
     if source.kind.inpainting:
-        channels, height, width = _latent_shape(source, size)
         mask = torch.zeros(2, 1, height, width)
         mask[0, :, : (height + 1) // 2] = mask[1, :, :, : (width + 1) // 2] = 1
         found |= {"mask": mask, "masked_image_latents": noise(30 + seed, 2, channels, height, width)}
@@ -347,7 +362,7 @@ def instantiate(source: Source, folder: str) -> torch.nn.Module:
     try:
         with torch.device("meta"):
             if folder in source.kind.tokenizers:
-                module = _text_encoder(folder, config)
+                module = _text_encoder(source.kind.classes[folder], config)
             else:
                 module = _network(source.kind.classes.get(folder, "ControlNetModel"), config)
     except Exception as error:  # whatever a constructor makes of values that nobody has checked
@@ -358,11 +373,19 @@ def instantiate(source: Source, folder: str) -> torch.nn.Module:
     return module.eval()
 
 
-def _text_encoder(folder: str, config: dict[str, Any]) -> torch.nn.Module:
+def _text_encoder(name: str, config: dict[str, Any]) -> torch.nn.Module:
+    if name == "LDMBertModel":
+        from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+
+        bert: torch.nn.Module = LDMBertModel(LDMBertConfig(**config))
+        return bert
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    classes: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    module: torch.nn.Module = classes[folder](CLIPTextConfig(**config))
+    classes: dict[str, Any] = {
+        "CLIPTextModel": CLIPTextModel,
+        "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
+    }
+    module: torch.nn.Module = classes[name](CLIPTextConfig(**config))
     return module
 
 

@@ -27,6 +27,7 @@ from ldmrt.bundle import (
     LoraRecord,
     Manifest,
     ModelRecord,
+    UpscalingRecord,
     engine_key,
 )
 from ldmrt.components import CONTROLLED_STEP, CONTROLNET, STEP, runs_once
@@ -45,7 +46,7 @@ from ldmrt.export.hub import is_id
 from ldmrt.export.options import Options
 from ldmrt.export.passes.widen import widen
 from ldmrt.export.resolve import resolve
-from ldmrt.export.source import Checkpoint, Source
+from ldmrt.export.source import LOW_RES_SCHEDULER, Checkpoint, Source
 from ldmrt.graph import Graph, dtype_of, rename_values, specialize, to_json
 from ldmrt.kernels.aot import write as write_cubins
 from ldmrt.schedule import NoiseSchedule
@@ -53,6 +54,9 @@ from ldmrt.verify import Trial
 from ldmrt.weights import WeightFile, sha256, write as write_weights
 
 OnProgress = Callable[[str, int, int], None]
+
+# What diffusers gives a picture that is to be drawn larger.
+NOISE_LEVEL = 20
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -301,7 +305,8 @@ class _Build:
             return [(specialize(last, {"rows": 1}), size, 1)]
         # With guidance an image takes two rows of the denoising network, without it one.
         reads_text = bool(component.kinds and self.source.kind.tokenizers)
-        guided = reads_text and self.source.guidance_embedding is None
+        classes = bool(component.kinds) and self.source.null_class is not None
+        guided = (reads_text or classes) and self.source.guidance_embedding is None
         factors = (1, 2) if guided else (1,)
         if guided and self.options.is_tensorrt:
             # Each plan holds the weights again: one for each batch size, for the guidance that the model is used with. One for guidance
@@ -464,7 +469,7 @@ class _Build:
     def hash_source(self) -> tuple[FileRecord, ...]:
         """The model's files and their hashes."""
         source, digest = self.source, cache(sha256)  # one file may hold several components
-        files = {"scheduler/scheduler_config.json": source.config_file("scheduler")}
+        files = {f"{name}/scheduler_config.json": source.config_file(name) for name in source.kind.schedulers}
         for folder in source.folders:
             where = source.kind.folders.get(folder, folder)
             files[f"{where}/config.json"] = source.config_file(folder)
@@ -525,6 +530,15 @@ class _Build:
             self.weights[name] = self.folder.write(path, lambda path: write_weights(path, specs, load))
         return name
 
+    def upscaling(self) -> UpscalingRecord | None:
+        """What the model takes besides a picture that it draws larger."""
+        source = self.source
+        if not source.kind.upscaling or not source.is_noised:
+            return UpscalingRecord() if source.kind.upscaling else None
+        schedule = NoiseSchedule.from_config(source.configs[LOW_RES_SCHEDULER]).to_dict()
+        level = min(NOISE_LEVEL, source.max_noise_level)
+        return UpscalingRecord(schedule=schedule, noise_level=level, max_noise_level=source.max_noise_level)
+
     def copy_tokenizer(self) -> tuple[FileRecord, ...]:
         """The tokenizers' files, in the bundle."""
         files = []
@@ -556,6 +570,9 @@ class _Build:
                 tokenizers=dict(self.source.kind.tokenizers),
                 zero_empty_negative=self.source.zero_empty_negative,
                 inpainting=self.source.kind.inpainting,
+                upscaling=self.upscaling(),
+                classes=None if self.source.is_noised else self.source.labels,
+                null_class=self.source.null_class,
                 guidance_embedding=self.source.guidance_embedding,
                 scaling_factor=architectures.scaling(self.source)[0],
                 shift_factor=architectures.scaling(self.source)[1],

@@ -34,6 +34,9 @@ class Kind:
         guidance_scale: what its makers recommend.
         upcast_vae: whether its VAE is known to overflow float16.
         inpainting: whether its U-Net takes, beside the latents, a mask and the latents of the picture without what it covers.
+        upscaling: whether its U-Net takes, beside the latents, a picture of their size.
+        unscaled: whether its latents are as its first stage makes them, whatever scaling factor that has.
+        schedulers: the folders of its noise schedules.
         folders: component -> its folder, where that is called otherwise.
         alternatives: component -> another class that it may have.
     """
@@ -46,9 +49,17 @@ class Kind:
     guidance_scale: float
     upcast_vae: bool = False
     inpainting: bool = False
+    upscaling: bool = False
+    unscaled: bool = False
+    schedulers: tuple[str, ...] = ("scheduler",)
     folders: Mapping[str, str] = field(default_factory=dict)
     alternatives: Mapping[str, str] = field(default_factory=dict)
 
+
+# What diffusers takes where a model says nothing.
+MAX_NOISE_LEVEL = 350
+# The noise that an upscaling model's picture is given.
+LOW_RES_SCHEDULER = "low_res_scheduler"
 
 _DENOISER = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 
@@ -88,6 +99,26 @@ KINDS["StableDiffusionInpaintPipeline"] = replace(
 )
 KINDS["LatentConsistencyModelPipeline"] = replace(
     KINDS["StableDiffusionPipeline"], title="Latent Consistency Models", guidance_scale=8.5
+)
+KINDS["StableDiffusionUpscalePipeline"] = replace(
+    KINDS["StableDiffusionPipeline"],
+    title="Stable Diffusion x4 upscaler",
+    guidance_scale=9.0,
+    upscaling=True,
+    schedulers=("scheduler", LOW_RES_SCHEDULER),
+)
+KINDS["LDMSuperResolutionPipeline"] = replace(
+    KINDS["LDMPipeline"], title="Latent diffusion for super-resolution", upscaling=True, unscaled=True, alternatives={}
+)
+KINDS["LDMTextToImagePipeline"] = Kind(
+    name="latent-diffusion",
+    title="Latent diffusion, text to image",
+    classes={"text_encoder": "LDMBertModel", **_DENOISER},
+    tokenizers={"text_encoder": "tokenizer"},
+    addition_embed_type=None,
+    guidance_scale=5.0,
+    folders={"text_encoder": "bert", "vae": "vqvae"},
+    alternatives={"vae": "VQModel"},
 )
 KNOWN_KINDS = "; ".join(f"{kind.title} ({name})" for name, kind in KINDS.items())
 
@@ -130,8 +161,9 @@ class Source:
     Attributes:
         path: its folder.
         kind: the family member.
-        configs: the JSON config of each component and of the noise schedule (`scheduler`).
+        configs: the JSON config of each component and of the noise schedules (`scheduler`, and `low_res_scheduler` if it has one).
         defaults: what the model's maker recommends (optional file `ldmrt-defaults.json`).
+        max_noise_level: the last timestep of `low_res_scheduler` that it knows.
         zero_empty_negative: whether an empty negative prompt means embeddings of zeros (`force_zeros_for_empty_prompt`).
         loras: LoRAs that its weights are to be taken with, each with its scale.
         variant: which of several copies of the weights to take where there are several, such as `fp16`.
@@ -147,6 +179,7 @@ class Source:
     kind: Kind
     configs: Mapping[str, Mapping[str, Any]]
     defaults: Mapping[str, Any]
+    max_noise_level: int = 0
     zero_empty_negative: bool = False
     loras: tuple[tuple[Lora, float], ...] = ()
     variant: str | None = None
@@ -170,6 +203,22 @@ class Source:
         """Width of the embedding of the guidance scale that its U-Net takes in the place of classifier-free guidance, if it does."""
         width: int | None = self.configs["unet"].get("time_cond_proj_dim")
         return width
+
+    @property
+    def labels(self) -> int | None:
+        """How many labels its U-Net is told one of: classes, or noise levels where it has a `low_res_scheduler`."""
+        count: int | None = self.configs["unet"].get("num_class_embeds")
+        return count
+
+    @property
+    def null_class(self) -> int | None:
+        """Which of the classes stands for none, if one does."""
+        return None
+
+    @property
+    def is_noised(self) -> bool:
+        """Whether the picture that it draws larger is given noise, and its labels are the levels of that."""
+        return LOW_RES_SCHEDULER in self.kind.schedulers
 
     @property
     def is_quantized(self) -> bool:
@@ -220,7 +269,7 @@ class Source:
         configs = {
             folder: read_json(path / kind.folders.get(folder, folder) / "config.json") for folder in kind.classes
         }
-        configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
+        configs |= {name: read_json(path / name / "scheduler_config.json") for name in kind.schedulers}
         extra = path / "ldmrt-defaults.json"
         defaults = read_json(extra) if extra.is_file() else {}
         _check_values(path, kind, configs, defaults)
@@ -229,7 +278,8 @@ class Source:
             if not (path / folder).is_dir():
                 raise BuildError(f"{path} has no folder {folder}; copy the model again")
         zeros = bool(index.get("force_zeros_for_empty_prompt", False))
-        source = cls(path, kind, configs, defaults, zeros, variant=variant)
+        level = _max_noise_level(path, index, configs) if LOW_RES_SCHEDULER in kind.schedulers else 0
+        source = cls(path, kind, configs, defaults, level, zeros, variant=variant)
         if variant is not None and not any(_is_variant(file, variant) for file in path.glob("*/*.safetensors")):
             raise BuildError(f"{path} has no variant {variant!r} of its weights; leave out --variant")
         return source
@@ -249,7 +299,7 @@ class Source:
             kind,
             {folder: configs[folder] for folder in (*kind.classes, "scheduler")},
             {},
-            bool(configs.get("force_zeros_for_empty_prompt", False)),
+            zero_empty_negative=bool(configs.get("force_zeros_for_empty_prompt", False)),
             title=name,
             files=dict.fromkeys((*kind.classes, "scheduler"), path),
             tokenizers={encoder: _KNOWN / folder for encoder, folder in configs["tokenizers"].items()},
@@ -301,7 +351,7 @@ class Source:
 
     def config_file(self, folder: str) -> Path:
         """The file that a component's config, or that of the `scheduler`, is from."""
-        name = "scheduler_config.json" if folder == "scheduler" else "config.json"
+        name = "scheduler_config.json" if folder in self.kind.schedulers else "config.json"
         return self.files.get(folder, self.place(folder) / name)
 
     def tokenizer_folder(self, encoder: str) -> Path:
@@ -480,12 +530,14 @@ def _check_values(
             raise BuildError(f"{path / where}: {key} is {str(value)[:40]!r}, expected {what}; copy the model again")
 
     for folder in kind.tokenizers:
-        for key in ("max_position_embeddings", "vocab_size", "hidden_size"):
+        for key in ("max_position_embeddings", "vocab_size", _width_key(kind, folder)):
             check(f"{folder}/config.json", configs[folder], key, "a whole number", optional=False)
     if kind.tokenizers:
         check("unet/config.json", configs["unet"], "cross_attention_dim", "a whole number", optional=False)
     check("unet/config.json", configs["unet"], "sample_size", "a whole number")
     check("unet/config.json", configs["unet"], "time_cond_proj_dim", "a whole number")
+    noised = LOW_RES_SCHEDULER in kind.schedulers
+    check("unet/config.json", configs["unet"], "num_class_embeds", "a whole number", optional=not noised)
     check("vae/config.json", configs["vae"], "latent_channels", "a whole number")
     check("vae/config.json", configs["vae"], "scaling_factor", "a number")
     check("vae/config.json", configs["vae"], "shift_factor", "a number")
@@ -503,10 +555,31 @@ def _check_values(
         )
 
 
+def _width_key(kind: Kind, folder: str) -> str:
+    """What a text encoder's config calls the width of its hidden states."""
+    return "d_model" if kind.classes[folder] == "LDMBertModel" else "hidden_size"
+
+
+def _max_noise_level(path: Path, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> int:
+    """The most noise that an upscaling model's picture may be given.
+
+    Raises:
+        BuildError: its U-Net, or the schedule, does not know so many levels.
+    """
+    found = index.get("max_noise_level", MAX_NOISE_LEVEL)
+    levels = min(configs["unet"]["num_class_embeds"], configs[LOW_RES_SCHEDULER].get("num_train_timesteps", 1000))
+    if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found < levels:
+        raise BuildError(
+            f"{path / 'model_index.json'}: max_noise_level is {str(found)[:40]!r}, expected 0 to {levels - 1}, which its U-Net and its "
+            f"{LOW_RES_SCHEDULER} know; copy the model again"
+        )
+    return found
+
+
 def _check_unet(path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]]) -> None:
     unet, vae = configs["unet"], configs["vae"]
     latents = vae.get("latent_channels", 4)
-    channels = 2 * latents + 1 if kind.inpainting else latents
+    channels = latents + (latents + 1 if kind.inpainting else 3 if kind.upscaling else 0)
     if unet.get("in_channels", 4) != channels:
         raise BuildError(
             f"{path}: its U-Net takes {unet.get('in_channels')} channels, expected {channels} of {kind.title}, whose VAE makes "
@@ -523,7 +596,7 @@ def _check_unet(path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]]
         raise BuildError(
             f"{path}: its U-Net takes the guidance scale in {width} numbers, expected 4 or more; copy the model again"
         )
-    widths = [int(configs[folder]["hidden_size"]) for folder in kind.tokenizers]
+    widths = [int(configs[folder][_width_key(kind, folder)]) for folder in kind.tokenizers]
     if widths and sum(widths) != unet["cross_attention_dim"]:
         raise BuildError(
             f"{path}: its U-Net reads text of width {unet['cross_attention_dim']}, its text encoders make "

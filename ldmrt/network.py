@@ -13,9 +13,9 @@ from ldmrt.samplers.table import SamplerTable
 
 Conditioning = Mapping[str, torch.Tensor]
 
-# Inputs of a step that the request itself says: a ControlNet's for every step, an inpainting model's once.
+# Inputs of a step that the request itself says: a ControlNet's for every step, what is joined to the latents once.
 SCALE = "conditioning_scale"
-MASKED = ("mask", "masked_image_latents")
+JOINED = ("mask", "masked_image_latents", "low_res_image")
 
 
 class Parts(NamedTuple):
@@ -57,7 +57,7 @@ class Network:
             return torch.zeros(sizes(spec, rows=rows, tokens=tokens), dtype=spec.dtype, device=device)
 
         inputs = {name: spec for name, spec in parts.step.inputs.items() if name not in buffers}
-        constant = {*parts.context.outputs, *MASKED}
+        constant = {*parts.context.outputs, *JOINED}
         self._contexts = {name: empty(spec) for name, spec in inputs.items() if name in constant}
         # What is another one at every step.
         changing = {*parts.schedule.outputs, SCALE}
@@ -86,7 +86,7 @@ class Network:
             for name, spec in context.inputs.items()
         }
         made = context.run(stacked)
-        made |= {name: torch.stack([one[name] for one in conditionings]) for name in MASKED if name in self._contexts}
+        made |= {name: torch.stack([one[name] for one in conditionings]) for name in JOINED if name in self._contexts}
         for name, tensor in made.items():
             self._contexts[name][first : first + len(conditionings)].copy_(tensor)
         for row, conditioning in enumerate(conditionings, start=first):

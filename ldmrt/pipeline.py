@@ -17,6 +17,7 @@ from ldmrt import choices, control, image as pixels
 from ldmrt.adapters import Adapters
 from ldmrt.bundle import Bundle, EngineRecord
 from ldmrt.capture import Recorder
+from ldmrt.classes import ClassLabels, resolve as resolve_classes
 from ldmrt.components import CONTROLNET, STEP, parts
 from ldmrt.conditioning import Picture
 from ldmrt.config import parse_device
@@ -28,14 +29,14 @@ from ldmrt.guidance import embedding
 from ldmrt.inpainting import resolve as resolve_inpainting
 from ldmrt.loader import EngineLoader
 from ldmrt.lora import Lora
-from ldmrt.noise import Generators, draw
+from ldmrt.noise import Generators, draw, seeded
 from ldmrt.parameters import Parameters
 from ldmrt.request import Defaults, Job, LongPrompt, Request, resolve
 from ldmrt.samplers.make import sampler_table
 from ldmrt.samplers.table import SamplerTable
 from ldmrt.schedule import NoiseSchedule
 from ldmrt.text import Embedding, Given, PromptEncoder, TextModel
-from ldmrt.tokenizer import Tokenizer
+from ldmrt.upscaling import resolve as resolve_upscaling
 
 OutputType = Literal["pil", "np", "latent"]
 Capture = Literal["step", "loop", "image", "off"]
@@ -77,8 +78,7 @@ class Pipeline:
         model = self.bundle.manifest.model
         self.schedule = NoiseSchedule.from_dict(model.schedule)
         texts = [
-            TextModel(Tokenizer.from_folder(folder), loader.only(encoder))
-            for encoder, folder in self.bundle.check_tokenizers().items()
+            TextModel.open(folder, loader.only(encoder)) for encoder, folder in self.bundle.check_tokenizers().items()
         ]
         self.tokenizer = texts[0].tokenizer if texts else None
         self._prompts = PromptEncoder(texts, self.device, zero_empty_negative=model.zero_empty_negative)
@@ -160,6 +160,8 @@ class Pipeline:
         long_prompt: LongPrompt = "chunk",
         image: Picture | None = None,
         mask_image: Picture | None = None,
+        noise_level: int | None = None,
+        class_labels: ClassLabels | None = None,
         control_image: Picture | Sequence[Picture | None] | None = None,
         controlnet_scale: float | Sequence[float] = 1.0,
         control_start: float | Sequence[float] = 0.0,
@@ -192,8 +194,11 @@ class Pipeline:
             clip_skip: how many of the text encoder's last layers to leave out.
             long_prompt: `chunk` encodes a prompt longer than the text encoder's window in several windows, as AUTOMATIC1111 does;
                 `cut` drops the rest, with a warning.
-            image: for an inpainting model, the picture to draw into, a PIL image or an array of uint8 (H, W, 3); it is resized.
+            image: for an inpainting model, the picture to draw into, a PIL image or an array of uint8 (H, W, 3); it is resized. For an
+                upscaling model the picture to draw larger: one pixel of it for each latent cell.
             mask_image: the same, white where it is to be drawn anew.
+            noise_level: how much noise an upscaling model is to find on the picture: more leaves it more freedom.
+            class_labels: for a class-conditional model the number of the class, or one for each of several.
             control_image: for each ControlNet of the bundle (`bundle.manifest.controlnets`, in order) the picture that it follows, or
                 None to leave it out; a picture alone for a single one. All images of the call follow it. A PIL image or an array of
                 uint8 (H, W, 3); it is resized.
@@ -208,12 +213,9 @@ class Pipeline:
             BadRequest: a value cannot be used; the error names it.
             NumericalError: the model made NaN or infinity.
         """
-        prompts: str | Sequence[str] = prompt
-        if prompt_embeds is not None and prompt == "":
-            prompts = [""] * len(prompt_embeds)
         job = resolve(
             Request(
-                prompt=prompts,
+                prompt=_prompts(prompt, prompt_embeds, class_labels),
                 negative_prompt=negative_prompt,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
@@ -240,10 +242,13 @@ class Pipeline:
             end=control_end,
         )
         names = [one.name for one in controls]
-        inpainting = resolve_inpainting(self.bundle.manifest.model, (job.width, job.height), image, mask_image)
+        model, size = self.bundle.manifest.model, (job.width, job.height)
+        upscaling = resolve_upscaling(model, size, image, noise_level)
+        inpainting = resolve_inpainting(model, size, image if upscaling is None else None, mask_image)
+        classes = resolve_classes(model, job, class_labels)
         given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
-        if not self.bundle.manifest.model.tokenizers:
-            _check_unconditional(job, given)
+        if not model.tokenizers:
+            _check_unconditional(job, given, guided=classes.null is not None)
         clock = _Clock()
         with self._lock, torch.inference_mode():
             with clock("tokenize"):
@@ -252,15 +257,19 @@ class Pipeline:
                 texts = self._prompts.embed(job, windows, given)
             with clock("prepare"):
                 table = sampler_table(job.sampler, self.schedule, job.num_inference_steps, job.eta)
+                generators = seeded(job.seeds, generator)
+                own = [self._guidance(job)] * len(job.seeds)
+                if upscaling is not None:
+                    enlarged = upscaling.conditionings(len(own), generators, self.device)
+                    own = [one | more for one, more in zip(own, enlarged, strict=True)]
                 starts, noises, encoding = draw(
                     job.seeds,
                     self._latent_shape(job),
                     table,
-                    generator=generator,
+                    generator=generators,
                     latents=latents,
                     encoding=inpainting is not None,
                 )
-                own: list[dict[str, torch.Tensor]] = [self._guidance(job)] * len(starts)
                 if inpainting is not None and encoding is not None:
                     encoder = self._loader.load(self._loader.records("encoder", (job.width, job.height))[0])
                     masked = inpainting.conditionings(encoder, self.bundle.manifest.model, encoding, self.device)
@@ -274,13 +283,14 @@ class Pipeline:
                     with clock("prepare"):
                         for slot, number in enumerate(group):
                             cond, uncond = texts[number]
+                            label, null = classes.conditionings(number, self.device)
                             denoiser.admit(
                                 slot,
                                 latents=starts[number],
                                 table=table,
                                 guidance_scale=job.guidance_scale,
-                                cond=conditioning(cond, job) | own[number],
-                                uncond=None if uncond is None else conditioning(uncond, job) | own[number],
+                                cond=conditioning(cond, job) | own[number] | label,
+                                uncond=None if uncond is None else conditioning(uncond, job) | own[number] | null,
                                 noise=None if noises is None else noises[number],
                                 guidance_rescale=job.guidance_rescale,
                                 controls=[one.conditioning(table.evaluations, self.device) for one in controls],
@@ -462,8 +472,22 @@ def _step(network: str) -> str:
     return STEP if network == "unet" else f"{network}.step"
 
 
-def _check_unconditional(job: Job, given: Given) -> None:
+def _prompts(
+    prompt: str | Sequence[str], prompt_embeds: torch.Tensor | None, class_labels: ClassLabels | None
+) -> str | Sequence[str]:
+    """The prompts, empty ones for what is given in their place."""
+    if prompt == "" and prompt_embeds is not None:
+        return [""] * len(prompt_embeds)
+    return [""] * len(class_labels) if prompt == "" and isinstance(class_labels, Sequence) else prompt
+
+
+def _check_unconditional(job: Job, given: Given, *, guided: bool) -> None:
     """Refuse what only a model that reads text takes.
+
+    Args:
+        job: what was asked.
+        given: embeddings of text.
+        guided: whether there is something else that guidance follows.
 
     Raises:
         BadRequest: there is a prompt, an embedding, or guidance.
@@ -472,7 +496,7 @@ def _check_unconditional(job: Job, given: Given) -> None:
         raise BadRequest(
             "this model reads no text, and draws what it was trained on; leave the prompt empty", param="prompt"
         )
-    if job.do_cfg:
+    if job.do_cfg and not guided:
         raise BadRequest(
             f"guidance_scale is {job.guidance_scale:g}, and this model reads no text that it could follow; use 1",
             param="guidance_scale",

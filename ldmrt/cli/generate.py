@@ -83,10 +83,19 @@ def generate(
         ),
     ] = None,
     image: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="For an inpainting model: the picture to draw into.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The picture to draw into (inpainting models), or to draw larger (upscaling models)."
+        ),
     ] = None,
     mask: Annotated[
         Path | None, typer.Option(metavar="FILE", help="White where the picture is to be drawn anew.")
+    ] = None,
+    noise_level: Annotated[
+        int | None, typer.Option(metavar="N", help="For an upscaling model: how much noise the picture is given.")
+    ] = None,
+    class_label: Annotated[
+        int | None, typer.Option("--class", metavar="N", help="For a class-conditional model: which class to draw.")
     ] = None,
     control_image: Annotated[
         list[Path] | None,
@@ -143,7 +152,11 @@ def generate(
     from ldmrt.pipeline import Pipeline
     from ldmrt.request import Request, resolve
 
-    given = _masked(image, mask) | _controls(control_image, control_scale, control_start, control_end)
+    given = (
+        _masked(image, mask)
+        | _numbers(noise_level, class_label)
+        | _controls(control_image, control_scale, control_start, control_end)
+    )
     if config.threads:
         torch.set_num_threads(config.threads)
     pipe = Pipeline.from_bundle(
@@ -201,6 +214,12 @@ def _masked(image: Path | None, mask: Path | None) -> dict[str, Any]:
 
     paths = {"image": image, "mask_image": mask}
     return {name: open_picture(path, param=name) for name, path in paths.items() if path is not None}
+
+
+def _numbers(noise_level: int | None, class_label: int | None) -> dict[str, Any]:
+    """The pipeline's arguments for an upscaling model, and for a class-conditional one."""
+    numbers = {"noise_level": noise_level, "class_labels": class_label}
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
 def _controls(
@@ -287,6 +306,11 @@ def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int) ->
         extra["Clip skip"] = job.clip_skip + 1  # AUTOMATIC1111 counts from 1
     if pipe.loras:
         extra["LoRAs"] = ", ".join(f"{name}: {scale:g}" for name, scale in pipe.loras.items())
+    extra |= {
+        title: given[name]
+        for name, title in (("noise_level", "Noise level"), ("class_labels", "Class"))
+        if name in given
+    }
     if "control_image" in given:
         extra["ControlNets"] = ", ".join(record.name for record in pipe.bundle.manifest.controlnets)
         for name in ("controlnet_scale", "control_start", "control_end"):
