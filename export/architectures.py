@@ -31,7 +31,7 @@ from ldmrt.export.component import (
     UNetWithoutText,
 )
 from ldmrt.export.passes.hoist import Kind
-from ldmrt.export.source import Checkpoint, Source
+from ldmrt.export.source import CLASS_EMBEDDER, NUM_HEADS, Checkpoint, Source
 from ldmrt.export.verify import noise, sample_picture
 from ldmrt.guidance import embedding
 from ldmrt.network import sizes
@@ -365,6 +365,9 @@ def instantiate(source: Source, folder: str) -> torch.nn.Module:
                 module = _text_encoder(source.kind.classes[folder], config)
             else:
                 module = _network(source.kind.classes.get(folder, "ControlNetModel"), config)
+                if folder == "unet" and CLASS_EMBEDDER in source.configs:
+                    table = source.configs[CLASS_EMBEDDER]
+                    module.add_module(CLASS_EMBEDDER, torch.nn.Embedding(table["rows"], table["width"]))
     except Exception as error:  # whatever a constructor makes of values that nobody has checked
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BuildError(
@@ -391,14 +394,19 @@ def _text_encoder(name: str, config: dict[str, Any]) -> torch.nn.Module:
 
 def _network(name: str, config: dict[str, Any]) -> torch.nn.Module:
     import diffusers
+    from diffusers.models.attention_processor import Attention
 
     made: Any = getattr(diffusers, name)
     # diffusers would leave out what it does not know, and the network would be another one.
+    heads = config.pop(NUM_HEADS, None)
     known = inspect.signature(made.__init__).parameters
     unknown = [key for key, value in config.items() if key not in known and key[:1] != "_" and value is not None]
     if unknown:
         raise ValueError(f"{name} does not know {', '.join(unknown[:3])}: update diffusers")
     module: torch.nn.Module = made.from_config(config)
+    for part in module.modules():
+        if heads is not None and isinstance(part, Attention):
+            part.heads = heads
     return module
 
 

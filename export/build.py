@@ -78,6 +78,8 @@ def build_engines(
     variant: str | None = None,
     revision: str | None = None,
     controlnets: Sequence[str | Path] = (),
+    config: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Bundle:
     """Compile a model into a bundle, or add engines to the bundle that is there.
@@ -102,6 +104,8 @@ def build_engines(
         revision: branch, tag or commit of an id on the Hub.
         controlnets: folders of ControlNets to make engines of, and a step of the U-Net that reads them. They are added to those that
             the bundle has.
+        config: the YAML file of a model of the original code of latent diffusion, where the model is not a known one.
+        tokenizer: the folder of its tokenizer, where it reads text.
         on_progress: called with (what is being done, steps done, steps in all).
 
     Returns:
@@ -116,7 +120,15 @@ def build_engines(
     report = on_progress or (lambda _what, _done, _total: None)
     if is_id(model):
         report(f"fetching {model} from the Hub", 0, 1)
-    source = resolve(model, base=base, vae=vae, variant=variant, revision=revision)
+    source = resolve(
+        model,
+        base=base,
+        vae=vae,
+        variant=variant,
+        revision=revision,
+        config=None if config is None else Path(config),
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+    )
     if loras:
         source = source.with_loras(loras)
     source = with_controlnets(source, controlnets)

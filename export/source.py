@@ -61,6 +61,10 @@ MAX_NOISE_LEVEL = 350
 # The noise that an upscaling model's picture is given.
 LOW_RES_SCHEDULER = "low_res_scheduler"
 
+# Configs of the original code, of what diffusers has no config for: the table of classes (rows, width, and whether the last row stands for
+# none of them), and how many heads the attentions of a `UNet2DModel` have at every level.
+CLASS_EMBEDDER, NUM_HEADS = "class_embedder", "_num_heads"
+
 _DENOISER = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 
 # By the pipeline's class in model_index.json.
@@ -119,6 +123,13 @@ KINDS["LDMTextToImagePipeline"] = Kind(
     guidance_scale=5.0,
     folders={"text_encoder": "bert", "vae": "vqvae"},
     alternatives={"vae": "VQModel"},
+)
+# What the original code has and diffusers has no pipeline for: a model of classes, each a token that the U-Net attends to.
+CLASS_CONDITIONAL = replace(
+    KINDS["LDMPipeline"],
+    title="Latent diffusion, class-conditional",
+    classes={"unet": "UNet2DConditionModel", "vae": "VQModel"},
+    guidance_scale=3.0,
 )
 KNOWN_KINDS = "; ".join(f"{kind.title} ({name})" for name, kind in KINDS.items())
 
@@ -207,13 +218,15 @@ class Source:
     @property
     def labels(self) -> int | None:
         """How many labels its U-Net is told one of: classes, or noise levels where it has a `low_res_scheduler`."""
-        count: int | None = self.configs["unet"].get("num_class_embeds")
+        embedder = self.configs.get(CLASS_EMBEDDER)
+        count: int | None = self.configs["unet"].get("num_class_embeds") if embedder is None else embedder["rows"]
         return count
 
     @property
     def null_class(self) -> int | None:
         """Which of the classes stands for none, if one does."""
-        return None
+        embedder = self.configs.get(CLASS_EMBEDDER)
+        return embedder["rows"] - 1 if embedder is not None and embedder["null"] else None
 
     @property
     def is_noised(self) -> bool:

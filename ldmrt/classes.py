@@ -67,7 +67,7 @@ def resolve(model: ModelRecord, job: Job, class_labels: ClassLabels | None) -> C
             f" {model.classes - 1}",
             param="class_labels",
         )
-    labels = [class_labels] if isinstance(class_labels, numbers.Integral) else list(class_labels)  # type: ignore[arg-type]
+    labels = list(class_labels) if isinstance(class_labels, list | tuple) else [class_labels]
     for label in labels:
         if isinstance(label, bool) or not isinstance(label, numbers.Integral) or not 0 <= label < model.classes:
             raise BadRequest(

@@ -478,7 +478,7 @@ def _prompts(
     """The prompts, empty ones for what is given in their place."""
     if prompt == "" and prompt_embeds is not None:
         return [""] * len(prompt_embeds)
-    return [""] * len(class_labels) if prompt == "" and isinstance(class_labels, Sequence) else prompt
+    return [""] * len(class_labels) if prompt == "" and isinstance(class_labels, list | tuple) else prompt
 
 
 def _check_unconditional(job: Job, given: Given, *, guided: bool) -> None:
