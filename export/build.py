@@ -582,6 +582,7 @@ class _Build:
                 tokenizers=dict(self.source.kind.tokenizers),
                 zero_empty_negative=self.source.zero_empty_negative,
                 inpainting=self.source.kind.inpainting,
+                masked_pixel=self.source.kind.masked_pixel,
                 upscaling=self.upscaling(),
                 classes=None if self.source.is_noised else self.source.labels,
                 null_class=self.source.null_class,

@@ -185,7 +185,8 @@ class UNetWithoutText(torch.nn.Module):
     Args:
         module: diffusers' `UNet2DModel`.
         names: what `forward` is given, in order: `latents` (rows, C, h, w), `timesteps` (rows,), and for some models
-            `low_res_image` (rows, 3, h, w), which is joined to the latents, or the numbers of classes, `class_labels` (rows,) int64.
+            `low_res_image` (rows, 3, h, w), or `mask` (rows, 1, h, w) and `masked_image_latents` (rows, C, h, w), which are joined to the
+            latents, the mask last and as -1 and 1; or the numbers of classes, `class_labels` (rows,) int64.
     """
 
     def __init__(self, module: Any, names: Sequence[str]) -> None:
@@ -196,13 +197,15 @@ class UNetWithoutText(torch.nn.Module):
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the class."""
         given = dict(zip(self.names, inputs, strict=True))
+        if "mask" in given:
+            given["mask"] = given.pop("mask") * 2 - 1
         labels = given.get(CLASS_LABELS)
         return (self.module(_joined(given), given["timesteps"], class_labels=labels, return_dict=False)[0],)
 
 
 def _joined(given: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The latents, and behind their channels what a model takes beside them."""
-    joined = [given[name] for name in ("latents", *JOINED) if name in given]
+    """The latents, and behind their channels what a model takes beside them, in the order in which it is given."""
+    joined = [tensor for name, tensor in given.items() if name in ("latents", *JOINED)]
     return torch.cat(joined, dim=1) if len(joined) > 1 else joined[0]
 
 

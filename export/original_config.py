@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ldmrt.errors import BuildError
-from ldmrt.export.source import CLASS_CONDITIONAL, CLASS_EMBEDDER, KINDS, NUM_HEADS, Kind, Source, read_json
+from ldmrt.export.source import (
+    CLASS_CONDITIONAL,
+    CLASS_EMBEDDER,
+    KINDS,
+    LDM_INPAINTING,
+    NUM_HEADS,
+    Kind,
+    Source,
+    read_json,
+)
 from ldmrt.weights import WeightFile
 
 NETWORK = "model.diffusion_model."
@@ -112,7 +121,7 @@ def source(params: Mapping[str, Any], where: Path, file: WeightFile, tokenizer: 
         **conditions,
     }
     latents = configs["vae"]["latent_channels"]
-    if configs["unet"]["in_channels"] != latents + (3 if kind.upscaling else 0):
+    if configs["unet"]["in_channels"] != latents + kind.joined(latents):
         raise read.unknown(
             "unet_config", f"a U-Net of {configs['unet']['in_channels']} channels over {latents} latent ones"
         )
@@ -150,6 +159,12 @@ def _kind(params: Mapping[str, Any], read: _Reader) -> tuple[Kind, dict[str, dic
             return KINDS["LDMTextToImagePipeline"], {"text_encoder": _bert(inner, read)}
     if target == "Identity" and params.get("concat_mode") and params.get("cond_stage_key", "LR_image") == "LR_image":
         return KINDS["LDMSuperResolutionPipeline"], {}
+    if (
+        condition == "__is_first_stage__"
+        and params.get("cond_stage_key") == "masked_image"
+        and params.get("concat_mode")
+    ):
+        return LDM_INPAINTING, {}
     raise read.unknown("cond_stage_config", target or str(condition)[:40])
 
 
@@ -298,8 +313,8 @@ class _Reader:
     def unknown(self, what: str, found: str) -> BuildError:
         """What to raise for a part that ldmrt does not build."""
         return BuildError(
-            f"{self._where}: {what} has {found!r}, which is not built yet; known are latent diffusion without text, by class, with BERT, and for "
-            f"super-resolution, and of its own configs {known()}"
+            f"{self._where}: {what} has {found!r}, which is not built yet; known are latent diffusion without text, by class, with BERT, for "
+            f"super-resolution and inpainting, and of its own configs {known()}"
         )
 
     def mapping(self, values: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:

@@ -34,6 +34,7 @@ class Kind:
         guidance_scale: what its makers recommend.
         upcast_vae: whether its VAE is known to overflow float16.
         inpainting: whether its U-Net takes, beside the latents, a mask and the latents of the picture without what it covers.
+        masked_pixel: for inpainting, what is encoded under the mask.
         upscaling: whether its U-Net takes, beside the latents, a picture of their size.
         unscaled: whether its latents are as its first stage makes them, whatever scaling factor that has.
         schedulers: the folders of its noise schedules.
@@ -49,11 +50,16 @@ class Kind:
     guidance_scale: float
     upcast_vae: bool = False
     inpainting: bool = False
+    masked_pixel: float = 0.0
     upscaling: bool = False
     unscaled: bool = False
     schedulers: tuple[str, ...] = ("scheduler",)
     folders: Mapping[str, str] = field(default_factory=dict)
     alternatives: Mapping[str, str] = field(default_factory=dict)
+
+    def joined(self, latents: int) -> int:
+        """How many channels its U-Net takes behind those of the latents."""
+        return latents + 1 if self.inpainting else 3 if self.upscaling else 0
 
 
 # What diffusers takes where a model says nothing.
@@ -124,12 +130,16 @@ KINDS["LDMTextToImagePipeline"] = Kind(
     folders={"text_encoder": "bert", "vae": "vqvae"},
     alternatives={"vae": "VQModel"},
 )
-# What the original code has and diffusers has no pipeline for: a model of classes, each a token that the U-Net attends to.
+# What the original code has and diffusers has no pipeline for: a model of classes, each a token that the U-Net attends to; and inpainting without
+# text, of pictures that are black under the mask.
 CLASS_CONDITIONAL = replace(
     KINDS["LDMPipeline"],
     title="Latent diffusion, class-conditional",
     classes={"unet": "UNet2DConditionModel", "vae": "VQModel"},
     guidance_scale=3.0,
+)
+LDM_INPAINTING = replace(
+    KINDS["LDMPipeline"], title="Latent diffusion for inpainting", inpainting=True, masked_pixel=-1.0
 )
 KNOWN_KINDS = "; ".join(f"{kind.title} ({name})" for name, kind in KINDS.items())
 
@@ -592,7 +602,7 @@ def _max_noise_level(path: Path, index: Mapping[str, Any], configs: Mapping[str,
 def _check_unet(path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]]) -> None:
     unet, vae = configs["unet"], configs["vae"]
     latents = vae.get("latent_channels", 4)
-    channels = latents + (latents + 1 if kind.inpainting else 3 if kind.upscaling else 0)
+    channels = latents + kind.joined(latents)
     if unet.get("in_channels", 4) != channels:
         raise BuildError(
             f"{path}: its U-Net takes {unet.get('in_channels')} channels, expected {channels} of {kind.title}, whose VAE makes "

@@ -44,6 +44,10 @@ _INTERFACES: dict[str, dict[str, int]] = {
 }
 
 
+# What a model without text may be told in its place.
+_TOLD = {CLASS_LABELS: 1, "mask": 4}
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -188,6 +192,7 @@ class ModelRecord(_Record):
             reads no text.
         zero_empty_negative: whether an empty negative prompt means embeddings of zeros.
         inpainting: whether it draws into the masked part of a picture, and nothing else.
+        masked_pixel: what a pixel under the mask is encoded as, -1 (black) to 1.
         upscaling: for a model that draws a small picture larger; the picture is one pixel for each latent cell.
         classes: how many classes it draws, by number; None if it is not told any.
         null_class: which of them stands for none, as guidance compares with; None if there is none.
@@ -206,6 +211,7 @@ class ModelRecord(_Record):
     tokenizers: dict[str, str]
     zero_empty_negative: bool = False
     inpainting: bool = False
+    masked_pixel: float = Field(default=0.0, ge=-1, le=1)
     upscaling: UpscalingRecord | None = None
     classes: int | None = Field(default=None, ge=1)
     null_class: int | None = Field(default=None, ge=0)
@@ -498,8 +504,8 @@ def _as_agreed(record: EngineRecord, engine: Engine) -> Engine:
     if record.component == "context" and not found:  # a model that is told nothing
         return engine
     agreed = _INTERFACES.get(record.component, {})
-    if record.component == "context" and CLASS_LABELS in engine.inputs:  # which stand in the place of text
-        agreed = {CLASS_LABELS: 1}
+    if record.component == "context":
+        agreed = next(({name: _TOLD[name]} for name in _TOLD if name in found), agreed)
     fits = all(name in found and len(found[name].shape) == dimensions for name, dimensions in agreed.items())
     if fits and record.component in (STEP, CONTROLLED_STEP):
         latents = engine.inputs.get("latents")

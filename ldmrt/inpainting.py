@@ -35,7 +35,8 @@ class Inpainting:
             noise: (images, C, h, w) float32, standard normal, of what the encoder draws.
             device: where the engines run.
         """
-        latents = encode(encoder, model, self.picture * (1 - self.mask), noise, device)
+        seen = self.picture * (1 - self.mask) + model.masked_pixel * self.mask
+        latents = encode(encoder, model, seen, noise, device)
         # As diffusers takes it: the pixel at the corner of each cell.
         cells = self.mask[:, :: model.downscale, :: model.downscale].to(device)
         return [{"mask": cells, "masked_image_latents": one} for one in latents]

@@ -8,10 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import save_file
+from torch.nn.functional import interpolate
 
 import ldmrt
 from ldmrt.bundle import Bundle
@@ -26,7 +29,7 @@ from ldmrt.tokenizer import Tokenizer
 from ldmrt.weights import sha256
 from tests.export.test_single_file import sparse
 from tests.original_code import LatentDiffusion
-from tests.test_inpainting import picture
+from tests.test_inpainting import half, picture
 from tests.test_parity import LATENTS, PROMPT, PSNR, generator, psnr, relative
 from tests.test_text_to_image import write_bert
 
@@ -35,7 +38,13 @@ SIZE = (64, 64)
 
 
 def config(
-    condition: Any, unet: dict[str, Any], *, quantized: bool = True, attending: Any = (), **own: Any
+    condition: Any,
+    unet: dict[str, Any],
+    *,
+    quantized: bool = True,
+    attending: Any = (),
+    attn_type: str = "vanilla",
+    **own: Any,
 ) -> dict[str, Any]:
     """The parameters of a tiny model, 64 x 64 pixels and 16 x 16 latents."""
     stage = {
@@ -48,6 +57,7 @@ def config(
         "ch_mult": [1, 1, 2],
         "num_res_blocks": 1,
         "attn_resolutions": list(attending),
+        "attn_type": attn_type,
     }
     common = {"image_size": 16, "in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": 1}
     return {
@@ -90,6 +100,19 @@ CASES: dict[str, dict[str, Any]] = {
         {**TEXT, "num_head_channels": 16, "transformer_depth": 2},
         quantized=False,
         scale_factor=0.6,
+    ),
+    "inpainting": config(
+        "__is_first_stage__",
+        {
+            "in_channels": 7,
+            "channel_mult": [1, 2],
+            "attention_resolutions": [1],
+            "num_heads": 2,
+            "resblock_updown": True,
+        },
+        attn_type="none",
+        concat_mode=True,
+        cond_stage_key="masked_image",
     ),
     "super-resolution": config({"target": "torch.nn.Identity"}, {**PLAIN, "in_channels": 6}, concat_mode=True),
 }
@@ -142,6 +165,9 @@ def test_the_networks_are_those_of_the_papers(case: str, tmp_path: Path) -> None
     with torch.no_grad():
         if case == "super-resolution":
             beside = [torch.rand(2, 3, 16, 16, generator=draw)]
+        elif case == "inpainting":
+            mask = (torch.rand(2, 1, 16, 16, generator=draw) > 0.5).float()
+            beside = [mask, torch.randn(2, 3, 16, 16, generator=draw)]
         elif case == "classes":
             beside = [torch.tensor([3, 10])]
             context = theirs.cond_stage_model(beside[0])
@@ -151,14 +177,16 @@ def test_the_networks_are_those_of_the_papers(case: str, tmp_path: Path) -> None
             same(ours(text_encoder(source, "text_encoder"), ids)[0], context)
             beside = [context]
         joined = torch.cat([latents, *beside], dim=1) if case == "super-resolution" else latents
+        if case == "inpainting":
+            joined = torch.cat([latents, beside[1], 2 * beside[0] - 1], dim=1)
         expected = theirs.model["diffusion_model"](joined, times, context)
         same(ours(unet(source, SIZE), latents, times, *beside), expected)
-        pixels = torch.rand(2, 3, 64, 64, generator=draw) * 2 - 1
-        encoded = theirs.first_stage_model.encode(pixels)
-        same(ours(encoder(source, SIZE), pixels), encoded[:, :3])
+        image = torch.rand(2, 3, 64, 64, generator=draw) * 2 - 1
+        encoded = theirs.first_stage_model.encode(image)
+        same(ours(encoder(source, SIZE), image), encoded[:, :3])
         decoded = theirs.picture(latents)
-    picture = ours(decoder(source, SIZE), latents).detach()
-    same((picture / 2 + 0.5).clamp(0, 1), decoded.permute(0, 3, 1, 2))
+    made = ours(decoder(source, SIZE), latents).detach()
+    same((made / 2 + 0.5).clamp(0, 1), decoded.permute(0, 3, 1, 2))
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
@@ -210,16 +238,32 @@ def test_text(tmp_path: Path) -> None:
     assert digests["bert/config.json"] == digests["unet/config.json"] == sha256(yaml_file)
 
 
-@pytest.mark.slow  # two more builds, of kinds whose pictures are tested in the diffusers layout
-@pytest.mark.parametrize("case", ["churches", "super-resolution"])
+def pixels(image: Image.Image) -> torch.Tensor:
+    """(1, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None] / 255
+
+
+@pytest.mark.parametrize(
+    "case",
+    # The slow ones are of kinds whose pictures are tested in the diffusers layout.
+    ["inpainting", *(pytest.param(case, marks=pytest.mark.slow) for case in ("churches", "super-resolution"))],
+)
 def test_other_pictures(case: str, tmp_path: Path) -> None:
     theirs, file, yaml_file = model(tmp_path, case)
     built = ldmrt.build_engines(file, tmp_path / "b", config=yaml_file, dtype="float32")
-    given: dict[str, Any] = {"image": picture(3, (16, 16))} if case == "super-resolution" else {}
-    found = Pipeline.from_bundle(built.path, "cpu")(num_inference_steps=4, seed=2, output_type="np", **given)
+    given: dict[str, Any] = {}
     beside = None
-    if given:
-        beside = torch.tensor(list(given["image"].tobytes())).reshape(1, 16, 16, 3).permute(0, 3, 1, 2) / 127.5 - 1
+    if case == "super-resolution":
+        given = {"image": picture(3, (16, 16))}
+        beside = pixels(given["image"]) * 2 - 1
+    elif case == "inpainting":
+        given = {"image": picture(3), "mask_image": half()}
+        mask = (pixels(given["mask_image"])[:, :1] > 0.5).float()
+        with torch.no_grad():
+            # What is to be drawn anew is black before it is encoded.
+            seen = theirs.first_stage_model.encode(pixels(given["image"]) * (1 - mask) * 2 - 1)
+        beside = torch.cat([seen, interpolate(mask, size=(16, 16)) * 2 - 1], dim=1)
+    found = Pipeline.from_bundle(built.path, "cpu")(num_inference_steps=4, seed=2, output_type="np", **given)
     expected = theirs.sample(torch.randn(1, 3, 16, 16, generator=generator(2)), 4, beside=beside)
     assert relative(found.latents, expected) < LATENTS
     assert psnr(found.images, theirs.picture(expected).numpy()) > PSNR
