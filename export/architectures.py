@@ -14,8 +14,6 @@ from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BuildError
 from ldmrt.export.component import (
     DOWN_RESIDUALS,
-    LOW_RES,
-    MASKED,
     MID_RESIDUAL,
     TIMESTEP_COND,
     BertTextEncoder,
@@ -34,7 +32,7 @@ from ldmrt.export.passes.hoist import Kind
 from ldmrt.export.source import CLASS_EMBEDDER, NUM_HEADS, Checkpoint, Source
 from ldmrt.export.verify import noise, sample_picture
 from ldmrt.guidance import embedding
-from ldmrt.network import sizes
+from ldmrt.network import LOW_RES, MASKED, sizes
 from ldmrt.tokenizer import Tokenizer
 from ldmrt.verify import Trial
 

@@ -15,13 +15,11 @@ import torch
 from ldmrt.components import CLASS_LABELS, STEP, parts
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.export.passes.hoist import Kind
+from ldmrt.network import JOINED
 
 PREFIX = "module."  # every wrapper holds the original module under this name
 UNET_INPUTS = ("latents", "timesteps", "encoder_hidden_states")
 ADDED = ("text_embeds", "time_ids")  # what Stable Diffusion XL's networks take besides
-MASKED = ("mask", "masked_image_latents")  # what inpainting models' do
-LOW_RES = "low_res_image"  # what upscaling models' do
-JOINED = (*MASKED, LOW_RES)  # what is joined to the latents
 TIMESTEP_COND = "timestep_cond"  # what models distilled with guidance do
 DOWN_RESIDUALS, MID_RESIDUAL = "down_residuals", "mid_residual"
 

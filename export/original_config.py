@@ -22,6 +22,7 @@ from ldmrt.export.source import (
     Source,
     read_json,
 )
+from ldmrt.tokenizer import Tokenizer
 from ldmrt.weights import WeightFile
 
 NETWORK = "model.diffusion_model."
@@ -100,6 +101,7 @@ def source(params: Mapping[str, Any], where: Path, file: WeightFile, tokenizer: 
 
     Raises:
         BuildError: the model is of a kind that ldmrt does not build, or a value is missing or of another type.
+        BundleError: there is no tokenizer, or it is damaged.
     """
     read = _Reader(where)
     unet = read.mapping(params, "unet_config", "params")
@@ -126,14 +128,14 @@ def source(params: Mapping[str, Any], where: Path, file: WeightFile, tokenizer: 
             "unet_config", f"a U-Net of {configs['unet']['in_channels']} channels over {latents} latent ones"
         )
     classes = {**kind.classes, "vae": "VQModel" if quantized else "AutoencoderKL"}
-    tokenizers = {}
-    if kind.tokenizers:
-        if tokenizer is None:
-            raise BuildError(
-                f"{file.path} reads text with BERT, whose vocabulary neither it nor ldmrt has: give the folder that has the vocab.txt of "
-                "bert-base-uncased, --tokenizer DIR, or the same model in the diffusers layout, --base DIR"
-            )
-        tokenizers = {"text_encoder": tokenizer}
+    if kind.tokenizers and tokenizer is None:
+        raise BuildError(
+            f"{file.path} reads text with BERT, whose vocabulary neither it nor ldmrt has: give the folder that has the vocab.txt of "
+            "bert-base-uncased, --tokenizer DIR, or the same model in the diffusers layout, --base DIR"
+        )
+    tokenizers = {folder: tokenizer for folder in kind.tokenizers if tokenizer is not None}
+    for folder in tokenizers.values():
+        Tokenizer.from_folder(folder)
     return Source(
         where.parent,
         replace(kind, classes=classes),
@@ -261,13 +263,16 @@ def _first_stage(stage: Mapping[str, Any], read: _Reader, *, quantized: bool) ->
 
 def _scale(params: Mapping[str, Any], file: WeightFile, read: _Reader) -> float:
     """What encoded pictures are multiplied by: stated, or found in training and kept among the weights."""
-    if not params.get("scale_by_std"):
-        return read.number(params, "scale_factor", 1.0)
-    if "scale_factor" not in file:
-        raise BuildError(
-            f"{file.path} has no scale_factor, which was found in training; convert the checkpoint again with ldmrt convert"
-        )
-    return float(file["scale_factor"].float())
+    if params.get("scale_by_std"):
+        if "scale_factor" not in file:
+            raise BuildError(
+                f"{file.path} has no scale_factor, which was found in training; convert the checkpoint again with ldmrt convert"
+            )
+        params = {"scale_factor": float(file["scale_factor"].float().mean())}
+    factor = read.number(params, "scale_factor", 1.0)
+    if factor <= 0:
+        raise BuildError(f"{file.path}: its scale_factor is {factor:g}, expected a number above 0; copy it again")
+    return factor
 
 
 def _schedule(params: Mapping[str, Any], read: _Reader) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Checkpoints that are one safetensors file in the original layout (CompVis, Stability AI): their weights as diffusers names them.
 
-Such a file has neither configs nor tokenizers. They come from the base model, or from `export/known`, by what the tensors show. Nothing is
-copied: a weight is looked up in the mapped file when it is used.
+Such a file has neither configs nor tokenizers. They come from the base model, from the YAML file of the original code
+(`export.original_config`), or from `export/known`, by what the tensors show. Nothing is copied: a weight is looked up in the mapped file
+when it is used.
 """
 
 from __future__ import annotations
@@ -204,9 +205,13 @@ def _described(file: WeightFile, config: Path | None, tokenizer: Path | None) ->
         BuildError: see `open_single_file`.
     """
     if config is not None:
-        return original_config.source(original_config.read(config), config, file, tokenizer)
-    found = original_config.recognise(file, tokenizer)
-    return _with_prediction(Source.known(recognise(file)), file) if found is None else found
+        found: Source | None = original_config.source(original_config.read(config), config, file, tokenizer)
+    else:
+        found = original_config.recognise(file, tokenizer)
+    source = _with_prediction(Source.known(recognise(file)), file) if found is None else found
+    if tokenizer is not None and tokenizer not in source.tokenizers.values():
+        raise BuildError(f"{file.path} takes no --tokenizer: it reads no text with BERT; leave it out")
+    return source
 
 
 def open_vae(path: Path, source: Source) -> Source:

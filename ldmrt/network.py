@@ -13,9 +13,12 @@ from ldmrt.samplers.table import SamplerTable
 
 Conditioning = Mapping[str, torch.Tensor]
 
-# Inputs of a step that the request itself says: a ControlNet's for every step, what is joined to the latents once.
+# Inputs of a step that the request itself says: a ControlNet's for every step; once what is joined to the latents, by inpainting models and by
+# upscaling ones.
 SCALE = "conditioning_scale"
-JOINED = ("mask", "masked_image_latents", "low_res_image")
+MASKED = ("mask", "masked_image_latents")
+LOW_RES = "low_res_image"
+JOINED = (*MASKED, LOW_RES)
 
 
 class Parts(NamedTuple):

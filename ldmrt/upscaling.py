@@ -11,6 +11,7 @@ from ldmrt.bundle import ModelRecord
 from ldmrt.components import CLASS_LABELS
 from ldmrt.conditioning import Picture, rgb
 from ldmrt.errors import BadRequest
+from ldmrt.network import LOW_RES
 from ldmrt.noise import Generators, draw_once
 from ldmrt.schedule import NoiseSchedule
 
@@ -43,13 +44,13 @@ class Upscaling:
             BadRequest: the generators do not fit the images.
         """
         if self.schedule is None:
-            return [{"low_res_image": self.picture.to(device)}] * count
+            return [{LOW_RES: self.picture.to(device)}] * count
         channels, height, width = self.picture.shape
         noise = draw_once(count, (channels, height, width), generator)
         share = float(self.schedule.alphas_cumprod[self.noise_level])
         noised = share**0.5 * self.picture + (1 - share) ** 0.5 * noise
         level = torch.tensor(self.noise_level, device=device)
-        return [{"low_res_image": one, CLASS_LABELS: level} for one in noised.to(device)]
+        return [{LOW_RES: one, CLASS_LABELS: level} for one in noised.to(device)]
 
 
 def resolve(

@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 
 import ldmrt
 from ldmrt.bundle import Bundle
-from ldmrt.errors import BadRequest, BuildError
+from ldmrt.errors import BadRequest, BuildError, BundleError
 from ldmrt.export import original_config
 from ldmrt.export.architectures import decoder, encoder, instantiate, reference, text_encoder, unet
 from ldmrt.export.convert import convert
@@ -308,9 +308,11 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_a_known_model_needs_no_config(name: str, tmp_path: Path) -> None:
+def test_a_known_model_needs_no_config(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_bert(tmp_path / "bert")
     path = sparse(tmp_path / "mine.safetensors", real(name))
+    if "scale_factor" in real(name):
+        monkeypatch.setattr(original_config, "_scale", lambda *_: 1.0)  # the file is a hole, and holds zeros
     source = resolve(path, tokenizer=tmp_path / "bert") if "BERT" in str(KNOWN[name]) else resolve(path)
     assert source.name == "mine"
     for folder in source.folders:
@@ -325,6 +327,12 @@ def test_a_known_model_needs_no_config(name: str, tmp_path: Path) -> None:
 def test_bert_needs_its_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"reads text with BERT, whose vocabulary .*--tokenizer DIR"):
         resolve(sparse(tmp_path / "mine.safetensors", real("text2img256")))
+    with pytest.raises(BundleError, match="there is no tokenizer in"):
+        resolve(tmp_path / "mine.safetensors", tokenizer=tmp_path / "bert")
+    write_bert(tmp_path / "bert")
+    faces = sparse(tmp_path / "faces.safetensors", real(next(iter(KNOWN))))
+    with pytest.raises(BuildError, match="takes no --tokenizer: it reads no text"):
+        resolve(faces, tokenizer=tmp_path / "bert")
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
@@ -371,6 +379,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "nothing": (changed("faces", *STAGE, value=None), r"first_stage_config.params is 'None', expected a mapping"),
     "a cosine": (changed("faces", "beta_schedule", value="cosine"), "has 'cosine, eps', which is not"),
     "latents": (changed("faces", *STAGE, "embed_dim", value=4), "embed_dim = 4 beside z_channels = 3"),
+    "no such scale": (
+        changed("faces", "scale_factor", value=-1.0),
+        "its scale_factor is -1, expected a number above 0",
+    ),
     "no scale": (changed("faces", "scale_by_std", value=True), "has no scale_factor"),
 }
 
