@@ -160,7 +160,7 @@ def _kind(params: Mapping[str, Any], read: _Reader) -> tuple[Kind, dict[str, dic
         if inner.get("use_tokenizer", True):
             return KINDS["LDMTextToImagePipeline"], {"text_encoder": _bert(inner, read)}
     if target == "Identity" and params.get("concat_mode") and params.get("cond_stage_key", "LR_image") == "LR_image":
-        return KINDS["LDMSuperResolutionPipeline"], {}
+        return replace(KINDS["LDMSuperResolutionPipeline"], unscaled=False), {}
     if (
         condition == "__is_first_stage__"
         and params.get("cond_stage_key") == "masked_image"

@@ -114,6 +114,7 @@ KINDS["StableDiffusionUpscalePipeline"] = replace(
     KINDS["StableDiffusionPipeline"],
     title="Stable Diffusion x4 upscaler",
     guidance_scale=9.0,
+    upcast_vae=True,
     upscaling=True,
     schedulers=("scheduler", LOW_RES_SCHEDULER),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,11 +68,12 @@ def resolve(model: ModelRecord, job: Job, class_labels: ClassLabels | None) -> C
             f" {model.classes - 1}",
             param="class_labels",
         )
-    labels = list(class_labels) if isinstance(class_labels, list | tuple) else [class_labels]
-    for label in labels:
-        if isinstance(label, bool) or not isinstance(label, numbers.Integral) or not 0 <= label < model.classes:
+    given: list[object] = list(class_labels) if isinstance(class_labels, list | tuple) else [class_labels]
+    labels = [-1 if isinstance(x, bool) or not isinstance(x, numbers.Integral) else operator.index(x) for x in given]
+    for label, value in zip(labels, given, strict=True):
+        if not 0 <= label < model.classes:
             raise BadRequest(
-                f"class_labels has {label!r}, expected a whole number, 0 to {model.classes - 1}", param="class_labels"
+                f"class_labels has {value!r}, expected a whole number, 0 to {model.classes - 1}", param="class_labels"
             )
     if len(labels) not in (1, len(job.prompts)):
         raise BadRequest(
@@ -85,6 +87,6 @@ def resolve(model: ModelRecord, job: Job, class_labels: ClassLabels | None) -> C
         )
     each = labels * (len(job.prompts) // len(labels))
     return Classes(
-        tuple(int(label) for label in each for _ in range(job.num_images_per_prompt)),
+        tuple(label for label in each for _ in range(job.num_images_per_prompt)),
         model.null_class if job.do_cfg else None,
     )

@@ -143,12 +143,13 @@ class Tokenizer:
             raise BundleError(
                 f"the tokenizer in {folder} cannot be read ({' '.join(str(error).split())[:200]}); copy or build it again"
             ) from error
+        vocabulary = backend.get_vocab()
         return cls(
             backend,
             model_max_length=_max_length(folder, config) if model_max_length is None else model_max_length,
-            bos_id=backend.token_to_id(special["cls_token"]),
-            eos_id=backend.token_to_id(special["sep_token"]),
-            pad_id=backend.token_to_id(special["pad_token"]),
+            bos_id=vocabulary[special["cls_token"]],
+            eos_id=vocabulary[special["sep_token"]],
+            pad_id=vocabulary[special["pad_token"]],
         )
 
     def encode(self, prompt: str) -> list[int]:

@@ -49,7 +49,8 @@ class Gate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * gelu(gate)
+        made: torch.Tensor = value * gelu(gate)
+        return made
 
 
 class Block(nn.Module):
@@ -208,14 +209,16 @@ class UNet(nn.Module):
         half = self.base // 2
         angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(half) / half)
         time = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1))
+        down: Any = self.input_blocks
+        up: Any = self.output_blocks
         kept = []
-        for block in self.input_blocks:
+        for block in down:
             for layer in block:
                 x = layer(x, time, context)
             kept.append(x)
         for layer in self.middle_block:
             x = layer(x, time, context)
-        for block in self.output_blocks:
+        for block in up:
             x = torch.cat([x, kept.pop()], dim=1)
             for layer in block:
                 x = layer(x, time, context)
@@ -331,8 +334,9 @@ class FirstStage(nn.Module):
         return made
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        if hasattr(self, "quantize"):
-            codes = self.quantize["embedding"].weight
+        quantize: Any = getattr(self, "quantize", None)
+        if quantize is not None:
+            codes = quantize["embedding"].weight
             distances = (z.permute(0, 2, 3, 1)[..., None, :] - codes).square().sum(dim=-1)
             z = codes[distances.argmin(dim=-1)].permute(0, 3, 1, 2)
         made: torch.Tensor = self.decoder(self.post_quant_conv(z))
@@ -427,8 +431,8 @@ class LatentDiffusion(nn.Module):
             beside: what is joined to the latents.
         """
         p, network = self.p, self.model["diffusion_model"]
-        ends = [math.sqrt(p[name]) for name in ("linear_start", "linear_end")]
-        share = torch.cumprod(1 - torch.linspace(*ends, p["timesteps"], dtype=torch.float64) ** 2, dim=0)
+        first, last = math.sqrt(p["linear_start"]), math.sqrt(p["linear_end"])
+        share = torch.cumprod(1 - torch.linspace(first, last, p["timesteps"], dtype=torch.float64) ** 2, dim=0)
         times = [1 + number * (p["timesteps"] // steps) for number in range(steps)]
         x = noise
         for t, before in zip(reversed(times), [*reversed(times[:-1]), 0], strict=True):

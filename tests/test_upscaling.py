@@ -132,7 +132,8 @@ def test_super_resolution(engine: str, super_resolution: Path, tmp_path: Path) -
 
 
 def test_what_must_be_given(pipe: Pipeline, tiny_bundle: Path) -> None:
-    small, quick = picture(1, (16, 16)), {"num_inference_steps": 1}
+    small = picture(1, (16, 16))
+    quick: dict[str, Any] = {"num_inference_steps": 1}
     cases: list[tuple[dict[str, Any], str, str]] = [
         ({}, "image", "image is missing: tiny-x4 draws a small picture larger; give one of 16x16 pixels"),
         ({"image": small, "mask_image": small}, "mask_image", "is no inpainting model"),

@@ -406,7 +406,8 @@ def test_configs_that_are_not_there(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "large.yaml").write_text("# " + "x" * (1 << 20))
     with pytest.raises(BuildError, match="expected the YAML file of a model"):
         resolve(file, config=tmp_path / "large.yaml")
-    for option in ({"config": tmp_path}, {"tokenizer": tmp_path}):
+    options: list[dict[str, Any]] = [{"config": tmp_path}, {"tokenizer": tmp_path}]
+    for option in options:
         with pytest.raises(BuildError, match=f"is no file, and --{next(iter(option))} is for a file alone"):
             resolve(tiny_model, **option)
         with pytest.raises(BuildError, match="has a base model, which says that"):
