@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ldmrt.components import CLASS_LABELS, CONTROLLED_STEP, parts
+from ldmrt.components import CLASS_LABELS, CONTROLLED_STEP, SEGMENTATION, parts
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BuildError
 from ldmrt.export.component import (
@@ -24,12 +24,13 @@ from ldmrt.export.component import (
     PenultimateTextEncoder,
     QuantizedDecoder,
     QuantizedEncoder,
+    Rescaler,
     TextEncoder,
     UNet,
     UNetWithoutText,
 )
 from ldmrt.export.passes.hoist import Kind
-from ldmrt.export.source import CLASS_EMBEDDER, NUM_HEADS, Checkpoint, Source
+from ldmrt.export.source import CLASS_EMBEDDER, NUM_HEADS, RESCALER, Checkpoint, Source
 from ldmrt.export.verify import noise, sample_picture
 from ldmrt.guidance import embedding
 from ldmrt.network import LOW_RES, MASKED, sizes
@@ -139,6 +140,9 @@ def _unet_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[TensorSpe
     if source.kind.upscaling:
         inputs += (TensorSpec(LOW_RES, ("rows", 3, height, width), F32),)
         kinds |= {LOW_RES: "request"}
+    if source.segments is not None:
+        inputs += (TensorSpec(SEGMENTATION, ("rows", 1, size[1], size[0]), torch.int64),)
+        kinds |= {SEGMENTATION: "request"}
     if source.labels is not None:
         inputs += (TensorSpec(CLASS_LABELS, ("rows",), torch.int64),)
         kinds |= {CLASS_LABELS: "request"}
@@ -273,13 +277,16 @@ def _unet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
 
 
 def _unets_own(source: Source, size: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
-    """What the U-Nets of some models take, and ControlNets do not, for two rows: a small picture; a class or noise level; half of a picture
+    """What the U-Nets of some models take, and ControlNets do not, for two rows: a small picture; a semantic map; a class or noise level; half of a picture
     to be edited, and some latents; a weak and a strong guidance.
     """
     found: dict[str, torch.Tensor] = {}
     channels, height, width = _latent_shape(source, size)
     if source.kind.upscaling:
         found[LOW_RES] = noise(40 + seed, 2, 3, height, width).clamp(-1, 1)
+    if source.segments is not None:
+        cells = torch.arange(2 * size[0] * size[1]).reshape(2, 1, size[1], size[0]) // 7
+        found[SEGMENTATION] = (cells + seed) % source.segments
     if source.labels is not None:
         found[CLASS_LABELS] = torch.tensor([seed % source.labels, source.labels - 1])
     if source.kind.inpainting:
@@ -366,6 +373,8 @@ def instantiate(source: Source, folder: str) -> torch.nn.Module:
                 if folder == "unet" and CLASS_EMBEDDER in source.configs:
                     table = source.configs[CLASS_EMBEDDER]
                     module.add_module(CLASS_EMBEDDER, torch.nn.Embedding(table["rows"], table["width"]))
+                if folder == "unet" and RESCALER in source.configs:
+                    module.add_module(RESCALER, Rescaler(**source.configs[RESCALER]))
     except Exception as error:  # whatever a constructor makes of values that nobody has checked
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BuildError(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ldmrt.components import CLASS_LABELS, STEP, parts
+from ldmrt.components import CLASS_LABELS, SEGMENTATION, STEP, parts
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.export.passes.hoist import Kind
 from ldmrt.network import JOINED
@@ -177,6 +177,27 @@ class ControlNet(torch.nn.Module):
         return (*down, mid)
 
 
+class Rescaler(torch.nn.Module):
+    """A semantic map as channels beside the latents: `forward(labels (rows, 1, H, W) int64) -> (rows, channels, h, w)`.
+
+    Halved `stages` times with bilinear weights, which are those of the mean of two pixels each way; then a linear map of each pixel.
+    """
+
+    def __init__(self, stages: int, classes: int, channels: int) -> None:
+        super().__init__()
+        self.stages, self.classes = stages, classes
+        self.channel_mapper = torch.nn.Conv2d(classes, channels, 1, bias=False)
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        classes = torch.arange(self.classes, device=labels.device)[None, :, None, None]
+        found = (labels == classes).to(self.channel_mapper.weight.dtype)
+        for _ in range(self.stages):
+            found = torch.nn.functional.avg_pool2d(found, 2)
+        made: torch.Tensor = self.channel_mapper(found)
+        return made
+
+
 class UNetWithoutText(torch.nn.Module):
     """The denoising U-Net of a model that reads no text: `forward(*inputs) -> (rows, C, h, w)`.
 
@@ -184,7 +205,8 @@ class UNetWithoutText(torch.nn.Module):
         module: diffusers' `UNet2DModel`.
         names: what `forward` is given, in order: `latents` (rows, C, h, w), `timesteps` (rows,), and for some models
             `low_res_image` (rows, 3, h, w), or `mask` (rows, 1, h, w) and `masked_image_latents` (rows, C, h, w), which are joined to the
-            latents, the mask last and as -1 and 1; or the numbers of classes, `class_labels` (rows,) int64.
+            latents, the mask last and as -1 and 1; or the numbers of classes, `class_labels` (rows,) int64, or of a class for each pixel,
+            `segmentation` (rows, 1, H, W) int64, which the module's `rescaler` makes as small as the latents.
     """
 
     def __init__(self, module: Any, names: Sequence[str]) -> None:
@@ -197,13 +219,15 @@ class UNetWithoutText(torch.nn.Module):
         given = dict(zip(self.names, inputs, strict=True))
         if "mask" in given:
             given["mask"] = given.pop("mask") * 2 - 1
+        if SEGMENTATION in given:
+            given[SEGMENTATION] = self.module.rescaler(given[SEGMENTATION])
         labels = given.get(CLASS_LABELS)
         return (self.module(_joined(given), given["timesteps"], class_labels=labels, return_dict=False)[0],)
 
 
 def _joined(given: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The latents, and behind their channels what a model takes beside them, in the order in which it is given."""
-    joined = [tensor for name, tensor in given.items() if name in ("latents", *JOINED)]
+    joined = [tensor for name, tensor in given.items() if name in ("latents", *JOINED, SEGMENTATION)]
     return torch.cat(joined, dim=1) if len(joined) > 1 else joined[0]
 
 

@@ -18,6 +18,8 @@ from ldmrt.export.source import (
     KINDS,
     LDM_INPAINTING,
     NUM_HEADS,
+    RESCALER,
+    SEMANTIC,
     Kind,
     Source,
     read_json,
@@ -155,6 +157,8 @@ def _kind(params: Mapping[str, Any], read: _Reader) -> tuple[Kind, dict[str, dic
         inner = read.mapping(params, "cond_stage_config", "params")
         rows, width = read.whole(inner, "n_classes", _CLASSES), read.whole(inner, "embed_dim")
         return CLASS_CONDITIONAL, {CLASS_EMBEDDER: {"rows": rows, "width": width, "null": "n_classes" in inner}}
+    if target == "SpatialRescaler" and params.get("concat_mode") and params.get("cond_stage_key") == "segmentation":
+        return SEMANTIC, {RESCALER: _rescaler(params, read)}
     if target == "BERTEmbedder":
         inner = read.mapping(params, "cond_stage_config", "params")
         if inner.get("use_tokenizer", True):
@@ -168,6 +172,16 @@ def _kind(params: Mapping[str, Any], read: _Reader) -> tuple[Kind, dict[str, dic
     ):
         return LDM_INPAINTING, {}
     raise read.unknown("cond_stage_config", target or str(condition)[:40])
+
+
+def _rescaler(params: Mapping[str, Any], read: _Reader) -> dict[str, Any]:
+    inner = read.mapping(params, "cond_stage_config", "params")
+    stages, channels = read.whole(inner, "n_stages", 1), read.whole(inner, "out_channels")
+    levels = read.wholes(read.mapping(params, "first_stage_config", "params", "ddconfig"), "ch_mult")
+    plain = (inner.get("method", "bilinear"), inner.get("multiplier", 0.5), inner.get("bias", False))
+    if (stages, channels) != (len(levels) - 1, 3) or plain != ("bilinear", 0.5, False):
+        raise read.unknown("cond_stage_config", f"a SpatialRescaler of {dict(inner)}"[:120])
+    return {"stages": stages, "classes": read.whole(inner, "in_channels", 3), "channels": channels}
 
 
 def _bert(params: Mapping[str, Any], read: _Reader) -> dict[str, Any]:
@@ -319,7 +333,7 @@ class _Reader:
         """What to raise for a part that ldmrt does not build."""
         return BuildError(
             f"{self._where}: {what} has {found!r}, which is not built yet; known are latent diffusion without text, by class, with BERT, for "
-            f"super-resolution and inpainting, and of its own configs {known()}"
+            f"super-resolution, inpainting and semantic maps, and of its own configs {known()}"
         )
 
     def mapping(self, values: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:

@@ -18,9 +18,12 @@ from ldmrt import original
 from ldmrt.errors import BuildError
 from ldmrt.export import original_config
 from ldmrt.export.architectures import instantiate
-from ldmrt.export.source import CLASS_EMBEDDER, PICKLES, Source
+from ldmrt.export.source import CLASS_EMBEDDER, PICKLES, RESCALER, Source
 from ldmrt.original import Piece
 from ldmrt.weights import Entry, WeightFile
+
+# What is no part of the original code's U-Net, and of ours is one.
+_ATTACHED = (CLASS_EMBEDDER, RESCALER)
 
 Names = Callable[[torch.nn.Module], dict[str, Piece]]
 
@@ -29,12 +32,12 @@ def _unet(module: torch.nn.Module) -> dict[str, Piece]:
     heads = {
         path: int(part.heads) for path, part in module.named_modules() if getattr(part, "group_norm", None) is not None
     }
-    names = [name for name in module.state_dict() if not name.startswith(f"{CLASS_EMBEDDER}.")]
+    names = [name for name in module.state_dict() if name.partition(".")[0] not in _ATTACHED]
     return original.unet_pieces(names, heads)
 
 
-def _classes(_unet: torch.nn.Module) -> dict[str, Piece]:
-    return {f"{CLASS_EMBEDDER}.weight": Piece("embedding.weight")}
+def _attached(name: str, called: str) -> Names:
+    return lambda _unet: {name: Piece(called)}
 
 
 def _vae(module: torch.nn.Module) -> dict[str, Piece]:
@@ -70,7 +73,16 @@ _PLACES: dict[str, tuple[tuple[str, str, Names], ...]] = {
         ("cond_stage_model.model.", "ln_final.weight", _open_clip),
         ("cond_stage_model.transformer.", "token_emb.weight", _bert),
     ),
-    CLASS_EMBEDDER: (("cond_stage_model.", "embedding.weight", _classes),),
+    CLASS_EMBEDDER: (
+        ("cond_stage_model.", "embedding.weight", _attached(f"{CLASS_EMBEDDER}.weight", "embedding.weight")),
+    ),
+    RESCALER: (
+        (
+            "cond_stage_model.",
+            "channel_mapper.weight",
+            _attached(f"{RESCALER}.channel_mapper.weight", "channel_mapper.weight"),
+        ),
+    ),
     "text_encoder_2": (
         ("conditioner.embedders.1.model.", "ln_final.weight", _open_clip),
         ("conditioner.embedders.0.model.", "ln_final.weight", _open_clip),
@@ -193,8 +205,8 @@ def open_single_file(
     if not held:
         raise BuildError(_unknown(file))
     for folder in held:
-        tables = [CLASS_EMBEDDER] if folder == "unet" and CLASS_EMBEDDER in source.configs else []
-        source = source.with_part(folder, [component(file, part, source) for part in (folder, *tables)])
+        attached = [part for part in _ATTACHED if folder == "unet" and part in source.configs]
+        source = source.with_part(folder, [component(file, part, source) for part in (folder, *attached)])
     return source
 
 
@@ -256,7 +268,7 @@ def component(file: WeightFile, folder: str, source: Source) -> OriginalWeights:
     if place is None:
         raise BuildError(_unknown(file))
     prefix, _, names = place
-    module = instantiate(source, "unet" if folder == CLASS_EMBEDDER else folder)
+    module = instantiate(source, "unet" if folder in _ATTACHED else folder)
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     return OriginalWeights(file, prefix, names(module), shapes)
 

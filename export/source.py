@@ -36,6 +36,7 @@ class Kind:
         inpainting: whether its U-Net takes, beside the latents, a mask and the latents of the picture without what it covers.
         masked_pixel: for inpainting, what is encoded under the mask.
         upscaling: whether its U-Net takes, beside the latents, a picture of their size.
+        segmented: whether its U-Net takes, beside the latents, what its rescaler makes of a semantic map.
         unscaled: whether its latents are as its first stage makes them, whatever scaling factor that has.
         schedulers: the folders of its noise schedules.
         folders: component -> its folder, where that is called otherwise.
@@ -52,6 +53,7 @@ class Kind:
     inpainting: bool = False
     masked_pixel: float = 0.0
     upscaling: bool = False
+    segmented: bool = False
     unscaled: bool = False
     schedulers: tuple[str, ...] = ("scheduler",)
     folders: Mapping[str, str] = field(default_factory=dict)
@@ -59,7 +61,7 @@ class Kind:
 
     def joined(self, latents: int) -> int:
         """How many channels its U-Net takes behind those of the latents."""
-        return latents + 1 if self.inpainting else 3 if self.upscaling else 0
+        return latents + 1 if self.inpainting else 3 if self.upscaling or self.segmented else 0
 
 
 # What diffusers takes where a model says nothing.
@@ -70,6 +72,8 @@ LOW_RES_SCHEDULER = "low_res_scheduler"
 # Configs of the original code, of what diffusers has no config for: the table of classes (rows, width, and whether the last row stands for
 # none of them), and how many heads the attentions of a `UNet2DModel` have at every level.
 CLASS_EMBEDDER, NUM_HEADS = "class_embedder", "_num_heads"
+# And what makes a semantic map as small as the latents (stages, classes, channels).
+RESCALER = "rescaler"
 
 _DENOISER = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 
@@ -131,8 +135,8 @@ KINDS["LDMTextToImagePipeline"] = Kind(
     folders={"text_encoder": "bert", "vae": "vqvae"},
     alternatives={"vae": "VQModel"},
 )
-# What the original code has and diffusers has no pipeline for: a model of classes, each a token that the U-Net attends to; and inpainting without
-# text, of pictures that are black under the mask.
+# What the original code has and diffusers has no pipeline for: a model of classes, each a token that the U-Net attends to; inpainting without
+# text, of pictures that are black under the mask; semantic maps.
 CLASS_CONDITIONAL = replace(
     KINDS["LDMPipeline"],
     title="Latent diffusion, class-conditional",
@@ -142,6 +146,7 @@ CLASS_CONDITIONAL = replace(
 LDM_INPAINTING = replace(
     KINDS["LDMPipeline"], title="Latent diffusion for inpainting", inpainting=True, masked_pixel=-1.0
 )
+SEMANTIC = replace(KINDS["LDMPipeline"], title="Latent diffusion of semantic maps", segmented=True)
 KNOWN_KINDS = "; ".join(f"{kind.title} ({name})" for name, kind in KINDS.items())
 
 # What weight files are called; a ControlNet's as the U-Net's.
@@ -238,6 +243,12 @@ class Source:
         """Which of the classes stands for none, if one does."""
         embedder = self.configs.get(CLASS_EMBEDDER)
         return embedder["rows"] - 1 if embedder is not None and embedder["null"] else None
+
+    @property
+    def segments(self) -> int | None:
+        """How many classes its semantic maps have, if it takes any."""
+        rescaler = self.configs.get(RESCALER)
+        return None if rescaler is None else int(rescaler["classes"])
 
     @property
     def is_noised(self) -> bool:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ldmrt.components import CLASS_LABELS, CONTROLLED_STEP, CONTROLNET_NAME, STEP
+from ldmrt.components import CLASS_LABELS, CONTROLLED_STEP, CONTROLNET_NAME, SEGMENTATION, STEP
 from ldmrt.engines.activation import ActivationMemory
 from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.engines.tensorrt import LIBRARIES, check
@@ -45,7 +45,7 @@ _INTERFACES: dict[str, dict[str, int]] = {
 
 
 # What a model without text may be told in its place.
-_TOLD = {CLASS_LABELS: 1, "mask": 4}
+_TOLD = {CLASS_LABELS: 1, "mask": 4, SEGMENTATION: 4}
 
 
 class _Record(BaseModel):
@@ -196,6 +196,7 @@ class ModelRecord(_Record):
         upscaling: for a model that draws a small picture larger; the picture is one pixel for each latent cell.
         classes: how many classes it draws, by number; None if it is not told any.
         null_class: which of them stands for none, as guidance compares with; None if there is none.
+        segments: how many classes its semantic maps have; None if it takes none.
         guidance_embedding: width of the embedding of the guidance scale that the U-Net takes in the place of classifier-free guidance;
             None if it takes none.
         scaling_factor: the latents that are denoised are (encoded - shift_factor) * scaling_factor.
@@ -215,6 +216,7 @@ class ModelRecord(_Record):
     upscaling: UpscalingRecord | None = None
     classes: int | None = Field(default=None, ge=1)
     null_class: int | None = Field(default=None, ge=0)
+    segments: int | None = Field(default=None, ge=1)
     guidance_embedding: int | None = Field(default=None, ge=4)
     scaling_factor: float = Field(default=0.18215, gt=0)
     shift_factor: float = 0.0

@@ -35,6 +35,7 @@ from ldmrt.request import Defaults, Job, LongPrompt, Request, resolve
 from ldmrt.samplers.make import sampler_table
 from ldmrt.samplers.table import SamplerTable
 from ldmrt.schedule import NoiseSchedule
+from ldmrt.segmentation import SemanticMap, resolve as resolve_segmentation
 from ldmrt.text import Embedding, Given, PromptEncoder, TextModel
 from ldmrt.upscaling import resolve as resolve_upscaling
 
@@ -162,6 +163,7 @@ class Pipeline:
         mask_image: Picture | None = None,
         noise_level: int | None = None,
         class_labels: ClassLabels | None = None,
+        segmentation: SemanticMap | None = None,
         control_image: Picture | Sequence[Picture | None] | None = None,
         controlnet_scale: float | Sequence[float] = 1.0,
         control_start: float | Sequence[float] = 0.0,
@@ -199,6 +201,8 @@ class Pipeline:
             mask_image: the same, white where it is to be drawn anew.
             noise_level: how much noise an upscaling model is to find on the picture: more leaves it more freedom.
             class_labels: for a class-conditional model the number of the class, or one for each of several.
+            segmentation: for a model of semantic maps the number of a class for each pixel, as an array (H, W), or an image of one channel or
+                of a palette; it is resized.
             control_image: for each ControlNet of the bundle (`bundle.manifest.controlnets`, in order) the picture that it follows, or
                 None to leave it out; a picture alone for a single one. All images of the call follow it. A PIL image or an array of
                 uint8 (H, W, 3); it is resized.
@@ -246,6 +250,7 @@ class Pipeline:
         upscaling = resolve_upscaling(model, size, image, noise_level)
         inpainting = resolve_inpainting(model, size, image if upscaling is None else None, mask_image)
         classes = resolve_classes(model, job, class_labels)
+        segments = resolve_segmentation(model, size, segmentation, self.device)
         given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         if not model.tokenizers:
             _check_unconditional(job, given, guided=classes.null is not None)
@@ -258,7 +263,7 @@ class Pipeline:
             with clock("prepare"):
                 table = sampler_table(job.sampler, self.schedule, job.num_inference_steps, job.eta)
                 generators = seeded(job.seeds, generator)
-                own = [self._guidance(job)] * len(job.seeds)
+                own = [self._guidance(job) | segments] * len(job.seeds)
                 if upscaling is not None:
                     enlarged = upscaling.conditionings(len(own), generators, self.device)
                     own = [one | more for one, more in zip(own, enlarged, strict=True)]

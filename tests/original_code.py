@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import avg_pool2d, gelu, interpolate, pad, silu
+from torch.nn.functional import avg_pool2d, gelu, interpolate, one_hot, pad, silu
 
 GROUPS = 32
 
@@ -356,6 +356,22 @@ class Classes(nn.Module):
         return made
 
 
+class SmallMap(nn.Module):
+    """A map of classes, halved with bilinear weights; then a linear map of each pixel."""
+
+    def __init__(self, p: dict[str, Any]) -> None:
+        super().__init__()
+        self.stages = p["n_stages"]
+        self.channel_mapper = nn.Conv2d(p["in_channels"], p["out_channels"], 1, bias=False)
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        x = one_hot(labels, self.channel_mapper.in_channels).permute(0, 3, 1, 2).float()
+        for _ in range(self.stages):
+            x = interpolate(x, scale_factor=0.5, mode="bilinear")
+        made: torch.Tensor = self.channel_mapper(x)
+        return made
+
+
 class Words(nn.Module):
     """BERT, its layers numbered one by one: attention, feed-forward, attention, ..."""
 
@@ -404,6 +420,8 @@ class LatentDiffusion(nn.Module):
         target = condition["target"].rpartition(".")[2] if isinstance(condition, dict) else ""
         if target == "ClassEmbedder":
             self.cond_stage_model: nn.Module = Classes(condition["params"])
+        elif target == "SpatialRescaler":
+            self.cond_stage_model = SmallMap(condition["params"])
         elif target == "BERTEmbedder":
             self.cond_stage_model = Words(condition["params"])
         if p.get("scale_by_std"):

@@ -162,6 +162,7 @@ def test_the_same_pictures_as_diffusers(prompt: str, scale: float, bundle: Bundl
     assert bundle.manifest.model.tokenizers == {"text_encoder": "tokenizer"}
 
 
+@pytest.mark.slow  # each half of it is tested with other models
 def test_a_codebook_and_another_engine(tmp_path: Path) -> None:
     write_text_to_image(tmp_path / "m", seed=10, codebook=True)
     built = ldmrt.build_engines(tmp_path / "m", tmp_path / "b", dtype="float32", engine="onnxruntime")

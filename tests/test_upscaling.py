@@ -108,7 +108,7 @@ def super_resolution(tmp_path_factory: pytest.TempPathFactory, write_model_ldm: 
     return folder
 
 
-@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("engine", ["torch", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def test_super_resolution(engine: str, super_resolution: Path, tmp_path: Path) -> None:
     """Without text, and without the scaling factor, which the pipeline of diffusers ignores. Theirs takes multiples of 32 pixels."""
     from diffusers import LDMSuperResolutionPipeline

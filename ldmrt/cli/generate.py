@@ -94,6 +94,12 @@ def generate(
     noise_level: Annotated[
         int | None, typer.Option(metavar="N", help="For an upscaling model: how much noise the picture is given.")
     ] = None,
+    segmentation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="For a model of semantic maps: a picture whose values are numbers of classes."
+        ),
+    ] = None,
     class_label: Annotated[
         int | None, typer.Option("--class", metavar="N", help="For a class-conditional model: which class to draw.")
     ] = None,
@@ -153,7 +159,7 @@ def generate(
     from ldmrt.request import Request, resolve
 
     given = (
-        _masked(image, mask)
+        _pictures(image, mask, segmentation)
         | _numbers(noise_level, class_label)
         | _controls(control_image, control_scale, control_start, control_end)
     )
@@ -204,15 +210,15 @@ def generate(
     typer.echo(f"{timings['total']:.2f} s: {stages}")
 
 
-def _masked(image: Path | None, mask: Path | None) -> dict[str, Any]:
-    """The pipeline's arguments for an inpainting model.
+def _pictures(image: Path | None, mask: Path | None, segmentation: Path | None) -> dict[str, Any]:
+    """The pipeline's arguments for models that take pictures.
 
     Raises:
         BadRequest: a file is no picture.
     """
     from ldmrt.conditioning import open_picture
 
-    paths = {"image": image, "mask_image": mask}
+    paths = {"image": image, "mask_image": mask, "segmentation": segmentation}
     return {name: open_picture(path, param=name) for name, path in paths.items() if path is not None}
 
 
@@ -347,7 +353,7 @@ def _settings(pipe: Pipeline, job: Job, given: dict[str, Any]) -> dict[str, Any]
         "long_prompt": job.long_prompt,
         "loras": pipe.loras,
         "controlnets": [record.name for record in pipe.bundle.manifest.controlnets] if "control_image" in given else [],
-        **{name: value for name, value in given.items() if not name.endswith("image")},
+        **{name: value for name, value in given.items() if not name.endswith(("image", "segmentation"))},
         "model": pipe.bundle.manifest.model.name,
         "bundle": str(pipe.bundle.path.resolve()),
         "engine": pipe.kind,

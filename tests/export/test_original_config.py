@@ -114,6 +114,12 @@ CASES: dict[str, dict[str, Any]] = {
         concat_mode=True,
         cond_stage_key="masked_image",
     ),
+    "segmentation": config(
+        by("SpatialRescaler", n_stages=2, in_channels=7, out_channels=3),
+        {"in_channels": 6, "channel_mult": [1, 2], "attention_resolutions": [8], "num_heads": 2},
+        concat_mode=True,
+        cond_stage_key="segmentation",
+    ),
     "super-resolution": config({"target": "torch.nn.Identity"}, {**PLAIN, "in_channels": 6}, concat_mode=True),
 }
 
@@ -168,6 +174,8 @@ def test_the_networks_are_those_of_the_papers(case: str, tmp_path: Path) -> None
         elif case == "inpainting":
             mask = (torch.rand(2, 1, 16, 16, generator=draw) > 0.5).float()
             beside = [mask, torch.randn(2, 3, 16, 16, generator=draw)]
+        elif case == "segmentation":
+            beside = [torch.randint(0, 7, (2, 1, 64, 64), generator=draw)]
         elif case == "classes":
             beside = [torch.tensor([3, 10])]
             context = theirs.cond_stage_model(beside[0])
@@ -177,7 +185,9 @@ def test_the_networks_are_those_of_the_papers(case: str, tmp_path: Path) -> None
             same(ours(text_encoder(source, "text_encoder"), ids)[0], context)
             beside = [context]
         joined = torch.cat([latents, *beside], dim=1) if case == "super-resolution" else latents
-        if case == "inpainting":
+        if case == "segmentation":
+            joined = torch.cat([latents, theirs.cond_stage_model(beside[0][:, 0])], dim=1)
+        elif case == "inpainting":
             joined = torch.cat([latents, beside[1], 2 * beside[0] - 1], dim=1)
         expected = theirs.model["diffusion_model"](joined, times, context)
         same(ours(unet(source, SIZE), latents, times, *beside), expected)
@@ -246,7 +256,11 @@ def pixels(image: Image.Image) -> torch.Tensor:
 @pytest.mark.parametrize(
     "case",
     # The slow ones are of kinds whose pictures are tested in the diffusers layout.
-    ["inpainting", *(pytest.param(case, marks=pytest.mark.slow) for case in ("churches", "super-resolution"))],
+    [
+        "inpainting",
+        "segmentation",
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("churches", "super-resolution")),
+    ],
 )
 def test_other_pictures(case: str, tmp_path: Path) -> None:
     theirs, file, yaml_file = model(tmp_path, case)
@@ -263,6 +277,11 @@ def test_other_pictures(case: str, tmp_path: Path) -> None:
             # What is to be drawn anew is black before it is encoded.
             seen = theirs.first_stage_model.encode(pixels(given["image"]) * (1 - mask) * 2 - 1)
         beside = torch.cat([seen, interpolate(mask, size=(16, 16)) * 2 - 1], dim=1)
+    elif case == "segmentation":
+        labels = torch.randint(0, 7, (64, 64), generator=generator(8))
+        given = {"segmentation": labels.numpy().astype(np.uint8)}
+        with torch.no_grad():
+            beside = theirs.cond_stage_model(labels[None])
     found = Pipeline.from_bundle(built.path, "cpu")(num_inference_steps=4, seed=2, output_type="np", **given)
     expected = theirs.sample(torch.randn(1, 3, 16, 16, generator=generator(2)), 4, beside=beside)
     assert relative(found.latents, expected) < LATENTS
@@ -359,6 +378,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "segmentation": (
         changed("faces", "cond_stage_config", value=by("SpatialRescaler")),
         "'SpatialRescaler', which is not",
+    ),
+    "a map of another size": (
+        changed("segmentation", "cond_stage_config", "params", "n_stages", value=3),
+        r"a SpatialRescaler of \{.*'n_stages': 3",
     ),
     "another first stage": (
         changed("faces", "first_stage_config", "target", value="a.Other"),
