@@ -35,7 +35,7 @@ def test_a_map_takes_the_size_that_is_drawn(record: ModelRecord) -> None:
 @pytest.mark.parametrize("form", ["array", "wide", "grey", "palette"])
 def test_forms(form: str, record: ModelRecord) -> None:
     palette = Image.fromarray(LABELS).convert("P")
-    palette.putdata(list(LABELS.flatten()))
+    palette.putdata(LABELS.flatten().tolist())
     forms: dict[str, Any] = {
         "array": LABELS,
         "wide": LABELS.astype(np.int64),
