@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from ldmrt.components import CONTROLLED_STEP, parts
+from ldmrt.components import CLASS_LABELS, CONTROLLED_STEP, SEGMENTATION, parts
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BuildError
 from ldmrt.export.component import (
     DOWN_RESIDUALS,
-    MASKED,
     MID_RESIDUAL,
     TIMESTEP_COND,
+    BertTextEncoder,
     Component,
     ControlNet,
     Decoder,
@@ -24,15 +24,16 @@ from ldmrt.export.component import (
     PenultimateTextEncoder,
     QuantizedDecoder,
     QuantizedEncoder,
+    Rescaler,
     TextEncoder,
-    UnconditionalUNet,
     UNet,
+    UNetWithoutText,
 )
 from ldmrt.export.passes.hoist import Kind
-from ldmrt.export.source import Checkpoint, Source
+from ldmrt.export.source import CLASS_EMBEDDER, NUM_HEADS, RESCALER, Checkpoint, Source
 from ldmrt.export.verify import noise, sample_picture
 from ldmrt.guidance import embedding
-from ldmrt.network import sizes
+from ldmrt.network import LOW_RES, MASKED, sizes
 from ldmrt.tokenizer import Tokenizer
 from ldmrt.verify import Trial
 
@@ -62,6 +63,8 @@ def downscale(source: Source) -> int:
 def scaling(source: Source) -> tuple[float, float]:
     """Factor and shift of the latents: denoised are (encoded - shift) * factor."""
     vae = source.configs["vae"]
+    if source.kind.unscaled:
+        return 1.0, 0.0
     return float(vae.get("scaling_factor", 0.18215)), float(vae.get("shift_factor") or 0.0)
 
 
@@ -92,7 +95,9 @@ def text_encoder(source: Source, folder: str) -> Component:
     module = instantiate(source, folder)
     pooled = folder == "text_encoder_2"
     wrapper: torch.nn.Module
-    if source.kind.addition_embed_type is None:
+    if source.kind.classes[folder] == "LDMBertModel":
+        wrapper = BertTextEncoder(module)
+    elif source.kind.addition_embed_type is None:
         wrapper = TextEncoder(module)
     else:
         wrapper = PenultimateTextEncoder(module, pooled=pooled)
@@ -106,11 +111,9 @@ def text_encoder(source: Source, folder: str) -> Component:
 def unet(source: Source, size: tuple[int, int]) -> Component:
     """The denoising network."""
     inputs, kinds = _unet_inputs(source, size)
-    if source.kind.tokenizers:
-        wrapper: torch.nn.Module = UNet(instantiate(source, "unet"), [spec.name for spec in inputs])
-    else:
-        wrapper = UnconditionalUNet(instantiate(source, "unet"))
-    return Component("unet", "unet", wrapper, inputs, ("model_output",), kinds)
+    wrapper = UNetWithoutText if source.kind.classes["unet"] == "UNet2DModel" else UNet
+    module = wrapper(instantiate(source, "unet"), [spec.name for spec in inputs])
+    return Component("unet", "unet", module, inputs, ("model_output",), kinds)
 
 
 def controlled_unet(source: Source, size: tuple[int, int]) -> Component:
@@ -134,10 +137,17 @@ def controlnet(source: Source, folder: str, size: tuple[int, int]) -> Component:
 def _unet_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[TensorSpec, ...], dict[str, Kind]]:
     """What the U-Net takes, and the class of each."""
     inputs, kinds = _denoising_inputs(source, size)
-    if not source.kind.tokenizers:
-        return inputs[:2], kinds
+    channels, height, width = _latent_shape(source, size)
+    if source.kind.upscaling:
+        inputs += (TensorSpec(LOW_RES, ("rows", 3, height, width), F32),)
+        kinds |= {LOW_RES: "request"}
+    if source.segments is not None:
+        inputs += (TensorSpec(SEGMENTATION, ("rows", 1, size[1], size[0]), torch.int64),)
+        kinds |= {SEGMENTATION: "request"}
+    if source.labels is not None:
+        inputs += (TensorSpec(CLASS_LABELS, ("rows",), torch.int64),)
+        kinds |= {CLASS_LABELS: "request"}
     if source.kind.inpainting:
-        channels, height, width = _latent_shape(source, size)
         inputs += tuple(
             TensorSpec(name, ("rows", count, height, width), F32)
             for name, count in zip(MASKED, (1, channels), strict=True)
@@ -152,13 +162,15 @@ def _unet_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[TensorSpe
 def _denoising_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[TensorSpec, ...], dict[str, Kind]]:
     """What the U-Net and its ControlNets both take, and the class of each."""
     channels, height, width = _latent_shape(source, size)
-    text = int(source.configs["unet"].get("cross_attention_dim") or 0)
     inputs = [
         TensorSpec("latents", ("rows", channels, height, width), F32),
         TensorSpec("timesteps", ("rows",), F32),
-        TensorSpec("encoder_hidden_states", ("rows", "tokens", text), F32),
     ]
-    kinds: dict[str, Kind] = {"latents": "step", "timesteps": "schedule", "encoder_hidden_states": "request"}
+    kinds: dict[str, Kind] = {"latents": "step", "timesteps": "schedule"}
+    if source.kind.tokenizers:
+        width_of_text = int(source.configs["unet"]["cross_attention_dim"])
+        inputs += [TensorSpec("encoder_hidden_states", ("rows", "tokens", width_of_text), F32)]
+        kinds |= {"encoder_hidden_states": "request"}
     if source.kind.addition_embed_type is not None:
         pooled = int(source.configs["text_encoder_2"]["projection_dim"])
         ids = source.kind.time_ids
@@ -214,7 +226,8 @@ def _latent_shape(source: Source, size: tuple[int, int]) -> tuple[int, int, int]
 
 
 def _prompt_ids(source: Source, folder: str, prompts: Sequence[str]) -> torch.Tensor:
-    tokenizer = Tokenizer.from_folder(source.tokenizer_folder(folder))
+    length = int(source.configs[folder]["max_position_embeddings"])
+    tokenizer = Tokenizer.from_folder(source.tokenizer_folder(folder), model_max_length=length)
     return torch.cat([torch.from_numpy(tokenizer.windows(prompt, 1).ids) for prompt in prompts])
 
 
@@ -268,12 +281,19 @@ def _unet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
 
 
 def _unets_own(source: Source, size: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
-    """What the U-Nets of some models take, and ControlNets do not, for two rows: half of a picture to be edited, and some latents; a
-    weak and a strong guidance.
+    """What the U-Nets of some models take, and ControlNets do not, for two rows: a small picture; a semantic map; a class or noise level; half of a picture
+    to be edited, and some latents; a weak and a strong guidance.
     """
     found: dict[str, torch.Tensor] = {}
+    channels, height, width = _latent_shape(source, size)
+    if source.kind.upscaling:
+        found[LOW_RES] = noise(40 + seed, 2, 3, height, width).clamp(-1, 1)
+    if source.segments is not None:
+        cells = torch.arange(2 * size[0] * size[1]).reshape(2, 1, size[1], size[0]) // 7
+        found[SEGMENTATION] = (cells + seed) % source.segments
+    if source.labels is not None:
+        found[CLASS_LABELS] = torch.tensor([seed % source.labels, source.labels - 1])
     if source.kind.inpainting:
-        channels, height, width = _latent_shape(source, size)
         mask = torch.zeros(2, 1, height, width)
         mask[0, :, : (height + 1) // 2] = mask[1, :, :, : (width + 1) // 2] = 1
         found |= {"mask": mask, "masked_image_latents": noise(30 + seed, 2, channels, height, width)}
@@ -358,9 +378,14 @@ def instantiate(source: Source, folder: str) -> torch.nn.Module:
     try:
         with torch.device("meta"):
             if folder in source.kind.tokenizers:
-                module = _text_encoder(folder, config)
+                module = _text_encoder(source.kind.classes[folder], config)
             else:
                 module = _network(source.kind.classes.get(folder, "ControlNetModel"), config)
+                if folder == "unet" and CLASS_EMBEDDER in source.configs:
+                    table = source.configs[CLASS_EMBEDDER]
+                    module.add_module(CLASS_EMBEDDER, torch.nn.Embedding(table["rows"], table["width"]))
+                if folder == "unet" and RESCALER in source.configs:
+                    module.add_module(RESCALER, Rescaler(**source.configs[RESCALER]))
     except Exception as error:  # whatever a constructor makes of values that nobody has checked
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BuildError(
@@ -369,24 +394,37 @@ def instantiate(source: Source, folder: str) -> torch.nn.Module:
     return module.eval()
 
 
-def _text_encoder(folder: str, config: dict[str, Any]) -> torch.nn.Module:
+def _text_encoder(name: str, config: dict[str, Any]) -> torch.nn.Module:
+    if name == "LDMBertModel":
+        from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+
+        bert: torch.nn.Module = LDMBertModel(LDMBertConfig(**config))
+        return bert
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    classes: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    module: torch.nn.Module = classes[folder](CLIPTextConfig(**config))
+    classes: dict[str, Any] = {
+        "CLIPTextModel": CLIPTextModel,
+        "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
+    }
+    module: torch.nn.Module = classes[name](CLIPTextConfig(**config))
     return module
 
 
 def _network(name: str, config: dict[str, Any]) -> torch.nn.Module:
     import diffusers
+    from diffusers.models.attention_processor import Attention
 
     made: Any = getattr(diffusers, name)
     # diffusers would leave out what it does not know, and the network would be another one.
+    heads = config.pop(NUM_HEADS, None)
     known = inspect.signature(made.__init__).parameters
     unknown = [key for key, value in config.items() if key not in known and key[:1] != "_" and value is not None]
     if unknown:
         raise ValueError(f"{name} does not know {', '.join(unknown[:3])}: update diffusers")
     module: torch.nn.Module = made.from_config(config)
+    for part in module.modules():
+        if heads is not None and isinstance(part, Attention):
+            part.heads = heads
     return module
 
 

@@ -30,6 +30,7 @@ from ldmrt.bundle import (
     LoraRecord,
     Manifest,
     ModelRecord,
+    UpscalingRecord,
     engine_key,
 )
 from ldmrt.components import CONTROLLED_STEP, CONTROLNET, STEP, runs_once
@@ -48,7 +49,7 @@ from ldmrt.export.hub import is_id
 from ldmrt.export.options import Options
 from ldmrt.export.passes.widen import widen
 from ldmrt.export.resolve import resolve
-from ldmrt.export.source import Checkpoint, Source
+from ldmrt.export.source import LOW_RES_SCHEDULER, Checkpoint, Source
 from ldmrt.export.verify import reference_outputs
 from ldmrt.graph import Graph, dtype_of, rename_values, specialize, to_json
 from ldmrt.kernels.aot import write as write_cubins
@@ -58,6 +59,9 @@ from ldmrt.weights import WeightFile, sha256, write as write_weights
 
 OnProgress = Callable[[str, int, int], None]
 _Made = TypeVar("_Made")
+
+# What diffusers gives a picture that is to be drawn larger.
+NOISE_LEVEL = 20
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -81,6 +85,8 @@ def build_engines(
     variant: str | None = None,
     revision: str | None = None,
     controlnets: Sequence[str | Path] = (),
+    config: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Bundle:
     """Compile a model into a bundle, or add engines to the bundle that is there.
@@ -109,6 +115,8 @@ def build_engines(
         revision: branch, tag or commit of an id on the Hub.
         controlnets: folders of ControlNets to make engines of, and a step of the U-Net that reads them. They are added to those that
             the bundle has.
+        config: the YAML file of a model of the original code of latent diffusion, where the model is not a known one.
+        tokenizer: the folder of its tokenizer, where it reads text.
         on_progress: called with (what is being done, steps done, steps in all).
 
     Returns:
@@ -123,7 +131,15 @@ def build_engines(
     report = on_progress or (lambda _what, _done, _total: None)
     if is_id(model):
         report(f"fetching {model} from the Hub", 0, 1)
-    source = resolve(model, base=base, vae=vae, variant=variant, revision=revision)
+    source = resolve(
+        model,
+        base=base,
+        vae=vae,
+        variant=variant,
+        revision=revision,
+        config=None if config is None else Path(config),
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+    )
     if loras:
         source = source.with_loras(loras)
     source = with_controlnets(source, controlnets)
@@ -312,7 +328,8 @@ class _Build:
             return [(specialize(last, {"rows": 1}), size, 1)]
         # With guidance an image takes two rows of the denoising network, without it one.
         reads_text = bool(component.kinds and self.source.kind.tokenizers)
-        guided = reads_text and self.source.guidance_embedding is None
+        classes = bool(component.kinds) and self.source.null_class is not None
+        guided = (reads_text or classes) and self.source.guidance_embedding is None
         factors = (1, 2) if guided else (1,)
         if guided and self.options.is_tensorrt:
             # Each plan holds the weights again: one for each batch size, for the guidance that the model is used with. One for guidance
@@ -480,7 +497,7 @@ class _Build:
     def hash_source(self) -> tuple[FileRecord, ...]:
         """The model's files and their hashes."""
         source, digest = self.source, cache(sha256)  # one file may hold several components
-        files = {"scheduler/scheduler_config.json": source.config_file("scheduler")}
+        files = {f"{name}/scheduler_config.json": source.config_file(name) for name in source.kind.schedulers}
         for folder in source.folders:
             where = source.kind.folders.get(folder, folder)
             files[f"{where}/config.json"] = source.config_file(folder)
@@ -541,6 +558,15 @@ class _Build:
             self.weights[name] = self.folder.write(path, lambda path: write_weights(path, specs, load))
         return name
 
+    def upscaling(self) -> UpscalingRecord | None:
+        """What the model takes besides a picture that it draws larger."""
+        source = self.source
+        if not source.kind.upscaling or not source.is_noised:
+            return UpscalingRecord() if source.kind.upscaling else None
+        schedule = NoiseSchedule.from_config(source.configs[LOW_RES_SCHEDULER]).to_dict()
+        level = min(NOISE_LEVEL, source.max_noise_level)
+        return UpscalingRecord(schedule=schedule, noise_level=level, max_noise_level=source.max_noise_level)
+
     def copy_tokenizer(self) -> tuple[FileRecord, ...]:
         """The tokenizers' files, in the bundle."""
         files = []
@@ -572,6 +598,11 @@ class _Build:
                 zero_empty_negative=self.source.zero_empty_negative,
                 inpainting=self.source.kind.inpainting,
                 requires_aesthetics_score=self.source.kind.requires_aesthetics_score,
+                masked_pixel=self.source.kind.masked_pixel,
+                upscaling=self.upscaling(),
+                classes=None if self.source.is_noised else self.source.labels,
+                null_class=self.source.null_class,
+                segments=self.source.segments,
                 guidance_embedding=self.source.guidance_embedding,
                 scaling_factor=architectures.scaling(self.source)[0],
                 shift_factor=architectures.scaling(self.source)[1],

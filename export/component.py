@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from ldmrt.components import STEP, parts
+from ldmrt.components import CLASS_LABELS, SEGMENTATION, STEP, parts
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.export.passes.hoist import Kind
+from ldmrt.network import JOINED
 
 PREFIX = "module."  # every wrapper holds the original module under this name
 UNET_INPUTS = ("latents", "timesteps", "encoder_hidden_states")
 ADDED = ("text_embeds", "time_ids")  # what Stable Diffusion XL's networks take besides
-MASKED = ("mask", "masked_image_latents")  # what inpainting models' do
 TIMESTEP_COND = "timestep_cond"  # what models distilled with guidance do
 DOWN_RESIDUALS, MID_RESIDUAL = "down_residuals", "mid_residual"
 
@@ -90,16 +90,33 @@ class PenultimateTextEncoder(torch.nn.Module):
         return (states, result.text_embeds) if self.pooled else (states,)
 
 
+class BertTextEncoder(torch.nn.Module):
+    """The text encoder of latent diffusion: token ids to the last hidden states, the only ones there are.
+
+    `forward(input_ids (rows, tokens) int64) -> (1, rows, tokens, width)`.
+    """
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See the class."""
+        return (self.module(input_ids, return_dict=False)[0][None],)
+
+
 class UNet(torch.nn.Module):
     """The denoising U-Net: `forward(*inputs) -> (rows, C, h, w)`, the prediction in the model's own terms (epsilon or v).
 
     Args:
         module: diffusers' U-Net.
         names: what `forward` is given, in order. Always `latents` (rows, C, h, w), `timesteps` (rows,) and
-            `encoder_hidden_states` (rows, tokens, width); with Stable Diffusion XL also the pooled text embedding `text_embeds`
+            `encoder_hidden_states` (rows, tokens, width), or where the module has a table of classes (`class_embedder`) their
+            numbers `class_labels` (rows,) int64 instead; with Stable Diffusion XL also the pooled text embedding `text_embeds`
             (rows, projection) and `time_ids` (rows, 6): original height and width, top and left of the crop, target height and
-            width; for inpainting `mask` (rows, 1, h, w) and `masked_image_latents` (rows, C, h, w), which are joined to the
-            latents; with the guidance scale embedded `timestep_cond` (rows, width); and the residuals of ControlNets, `down_residuals.I` and `mid_residual`.
+            width; for inpainting `mask` (rows, 1, h, w) and `masked_image_latents` (rows, C, h, w), and for upscaling
+            `low_res_image` (rows, 3, h, w), which are joined to the latents, and with a noise level that as `class_labels`; with
+            the guidance scale embedded `timestep_cond` (rows, width); and the residuals of ControlNets, `down_residuals.I` and `mid_residual`.
     """
 
     def __init__(self, module: Any, names: Sequence[str] = UNET_INPUTS) -> None:
@@ -110,12 +127,17 @@ class UNet(torch.nn.Module):
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the class."""
         given = dict(zip(self.names, inputs, strict=True))
+        labels = given.get(CLASS_LABELS)
+        states = given.get("encoder_hidden_states")
+        if states is None:
+            # One token (Rombach et al. 2022, arXiv 2112.10752, section 4.3.1).
+            states, labels = self.module.class_embedder(labels)[:, None], None
         residuals = [tensor for name, tensor in given.items() if name.startswith(f"{DOWN_RESIDUALS}.")]
-        joined = [given[name] for name in ("latents", *MASKED) if name in given]
         result = self.module(
-            torch.cat(joined, dim=1) if len(joined) > 1 else joined[0],
+            _joined(given),
             given["timesteps"],
-            given["encoder_hidden_states"],
+            states,
+            class_labels=labels,
             timestep_cond=given.get(TIMESTEP_COND),
             added_cond_kwargs={name: given[name] for name in ADDED if name in given},
             down_block_additional_residuals=residuals or None,
@@ -155,16 +177,58 @@ class ControlNet(torch.nn.Module):
         return (*down, mid)
 
 
-class UnconditionalUNet(torch.nn.Module):
-    """The denoising U-Net of a model that reads no text: `forward(latents (rows, C, h, w), timesteps (rows,)) -> (rows, C, h, w)`."""
+class Rescaler(torch.nn.Module):
+    """A semantic map as channels beside the latents: `forward(labels (rows, 1, H, W) int64) -> (rows, channels, h, w)`.
 
-    def __init__(self, module: Any) -> None:
+    Halved `stages` times with bilinear weights, which are those of the mean of two pixels each way; then a linear map of each pixel.
+    """
+
+    def __init__(self, stages: int, classes: int, channels: int) -> None:
+        super().__init__()
+        self.stages, self.classes = stages, classes
+        self.channel_mapper = torch.nn.Conv2d(classes, channels, 1, bias=False)
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        classes = torch.arange(self.classes, device=labels.device)[None, :, None, None]
+        found = (labels == classes).to(self.channel_mapper.weight.dtype)
+        for _ in range(self.stages):
+            found = torch.nn.functional.avg_pool2d(found, 2)
+        made: torch.Tensor = self.channel_mapper(found)
+        return made
+
+
+class UNetWithoutText(torch.nn.Module):
+    """The denoising U-Net of a model that reads no text: `forward(*inputs) -> (rows, C, h, w)`.
+
+    Args:
+        module: diffusers' `UNet2DModel`.
+        names: what `forward` is given, in order: `latents` (rows, C, h, w), `timesteps` (rows,), and for some models
+            `low_res_image` (rows, 3, h, w), or `mask` (rows, 1, h, w) and `masked_image_latents` (rows, C, h, w), which are joined to the
+            latents, the mask last and as -1 and 1; or the numbers of classes, `class_labels` (rows,) int64, or of a class for each pixel,
+            `segmentation` (rows, 1, H, W) int64, which the module's `rescaler` makes as small as the latents.
+    """
+
+    def __init__(self, module: Any, names: Sequence[str]) -> None:
         super().__init__()
         self.module = module
+        self.names = tuple(names)
 
-    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the class."""
-        return (self.module(latents, timesteps, return_dict=False)[0],)
+        given = dict(zip(self.names, inputs, strict=True))
+        if "mask" in given:
+            given["mask"] = given.pop("mask") * 2 - 1
+        if SEGMENTATION in given:
+            given[SEGMENTATION] = self.module.rescaler(given[SEGMENTATION])
+        labels = given.get(CLASS_LABELS)
+        return (self.module(_joined(given), given["timesteps"], class_labels=labels, return_dict=False)[0],)
+
+
+def _joined(given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The latents, and behind their channels what a model takes beside them, in the order in which it is given."""
+    joined = [tensor for name, tensor in given.items() if name in ("latents", *JOINED, SEGMENTATION)]
+    return torch.cat(joined, dim=1) if len(joined) > 1 else joined[0]
 
 
 class Decoder(torch.nn.Module):

@@ -43,7 +43,7 @@ def fetch(model: str, *, revision: str | None = None, variant: str | None = None
         )
     kind = kind_of(read_json(index), Path(model))
     stems = {kind.folders.get(folder, folder): STEMS[folder] for folder in kind.classes}
-    folders = (*stems, *kind.tokenizers.values(), "scheduler")
+    folders = (*stems, *kind.tokenizers.values(), *kind.schedulers)
     small = [f"{folder}/*.{ending}" for folder in folders for ending in ("json", "txt")]
     _fetch(model, revision, [*small, "ldmrt-defaults.json"])
     path = _fetch_weights(model, revision, variant, stems)

@@ -21,6 +21,8 @@ def resolve(
     vae: str | Path | None = None,
     variant: str | None = None,
     revision: str | None = None,
+    config: Path | None = None,
+    tokenizer: Path | None = None,
 ) -> Source:
     """Open a model.
 
@@ -31,6 +33,8 @@ def resolve(
         vae: the VAE to take instead of the model's own: a folder (a VAE's or a model's), a file in either layout, or an id on the Hub.
         variant: which copy of the weights to take where there are several, such as `fp16`.
         revision: branch, tag or commit of an id on the Hub.
+        config: for a file of the original code of latent diffusion, its YAML file, where the model is not a known one.
+        tokenizer: for such a file, the folder of the tokenizer of a model that reads text.
 
     Raises:
         BuildError: it cannot be opened; says what was found, and the cure.
@@ -42,8 +46,17 @@ def resolve(
     if revision is not None and not fetched:
         raise BuildError(f"{model} is no id on the Hub, and has no revision {revision!r}; leave out --revision")
     path = Path(model)
+    given = next(
+        (name for name, value in (("--config", config), ("--tokenizer", tokenizer)) if value is not None), None
+    )
+    if given is not None and (base is not None or not path.is_file()):
+        what = "has a base model, which says that" if path.is_file() else "is no file"
+        raise BuildError(
+            f"{model} {what}, and {given} is for a file alone, in the layout of the original code; leave it out"
+        )
     if path.is_file():
-        source = open_single_file(path, None if base is None else resolve(base, variant=variant))
+        base_model = None if base is None else resolve(base, variant=variant)
+        source = open_single_file(path, base_model, config=config, tokenizer=tokenizer)
     elif base is not None:
         raise BuildError(f"{model} is a whole model, and takes no --base; leave it out, or give the file of a U-Net")
     elif fetched:

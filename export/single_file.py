@@ -1,7 +1,8 @@
 """Checkpoints that are one safetensors file in the original layout (CompVis, Stability AI): their weights as diffusers names them.
 
-Such a file has neither configs nor tokenizers. They come from the base model, or from `export/known`, by what the tensors show. Nothing is
-copied: a weight is looked up in the mapped file when it is used.
+Such a file has neither configs nor tokenizers. They come from the base model, from the YAML file of the original code
+(`export.original_config`), or from `export/known`, by what the tensors show. Nothing is copied: a weight is looked up in the mapped file
+when it is used.
 """
 
 from __future__ import annotations
@@ -15,41 +16,72 @@ import torch
 
 from ldmrt import original
 from ldmrt.errors import BuildError
+from ldmrt.export import original_config
 from ldmrt.export.architectures import instantiate
-from ldmrt.export.source import PICKLES, Source, names_turbo, unet_channels
+from ldmrt.export.source import CLASS_EMBEDDER, PICKLES, RESCALER, Source, names_turbo, unet_channels
 from ldmrt.original import Piece
 from ldmrt.weights import Entry, WeightFile
 
-Names = Callable[[list[str]], dict[str, Piece]]
+# What is no part of the original code's U-Net, and of ours is one.
+_ATTACHED = (CLASS_EMBEDDER, RESCALER)
+
+Names = Callable[[torch.nn.Module], dict[str, Piece]]
 
 
-def _plain(names: Callable[[list[str]], dict[str, str]]) -> Names:
-    return lambda weights: {name: Piece(called) for name, called in names(weights).items()}
+def _unet(module: torch.nn.Module) -> dict[str, Piece]:
+    heads = {
+        path: int(part.heads) for path, part in module.named_modules() if getattr(part, "group_norm", None) is not None
+    }
+    names = [name for name in module.state_dict() if name.partition(".")[0] not in _ATTACHED]
+    return original.unet_pieces(names, heads)
 
 
-def _clip(names: list[str]) -> dict[str, Piece]:
+def _attached(name: str, called: str) -> Names:
+    return lambda _unet: {name: Piece(called)}
+
+
+def _vae(module: torch.nn.Module) -> dict[str, Piece]:
+    return {name: Piece(called) for name, called in original.vae(module.state_dict()).items()}
+
+
+def _bert(module: torch.nn.Module) -> dict[str, Piece]:
+    return {name: Piece(original.bert(name)) for name in module.state_dict()}
+
+
+def _clip(module: torch.nn.Module) -> dict[str, Piece]:
     """Transformers' own names; since its version 5 they lack the prefix."""
-    return {name: Piece(f"text_model.{name.removeprefix('text_model.')}") for name in names}
+    return {name: Piece(f"text_model.{name.removeprefix('text_model.')}") for name in module.state_dict()}
 
 
-def _open_clip(names: list[str]) -> dict[str, Piece]:
-    return {name: original.open_clip(name) for name in names}
+def _open_clip(module: torch.nn.Module) -> dict[str, Piece]:
+    return {name: original.open_clip(name) for name in module.state_dict()}
 
 
 # Where a component's weights may stand in a file: their prefix, a name that shows it, and how diffusers' names become the original ones.
 _PLACES: dict[str, tuple[tuple[str, str, Names], ...]] = {
     "unet": (
-        ("model.diffusion_model.", "input_blocks.0.0.weight", _plain(original.unet)),
-        ("", "input_blocks.0.0.weight", _plain(original.unet)),
+        ("model.diffusion_model.", "input_blocks.0.0.weight", _unet),
+        ("", "input_blocks.0.0.weight", _unet),
     ),
     "vae": (
-        ("first_stage_model.", "decoder.conv_in.weight", _plain(original.vae)),
-        ("", "decoder.mid.block_1.conv1.weight", _plain(original.vae)),
+        ("first_stage_model.", "decoder.conv_in.weight", _vae),
+        ("", "decoder.mid.block_1.conv1.weight", _vae),
     ),
     "text_encoder": (
         ("cond_stage_model.transformer.", "text_model.final_layer_norm.weight", _clip),
         ("conditioner.embedders.0.transformer.", "text_model.final_layer_norm.weight", _clip),
         ("cond_stage_model.model.", "ln_final.weight", _open_clip),
+        ("cond_stage_model.transformer.", "token_emb.weight", _bert),
+    ),
+    CLASS_EMBEDDER: (
+        ("cond_stage_model.", "embedding.weight", _attached(f"{CLASS_EMBEDDER}.weight", "embedding.weight")),
+    ),
+    RESCALER: (
+        (
+            "cond_stage_model.",
+            "channel_mapper.weight",
+            _attached(f"{RESCALER}.channel_mapper.weight", "channel_mapper.weight"),
+        ),
     ),
     "text_encoder_2": (
         ("conditioner.embedders.1.model.", "ln_final.weight", _open_clip),
@@ -112,12 +144,7 @@ class OriginalWeights(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         piece = self._pieces[name]
-        tensor = self._file[piece.name]
-        if piece.third is not None:
-            tensor = tensor.chunk(3)[piece.third]
-        if piece.transposed:
-            tensor = tensor.T
-        return tensor.reshape(self.entries[name].shape)
+        return piece.of(self._file[piece.name]).reshape(self.entries[name].shape)
 
     def release(self, name: str) -> None:
         """Give back the memory that reading a tensor took."""
@@ -151,13 +178,17 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def open_single_file(path: Path, base: Source | None) -> Source:
+def open_single_file(
+    path: Path, base: Source | None, *, config: Path | None = None, tokenizer: Path | None = None
+) -> Source:
     """A model that is one file, or a U-Net that is one and the rest from a base model.
 
     Args:
         path: the file, in the original layout, or a U-Net alone in diffusers'.
         base: what gives the configs, the tokenizers, and the components that the file does not hold; None to take configs and tokenizers
             by what the file shows.
+        config: a YAML file of the original code of latent diffusion, which says what the file is.
+        tokenizer: the folder of the tokenizer of a model of that code which reads text.
 
     Raises:
         BuildError: it is no model, it is of a kind that ldmrt does not build, or there is no base and components are missing.
@@ -165,8 +196,7 @@ def open_single_file(path: Path, base: Source | None) -> Source:
     """
     file = open_file(path)
     if base is None:
-        name, inpainting = recognise(file)
-        base = _with_schedule(Source.known(name, inpainting=inpainting), file)
+        base = _described(file, config, tokenizer)
         missing = [folder for folder in base.folders if _place(file, folder) is None]
         if missing:
             raise BuildError(
@@ -179,8 +209,27 @@ def open_single_file(path: Path, base: Source | None) -> Source:
     if not held:
         raise BuildError(_unknown(file))
     for folder in held:
-        source = source.with_part(folder, [component(file, folder, source)])
+        attached = [part for part in _ATTACHED if folder == "unet" and part in source.configs]
+        source = source.with_part(folder, [component(file, part, source) for part in (folder, *attached)])
     return source
+
+
+def _described(file: WeightFile, config: Path | None, tokenizer: Path | None) -> Source:
+    """The configs of a file's model: as its own config says, or as is known of models like it.
+
+    Raises:
+        BuildError: see `open_single_file`.
+    """
+    if config is not None:
+        found: Source | None = original_config.source(original_config.read(config), config, file, tokenizer)
+    else:
+        found = original_config.recognise(file, tokenizer)
+    if found is None:
+        name, inpainting = recognise(file)
+        found = _with_schedule(Source.known(name, inpainting=inpainting), file)
+    if tokenizer is not None and tokenizer not in found.tokenizers.values():
+        raise BuildError(f"{file.path} takes no --tokenizer: it reads no text with BERT; leave it out")
+    return found
 
 
 def open_vae(path: Path, source: Source) -> Source:
@@ -225,8 +274,9 @@ def component(file: WeightFile, folder: str, source: Source) -> OriginalWeights:
     if place is None:
         raise BuildError(_unknown(file))
     prefix, _, names = place
-    shapes = {name: tensor.shape for name, tensor in instantiate(source, folder).state_dict().items()}
-    return OriginalWeights(file, prefix, names(list(shapes)), shapes)
+    module = instantiate(source, "unet" if folder in _ATTACHED else folder)
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    return OriginalWeights(file, prefix, names(module), shapes)
 
 
 def recognise(file: WeightFile) -> tuple[str, bool]:
@@ -246,8 +296,9 @@ def recognise(file: WeightFile) -> tuple[str, bool]:
     inpainting = channels == unet_channels(4, inpainting=True)
     if name is None or channels != unet_channels(4, inpainting=inpainting):
         raise BuildError(
-            f"{file.path} has a U-Net that takes {channels} channels and text of width {width}, which is none of "
-            f"{_KNOWN}; give the model that it goes with as --base"
+            f"{file.path} has a U-Net that takes {channels or 'no'} channels and text of width {width}, which is none of "
+            f"{_KNOWN}, and of latent diffusion {original_config.known()}; give the model that it goes with as --base, or its YAML file as "
+            "--config"
         )
     return name, inpainting
 

@@ -37,6 +37,11 @@ class Kind:
         upcast_vae: whether its VAE is known to overflow float16.
         inpainting: whether its U-Net takes, beside the latents, a mask and the latents of the picture without what it covers.
         requires_aesthetics_score: whether its U-Net takes an aesthetic score in the place of the target's size.
+        masked_pixel: for inpainting, what is encoded under the mask.
+        upscaling: whether its U-Net takes, beside the latents, a picture of their size.
+        segmented: whether its U-Net takes, beside the latents, what its rescaler makes of a semantic map.
+        unscaled: whether its latents are as its first stage makes them, whatever scaling factor that has.
+        schedulers: the folders of its noise schedules.
         folders: component -> its folder, where that is called otherwise.
         alternatives: component -> another class that it may have.
     """
@@ -51,6 +56,11 @@ class Kind:
     upcast_vae: bool = False
     inpainting: bool = False
     requires_aesthetics_score: bool = False
+    masked_pixel: float = 0.0
+    upscaling: bool = False
+    segmented: bool = False
+    unscaled: bool = False
+    schedulers: tuple[str, ...] = ("scheduler",)
     folders: Mapping[str, str] = field(default_factory=dict)
     alternatives: Mapping[str, str] = field(default_factory=dict)
 
@@ -58,6 +68,22 @@ class Kind:
     def time_ids(self) -> int:
         """How many numbers about the picture's size (and its aesthetic score) its U-Net takes, if it takes any."""
         return 5 if self.requires_aesthetics_score else 6
+
+    def joined(self, latents: int) -> int:
+        """How many channels its U-Net takes behind those of the latents."""
+        return latents + 1 if self.inpainting else 3 if self.upscaling or self.segmented else 0
+
+
+# What diffusers takes where a model says nothing.
+MAX_NOISE_LEVEL = 350
+# The noise that an upscaling model's picture is given.
+LOW_RES_SCHEDULER = "low_res_scheduler"
+
+# Configs of the original code, of what diffusers has no config for: the table of classes (rows, width, and whether the last row stands for
+# none of them), and how many heads the attentions of a `UNet2DModel` have at every level.
+CLASS_EMBEDDER, NUM_HEADS = "class_embedder", "_num_heads"
+# And what makes a semantic map as small as the latents (stages, classes, channels).
+RESCALER = "rescaler"
 
 
 def _for_inpainting(kind: Kind, *, inpainting: bool = True) -> Kind:
@@ -116,6 +142,39 @@ KINDS["StableDiffusionXLInpaintPipeline"] = _for_inpainting(KINDS["StableDiffusi
 KINDS["LatentConsistencyModelPipeline"] = replace(
     KINDS["StableDiffusionPipeline"], title="Latent Consistency Models", guidance_scale=8.5, num_inference_steps=4
 )
+KINDS["StableDiffusionUpscalePipeline"] = replace(
+    KINDS["StableDiffusionPipeline"],
+    title="Stable Diffusion x4 upscaler",
+    guidance_scale=9.0,
+    upcast_vae=True,
+    upscaling=True,
+    schedulers=("scheduler", LOW_RES_SCHEDULER),
+)
+KINDS["LDMSuperResolutionPipeline"] = replace(
+    KINDS["LDMPipeline"], title="Latent diffusion for super-resolution", upscaling=True, unscaled=True, alternatives={}
+)
+KINDS["LDMTextToImagePipeline"] = Kind(
+    name="latent-diffusion",
+    title="Latent diffusion, text to image",
+    classes={"text_encoder": "LDMBertModel", **_DENOISER},
+    tokenizers={"text_encoder": "tokenizer"},
+    addition_embed_type=None,
+    guidance_scale=5.0,
+    folders={"text_encoder": "bert", "vae": "vqvae"},
+    alternatives={"vae": "VQModel"},
+)
+# What the original code has and diffusers has no pipeline for: a model of classes, each a token that the U-Net attends to; inpainting without
+# text, of pictures that are black under the mask; semantic maps.
+CLASS_CONDITIONAL = replace(
+    KINDS["LDMPipeline"],
+    title="Latent diffusion, class-conditional",
+    classes={"unet": "UNet2DConditionModel", "vae": "VQModel"},
+    guidance_scale=3.0,
+)
+LDM_INPAINTING = replace(
+    KINDS["LDMPipeline"], title="Latent diffusion for inpainting", inpainting=True, masked_pixel=-1.0
+)
+SEMANTIC = replace(KINDS["LDMPipeline"], title="Latent diffusion of semantic maps", segmented=True)
 KNOWN_KINDS = "; ".join(f"{kind.title} ({name})" for name, kind in KINDS.items())
 
 # What weight files are called; a ControlNet's as the U-Net's.
@@ -160,8 +219,9 @@ class Source:
     Attributes:
         path: its folder.
         kind: the family member.
-        configs: the JSON config of each component and of the noise schedule (`scheduler`).
+        configs: the JSON config of each component and of the noise schedules (`scheduler`, and `low_res_scheduler` if it has one).
         defaults: what the model's maker recommends (optional file `ldmrt-defaults.json`).
+        max_noise_level: the last timestep of `low_res_scheduler` that it knows.
         zero_empty_negative: whether an empty negative prompt means embeddings of zeros (`force_zeros_for_empty_prompt`).
         loras: LoRAs that its weights are to be taken with, each with its scale.
         variant: which of several copies of the weights to take where there are several, such as `fp16`.
@@ -177,6 +237,7 @@ class Source:
     kind: Kind
     configs: Mapping[str, Mapping[str, Any]]
     defaults: Mapping[str, Any]
+    max_noise_level: int = 0
     zero_empty_negative: bool = False
     loras: tuple[tuple[Lora, float], ...] = ()
     variant: str | None = None
@@ -200,6 +261,30 @@ class Source:
         """Width of the embedding of the guidance scale that its U-Net takes in the place of classifier-free guidance, if it does."""
         width: int | None = self.configs["unet"].get("time_cond_proj_dim")
         return width
+
+    @property
+    def labels(self) -> int | None:
+        """How many labels its U-Net is told one of: classes, or noise levels where it has a `low_res_scheduler`."""
+        embedder = self.configs.get(CLASS_EMBEDDER)
+        count: int | None = self.configs["unet"].get("num_class_embeds") if embedder is None else embedder["rows"]
+        return count
+
+    @property
+    def null_class(self) -> int | None:
+        """Which of the classes stands for none, if one does."""
+        embedder = self.configs.get(CLASS_EMBEDDER)
+        return embedder["rows"] - 1 if embedder is not None and embedder["null"] else None
+
+    @property
+    def segments(self) -> int | None:
+        """How many classes its semantic maps have, if it takes any."""
+        rescaler = self.configs.get(RESCALER)
+        return None if rescaler is None else int(rescaler["classes"])
+
+    @property
+    def is_noised(self) -> bool:
+        """Whether the picture that it draws larger is given noise, and its labels are the levels of that."""
+        return LOW_RES_SCHEDULER in self.kind.schedulers
 
     @property
     def is_quantized(self) -> bool:
@@ -272,7 +357,7 @@ class Source:
         configs = {
             folder: read_json(path / kind.folders.get(folder, folder) / "config.json") for folder in kind.classes
         }
-        configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
+        configs |= {name: read_json(path / name / "scheduler_config.json") for name in kind.schedulers}
         extra = path / "ldmrt-defaults.json"
         defaults = read_json(extra) if extra.is_file() else {}
         _check_values(path, kind, configs, defaults)
@@ -281,7 +366,8 @@ class Source:
             if not (path / folder).is_dir():
                 raise BuildError(f"{path} has no folder {folder}; copy the model again")
         zeros = bool(index.get("force_zeros_for_empty_prompt", False))
-        source = cls(path, kind, configs, defaults, zeros, variant=variant)
+        level = _max_noise_level(path, index, configs) if LOW_RES_SCHEDULER in kind.schedulers else 0
+        source = cls(path, kind, configs, defaults, level, zeros, variant=variant)
         if variant is not None and not any(_is_variant(file, variant) for file in path.glob("*/*.safetensors")):
             raise BuildError(f"{path} has no variant {variant!r} of its weights; leave out --variant")
         return source
@@ -306,7 +392,7 @@ class Source:
             kind,
             {folder: {**configs[folder], **changes.get(folder, {})} for folder in (*kind.classes, "scheduler")},
             {},
-            bool(configs.get("force_zeros_for_empty_prompt", False)),
+            zero_empty_negative=bool(configs.get("force_zeros_for_empty_prompt", False)),
             title=name,
             files=dict.fromkeys((*kind.classes, "scheduler"), path),
             tokenizers={encoder: _KNOWN / folder for encoder, folder in configs["tokenizers"].items()},
@@ -367,7 +453,7 @@ class Source:
 
     def config_file(self, folder: str) -> Path:
         """The file that a component's config, or that of the `scheduler`, is from."""
-        name = "scheduler_config.json" if folder == "scheduler" else "config.json"
+        name = "scheduler_config.json" if folder in self.kind.schedulers else "config.json"
         return self.files.get(folder, self.place(folder) / name)
 
     def tokenizer_folder(self, encoder: str) -> Path:
@@ -574,12 +660,14 @@ def _check_values(
             raise BuildError(f"{path / where}: {key} is {str(value)[:40]!r}, expected {what}; copy the model again")
 
     for folder in kind.tokenizers:
-        for key in ("max_position_embeddings", "vocab_size", "hidden_size"):
+        for key in ("max_position_embeddings", "vocab_size", _width_key(kind, folder)):
             check(f"{folder}/config.json", configs[folder], key, "a whole number", optional=False)
     if kind.tokenizers:
         check("unet/config.json", configs["unet"], "cross_attention_dim", "a whole number", optional=False)
     check("unet/config.json", configs["unet"], "sample_size", "a whole number")
     check("unet/config.json", configs["unet"], "time_cond_proj_dim", "a whole number")
+    noised = LOW_RES_SCHEDULER in kind.schedulers
+    check("unet/config.json", configs["unet"], "num_class_embeds", "a whole number", optional=not noised)
     check("vae/config.json", configs["vae"], "latent_channels", "a whole number")
     check("vae/config.json", configs["vae"], "scaling_factor", "a number")
     check("vae/config.json", configs["vae"], "shift_factor", "a number")
@@ -597,10 +685,31 @@ def _check_values(
         )
 
 
+def _width_key(kind: Kind, folder: str) -> str:
+    """What a text encoder's config calls the width of its hidden states."""
+    return "d_model" if kind.classes[folder] == "LDMBertModel" else "hidden_size"
+
+
+def _max_noise_level(path: Path, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> int:
+    """The most noise that an upscaling model's picture may be given.
+
+    Raises:
+        BuildError: its U-Net, or the schedule, does not know so many levels.
+    """
+    found = index.get("max_noise_level", MAX_NOISE_LEVEL)
+    levels = min(configs["unet"]["num_class_embeds"], configs[LOW_RES_SCHEDULER].get("num_train_timesteps", 1000))
+    if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found < levels:
+        raise BuildError(
+            f"{path / 'model_index.json'}: max_noise_level is {str(found)[:40]!r}, expected 0 to {levels - 1}, which its U-Net and its "
+            f"{LOW_RES_SCHEDULER} know; copy the model again"
+        )
+    return found
+
+
 def _check_unet(path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]]) -> None:
     unet, vae = configs["unet"], configs["vae"]
     latents = vae.get("latent_channels", 4)
-    channels = unet_channels(latents, inpainting=kind.inpainting)
+    channels = latents + kind.joined(latents)
     if unet.get("in_channels", 4) != channels:
         raise BuildError(
             f"{path}: its U-Net takes {unet.get('in_channels')} channels, expected {channels} of {kind.title}, whose VAE makes "
@@ -618,7 +727,7 @@ def _check_unet(path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]]
         raise BuildError(
             f"{path}: its U-Net takes the guidance scale in {width} numbers, expected 4 or more; copy the model again"
         )
-    widths = [int(configs[folder]["hidden_size"]) for folder in kind.tokenizers]
+    widths = [int(configs[folder][_width_key(kind, folder)]) for folder in kind.tokenizers]
     if widths and sum(widths) != unet["cross_attention_dim"]:
         raise BuildError(
             f"{path}: its U-Net reads text of width {unet['cross_attention_dim']}, its text encoders make "

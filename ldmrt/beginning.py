@@ -63,6 +63,13 @@ def resolve(
     Raises:
         BadRequest: the image is none; or latents do not fit, or there is a picture where only latents do.
     """
+    if model.upscaling is not None:
+        if job.span.strength != 1:
+            raise BadRequest(
+                f"strength is {job.span.strength:g}, and {model.name} draws a small picture larger, from noise; leave it out",
+                param="strength",
+            )
+        return Beginning()
     begun = job.span.denoising_start > 0
     if image is None or (model.inpainting and job.span.strength == 1 and not begun):
         return Beginning()

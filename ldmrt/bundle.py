@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ldmrt.components import CONTROLLED_STEP, CONTROLNET_NAME, STEP
+from ldmrt.components import CLASS_LABELS, CONTROLLED_STEP, CONTROLNET_NAME, SEGMENTATION, STEP
 from ldmrt.engines.activation import ActivationMemory
 from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.engines.tensorrt import LIBRARIES, check
@@ -44,6 +44,10 @@ _INTERFACES: dict[str, dict[str, int]] = {
     "decoder": {"latents": 4, "image": 4},
     "encoder": {"image": 4, "latent_mean": 4, "latent_logvar": 4},
 }
+
+
+# What a model without text may be told in its place.
+_TOLD = {CLASS_LABELS: 1, "mask": 4, SEGMENTATION: 4}
 
 
 class _Record(BaseModel):
@@ -178,6 +182,20 @@ class Defaults(_Record):
     sampler: str = "ddim"
 
 
+class UpscalingRecord(_Record):
+    """What a model that draws a small picture larger takes besides the picture.
+
+    Attributes:
+        schedule: the noise schedule by which the picture is given noise (`ldmrt.schedule.NoiseSchedule.from_dict`); None for none.
+        noise_level: at which of its timesteps, where a request says nothing.
+        max_noise_level: the last that the model knows.
+    """
+
+    schedule: dict[str, Any] | None = None
+    noise_level: int = Field(default=0, ge=0)
+    max_noise_level: int = Field(default=0, ge=0)
+
+
 class ModelRecord(_Record):
     """What the runtime must know of the model.
 
@@ -191,6 +209,11 @@ class ModelRecord(_Record):
         zero_empty_negative: whether an empty negative prompt means embeddings of zeros.
         inpainting: whether it draws into the masked part of a picture, and nothing else.
         requires_aesthetics_score: whether it takes an aesthetic score beside the picture's size.
+        masked_pixel: what a pixel under the mask is encoded as, -1 (black) to 1.
+        upscaling: for a model that draws a small picture larger; the picture is one pixel for each latent cell.
+        classes: how many classes it draws, by number; None if it is not told any.
+        null_class: which of them stands for none, as guidance compares with; None if there is none.
+        segments: how many classes its semantic maps have; None if it takes none.
         guidance_embedding: width of the embedding of the guidance scale that the U-Net takes in the place of classifier-free guidance;
             None if it takes none.
         scaling_factor: the latents that are denoised are (encoded - shift_factor) * scaling_factor.
@@ -207,6 +230,11 @@ class ModelRecord(_Record):
     zero_empty_negative: bool = False
     inpainting: bool = False
     requires_aesthetics_score: bool = False
+    masked_pixel: float = Field(default=0.0, ge=-1, le=1)
+    upscaling: UpscalingRecord | None = None
+    classes: int | None = Field(default=None, ge=1)
+    null_class: int | None = Field(default=None, ge=0)
+    segments: int | None = Field(default=None, ge=1)
     guidance_embedding: int | None = Field(default=None, ge=4)
     scaling_factor: float = Field(default=0.18215, gt=0)
     shift_factor: float = 0.0
@@ -511,10 +539,10 @@ def _as_agreed(record: EngineRecord, engine: Engine) -> Engine:
     found = {**engine.inputs, **engine.outputs}
     if record.component == "context" and not found:  # a model that is told nothing
         return engine
-    fits = all(
-        name in found and len(found[name].shape) == dimensions
-        for name, dimensions in _INTERFACES.get(record.component, {}).items()
-    )
+    agreed = _INTERFACES.get(record.component, {})
+    if record.component == "context":
+        agreed = next(({name: _TOLD[name]} for name in _TOLD if name in found), agreed)
+    fits = all(name in found and len(found[name].shape) == dimensions for name, dimensions in agreed.items())
     if fits and record.component in (STEP, CONTROLLED_STEP):
         latents = engine.inputs.get("latents")
         fits = latents is not None and [spec.shape for spec in engine.outputs.values()] == [latents.shape]

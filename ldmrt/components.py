@@ -9,6 +9,10 @@ from __future__ import annotations
 STEP = "step"
 CONTROLLED_STEP = "controlled.step"
 CONTROLNET = "controlnet."
+# The input of a denoising network that is the number of a class, or of a noise level.
+CLASS_LABELS = "class_labels"
+# The number of a class for every pixel.
+SEGMENTATION = "segmentation"
 # What a ControlNet may be called: its name becomes part of file names. A regular expression.
 CONTROLNET_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 

@@ -174,12 +174,13 @@ class Denoisers:
 
 def check_tokens(step: Engine, tokens: int) -> None:
     """Check that a prompt's length is the engine's, if that is fixed: a dimension of a step's text inputs is free but in TensorRT plans.
+    Without a prompt (0 tokens), what has the form of text is made of something else.
 
     Raises:
         BadRequest: it is another.
     """
     for spec in step.inputs.values():
-        if len(spec.shape) == 3 and isinstance(spec.shape[1], int) and spec.shape[1] != tokens:
+        if tokens and len(spec.shape) == 3 and isinstance(spec.shape[1], int) and spec.shape[1] != tokens:
             raise BadRequest(
                 f'the prompt takes {tokens} tokens, and this engine is made for {spec.shape[1]}: shorten it, use long_prompt="cut", '
                 "or build with --engine torch",

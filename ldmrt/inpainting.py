@@ -18,10 +18,12 @@ class Inpainting:
     Attributes:
         picture: (3, H, W) float32 in [-1, 1].
         mask: (1, H, W) float32, 1 for what is drawn anew, 0 for what stays.
+        masked_pixel: what the model is shown in the place of a pixel under the mask.
     """
 
     picture: torch.Tensor
     mask: torch.Tensor
+    masked_pixel: float
 
     def conditionings(self, downscale: int, noise: torch.Tensor, encode: Encode) -> list[dict[str, torch.Tensor]]:
         """The U-Net's inputs for each image: `mask` (1, h, w), and `masked_image_latents` (C, h, w).
@@ -31,7 +33,7 @@ class Inpainting:
             noise: (images, C, h, w) float32, standard normal, of what the encoder draws.
             encode: from a picture and the noise of its encoding to latents.
         """
-        latents = encode(self.picture * (1 - self.mask), noise)
+        latents = encode(self.picture * (1 - self.mask) + self.masked_pixel * self.mask, noise)
         # As diffusers takes it: the pixel at the corner of each cell.
         cells = self.mask[:, ::downscale, ::downscale].to(latents.device)
         return [{"mask": cells, "masked_image_latents": one} for one in latents]
@@ -65,4 +67,5 @@ def resolve(
         raise BadRequest(
             f"{missing} is missing: {model.name} is an inpainting model, give image and mask_image", param=missing
         )
-    return Inpainting(rgb(image, size, param="image") * 2 - 1, mask(mask_image, size, param="mask_image"))
+    picture = rgb(image, size, param="image") * 2 - 1
+    return Inpainting(picture, mask(mask_image, size, param="mask_image"), model.masked_pixel)

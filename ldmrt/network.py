@@ -13,9 +13,12 @@ from ldmrt.samplers.table import SamplerTable
 
 Conditioning = Mapping[str, torch.Tensor]
 
-# Inputs of a step that the request itself says: a ControlNet's for every step, an inpainting model's once.
+# Inputs of a step that the request itself says: a ControlNet's for every step; once what is joined to the latents, by inpainting models and by
+# upscaling ones.
 SCALE = "conditioning_scale"
 MASKED = ("mask", "masked_image_latents")
+LOW_RES = "low_res_image"
+JOINED = (*MASKED, LOW_RES)
 
 
 class Parts(NamedTuple):
@@ -64,7 +67,7 @@ class Network:
             return torch.zeros((rows, *sizes(spec, tokens=tokens)[1:]), dtype=spec.dtype, device=device)
 
         inputs = {name: spec for name, spec in parts.step.inputs.items() if name not in buffers}
-        constant = {*parts.context.outputs, *MASKED}
+        constant = {*parts.context.outputs, *JOINED}
         self._contexts = {name: empty(spec) for name, spec in inputs.items() if name in constant}
         # What is another one at every step.
         changing = {*parts.schedule.outputs, SCALE}
@@ -101,7 +104,7 @@ class Network:
             for name, spec in context.inputs.items()
         }
         made = context.run(stacked)
-        made |= {name: torch.stack([one[name] for one in conditionings]) for name in MASKED if name in self._contexts}
+        made |= {name: torch.stack([one[name] for one in conditionings]) for name in JOINED if name in self._contexts}
         for name, tensor in made.items():
             for row, value in zip(rows, tensor, strict=True):
                 self._contexts[name][row].copy_(value)

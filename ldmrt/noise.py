@@ -60,17 +60,7 @@ def draw(
     count = len(seeds)
     if latents is not None and tuple(latents.shape) != (count, *shape):
         raise BadRequest(f"latents has the shape {tuple(latents.shape)}, expected {(count, *shape)}", param="latents")
-    if isinstance(generator, torch.Generator):
-        generators, images = [generator], count
-    else:
-        generators = [torch.Generator("cpu").manual_seed(s) for s in seeds] if generator is None else list(generator)
-        images = 1
-    if len(generators) * images != count:
-        raise BadRequest(f"{len(generators)} generators were given for {count} images", param="generator")
-    if any(one.device.type != "cpu" for one in generators):
-        raise BadRequest(
-            "the generator is on a GPU, expected torch.Generator('cpu'): noise is drawn on the CPU", param="generator"
-        )
+    generators, images = _checked(seeded(seeds, generator), count)
     block = (images, *shape)
     starts, noises, encodings, pictures = [], [], [], []
     for one in generators:
@@ -86,3 +76,44 @@ def draw(
     start = torch.cat(starts) if latents is None else latents.detach().to("cpu", torch.float32)
     steps, shown, begun = (torch.cat(drawn) if drawn else None for drawn in (noises, encodings, pictures))
     return Noise(start, steps, shown, begun)
+
+
+def draw_once(count: int, shape: tuple[int, int, int], generator: Generators) -> torch.Tensor:
+    """Draw what is added to a picture: as in diffusers before all else, and from one generator once for all of its images.
+
+    Args:
+        count: images.
+        shape: the picture's, (C, H, W).
+        generator: one for all images, or one for each.
+
+    Returns:
+        (n, C, H, W) float32, standard normal.
+
+    Raises:
+        BadRequest: the generators do not fit the images.
+    """
+    generators, images = _checked(generator, count)
+    return torch.cat([torch.randn((1, *shape), generator=one).expand(images, *shape) for one in generators])
+
+
+def seeded(seeds: Sequence[int], generator: Generators | None) -> Generators:
+    """The generators of a call: those that were given, or one for each seed."""
+    if generator is not None:
+        return generator
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+def _checked(generator: Generators, count: int) -> tuple[list[torch.Generator], int]:
+    """The generators for so many images, and how many images each draws for.
+
+    Raises:
+        BadRequest: they are not as many, or not on the CPU.
+    """
+    generators, images = ([generator], count) if isinstance(generator, torch.Generator) else (list(generator), 1)
+    if len(generators) * images != count:
+        raise BadRequest(f"{len(generators)} generators were given for {count} images", param="generator")
+    if any(one.device.type != "cpu" for one in generators):
+        raise BadRequest(
+            "the generator is on a GPU, expected torch.Generator('cpu'): noise is drawn on the CPU", param="generator"
+        )
+    return generators, images

@@ -8,8 +8,10 @@ Sources: https://github.com/CompVis/latent-diffusion (ldm/modules), https://gith
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+import torch
 
 _UNET = {
     "conv_in": "input_blocks.0.0",
@@ -17,6 +19,7 @@ _UNET = {
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "class_embedding": "label_emb",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
@@ -28,6 +31,9 @@ _UNET_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+# Of the attention of U-Nets without text.
+_UNET_ATTENTION = {"group_norm": "norm", "to_q": "qkv", "to_k": "qkv", "to_v": "qkv", "to_out.0": "proj_out"}
+_ATTENTION_THIRDS = ("to_q", "to_k", "to_v")
 _VAE_PARTS = {
     "conv_shortcut": "nin_shortcut",
     "group_norm": "norm",
@@ -35,6 +41,17 @@ _VAE_PARTS = {
     "to_k": "k",
     "to_v": "v",
     "to_out.0": "proj_out",
+}
+_BERT = {"embed_tokens": "token_emb", "embed_positions": "pos_emb.emb", "layer_norm": "norm"}
+_BERT_LAYER = {
+    "self_attn_layer_norm": (0, "0"),
+    "self_attn.q_proj": (0, "1.to_q"),
+    "self_attn.k_proj": (0, "1.to_k"),
+    "self_attn.v_proj": (0, "1.to_v"),
+    "self_attn.out_proj": (0, "1.to_out"),
+    "final_layer_norm": (1, "0"),
+    "fc1": (1, "1.net.0.0"),
+    "fc2": (1, "1.net.2"),
 }
 _OPEN_CLIP = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
@@ -51,6 +68,22 @@ _OPEN_CLIP_LAYER = {
 }
 # Of one matrix, in this order.
 _THIRDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def unet_pieces(names: Iterable[str], heads: Mapping[str, int]) -> dict[str, Piece]:
+    """Where a U-Net's weights lie: by diffusers' names.
+
+    Args:
+        names: all of diffusers' names.
+        heads: how many heads each attention of a U-Net without text has, by its path; its queries, keys and values are one matrix, head by
+            head.
+    """
+    found = {}
+    for name, called in unet(names).items():
+        path, _, part = name.rpartition(".")[0].rpartition(".")
+        third = _ATTENTION_THIRDS.index(part) if path in heads and part in _ATTENTION_THIRDS else None
+        found[name] = Piece(called) if third is None else Piece(called, third=third, heads=heads[path])
+    return found
 
 
 def unet(names: Iterable[str]) -> dict[str, str]:
@@ -78,13 +111,17 @@ def _unet(name: str, blocks: int, attending: set[str]) -> str:
     if found is None:
         return f"{_UNET.get(module, module)}.{last}"
     way, level, kind, number, part = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
-    if kind == "resnets":
+    if kind == "attentions":
+        part = _UNET_ATTENTION.get(part, part)
+    elif part != "conv":  # of residual blocks, which may also be what makes a picture smaller or larger
         part = _UNET_RESNET.get(part, part)
+    else:
+        part = "op" if kind == "downsamplers" else part
     first = level * (blocks + 1)
     if way == "mid":
         place = f"middle_block.{1 if kind == 'attentions' else 2 * number}"
     elif kind == "downsamplers":
-        place, part = f"input_blocks.{first + blocks + 1}.0", "op"
+        place = f"input_blocks.{first + blocks + 1}.0"
     elif kind == "upsamplers":
         place = f"output_blocks.{first + blocks}.{2 if found[2] in attending else 1}"
     else:
@@ -121,6 +158,19 @@ def _vae(name: str, levels: int) -> str:
     return f"{coder}.{place}.{part}.{last}"
 
 
+def bert(name: str) -> str:
+    """What the original code calls a weight of diffusers' LDMBert, the text encoder of its first models: its layers are numbered one by
+    one, attention and feed-forward, each behind its norm.
+    """
+    name = name.removeprefix("model.")
+    module, _, last = name.rpartition(".")
+    found = re.fullmatch(r"layers\.(\d+)\.(.+)", module)
+    if found is None:
+        return f"{_BERT.get(module, module)}.{last}"
+    offset, part = _BERT_LAYER.get(found[2], (0, found[2]))
+    return f"attn_layers.layers.{2 * int(found[1]) + offset}.{part}.{last}"
+
+
 @dataclass(frozen=True)
 class Piece:
     """A weight of transformers as it lies in the original file.
@@ -129,11 +179,19 @@ class Piece:
         name: the original name.
         third: which third of its rows, where queries, keys and values are one matrix; None for all.
         transposed: whether rows and columns are exchanged.
+        heads: the rows of one head after the other's, each with its thirds; 1 where the matrix as a whole has them.
     """
 
     name: str
     third: int | None = None
     transposed: bool = False
+    heads: int = 1
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The weight, out of the tensor that it is a part of."""
+        if self.third is not None:
+            whole = whole.reshape(self.heads, 3, -1, *whole.shape[1:])[:, self.third].flatten(0, 1)
+        return whole.T if self.transposed else whole
 
 
 def open_clip(name: str) -> Piece:

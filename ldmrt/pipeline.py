@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +20,7 @@ from ldmrt import choices, control, image as pixels
 from ldmrt.adapters import Adapters
 from ldmrt.bundle import REFINER, Bundle, EngineRecord, ModelRecord
 from ldmrt.capture import Recorder
+from ldmrt.classes import ClassLabels
 from ldmrt.components import CONTROLNET, STEP, parts
 from ldmrt.conditioning import Picture, encode
 from ldmrt.config import parse_device
@@ -37,9 +38,9 @@ from ldmrt.request import Defaults, Job, LongPrompt, Request, resolve
 from ldmrt.samplers.make import sampler_table
 from ldmrt.samplers.table import SamplerTable
 from ldmrt.schedule import NoiseSchedule
+from ldmrt.segmentation import SemanticMap
 from ldmrt.text import Embedding, Given, PromptEncoder, TextModel, Windows
 from ldmrt.textual_inversion import TextualInversion, Words
-from ldmrt.tokenizer import Tokenizer
 
 OutputType = Literal["pil", "np", "latent"]
 Capture = Literal["step", "loop", "image", "off"]
@@ -80,10 +81,12 @@ class Pipeline:
         self.bundle, self.device = loader.bundle, loader.device
         model = self.bundle.manifest.model
         self.schedule = NoiseSchedule.from_dict(model.schedule)
-        tokenizers = {e: Tokenizer.from_folder(folder) for e, folder in self.bundle.check_tokenizers().items()}
-        texts = [TextModel(tokenizer, loader.only(encoder)) for encoder, tokenizer in tokenizers.items()]
-        self.tokenizer = texts[0].tokenizer if texts else None
-        self._prompts = PromptEncoder(texts, self.device, zero_empty_negative=model.zero_empty_negative)
+        texts = {
+            encoder: TextModel.open(folder, loader.only(encoder))
+            for encoder, folder in self.bundle.check_tokenizers().items()
+        }
+        self.tokenizer = next((text.tokenizer for text in texts.values()), None)
+        self._prompts = PromptEncoder(list(texts.values()), self.device, zero_empty_negative=model.zero_empty_negative)
         sizes = tuple(dict.fromkeys(record.size for record in loader.records("step") if record.size))
         size = (model.defaults.width, model.defaults.height)
         width, height = size if size in sizes else sizes[0]
@@ -104,7 +107,7 @@ class Pipeline:
         )
         self._denoisers = Denoisers(loader, capture)
         self._adapters = Adapters(self._weights)
-        self._words = Words(tokenizers, self._weights, self._token_table)
+        self._words = Words({e: text.tokenizer for e, text in texts.items()}, self._weights, self._token_table)
         self._lock = threading.Lock()
         self._borrower: int | None = None
 
@@ -183,6 +186,9 @@ class Pipeline:
         denoising_end: float | None = None,
         aesthetic_score: float | None = None,
         negative_aesthetic_score: float | None = None,
+        noise_level: int | None = None,
+        class_labels: ClassLabels | None = None,
+        segmentation: SemanticMap | None = None,
         control_image: Picture | Sequence[Picture | None] | None = None,
         controlnet_scale: float | Sequence[float] = 1.0,
         control_start: float | Sequence[float] = 0.0,
@@ -216,7 +222,8 @@ class Pipeline:
             long_prompt: `chunk` encodes a prompt longer than the text encoder's window in several windows, as AUTOMATIC1111 does;
                 `cut` drops the rest, with a warning.
             image: the picture to begin from, a PIL image or an array of uint8 (H, W, 3), which is resized, or its latents (1 or n, C, h, w);
-                for an inpainting model the picture to draw into.
+                for an inpainting model the picture to draw into, for an upscaling model the one to draw larger: a pixel of it for each latent
+                cell.
             strength: how much of the picture is drawn anew, 0 to 1: that share of the steps is made, the last ones. Without it 0.8, 0.3
                 for SDXL, and for an inpainting model 1, which leaves nothing of what the mask covers.
             mask_image: for an inpainting model, a picture that is white where the other is to be drawn anew.
@@ -224,6 +231,10 @@ class Pipeline:
             denoising_end: the share of the schedule after which the latents are left to another model; see `ldmrt.refining`.
             aesthetic_score: of the prompt's pictures, for a model that takes one (the refiner of SDXL); 6 without.
             negative_aesthetic_score: of the negative prompt's; 2.5 without.
+            noise_level: how much noise an upscaling model is to find on the picture: more leaves it more freedom.
+            class_labels: for a class-conditional model the number of the class, or one for each of several.
+            segmentation: for a model of semantic maps the number of a class for each pixel, as an array (H, W), or an image of one channel or
+                of a palette; it is resized.
             control_image: for each ControlNet of the bundle (`bundle.manifest.controlnets`, in order) the picture that it follows, or
                 None to leave it out; a picture alone for a single one. All images of the call follow it. A PIL image or an array of
                 uint8 (H, W, 3); it is resized.
@@ -238,12 +249,9 @@ class Pipeline:
             BadRequest: a value cannot be used; the error names it.
             NumericalError: the model made NaN or infinity.
         """
-        prompts: str | Sequence[str] = prompt
-        if prompt_embeds is not None and prompt == "":
-            prompts = [""] * len(prompt_embeds)
         job = resolve(
             Request(
-                prompt=prompts,
+                prompt=_prompts(prompt, prompt_embeds, class_labels),
                 negative_prompt=negative_prompt,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
@@ -277,7 +285,16 @@ class Pipeline:
             end=control_end,
         )
         names = [one.name for one in controls]
-        material = resolve_material(model, job, image=image, mask_image=mask_image, latents=latents)
+        material = resolve_material(
+            model,
+            job,
+            image=image,
+            mask_image=mask_image,
+            latents=latents,
+            noise_level=noise_level,
+            class_labels=class_labels,
+            segmentation=segmentation,
+        )
         table = self.table(job)
         given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         self._check_text(job, given)
@@ -288,7 +305,7 @@ class Pipeline:
             with clock("encode"):
                 texts = self._prompts.embed(job, windows, given)
             with clock("prepare"):
-                starts = material.starts(job, table, partial(self._encoded, size), generator)
+                starts = material.starts(job, table, partial(self._encoded, size), self.device, generator)
             finals = torch.stack([start.latents for start in starts])
             decoded: dict[int, torch.Tensor] = {}
             for group in self._denoisers.groups(job, [len(cond.states) for cond, _ in texts], names):
@@ -507,16 +524,39 @@ class Pipeline:
             self._borrower = None
 
     def resolve(
-        self, request: Request, image: Picture | None = None, mask_image: Picture | None = None
+        self,
+        request: Request,
+        *,
+        image: Picture | None = None,
+        mask_image: Picture | None = None,
+        noise_level: int | None = None,
+        class_labels: ClassLabels | None = None,
+        segmentation: SemanticMap | None = None,
     ) -> tuple[Job, Material]:
         """What is to be done for a request, checked. Any thread may call it.
+
+        Args:
+            request: what is wanted.
+            image: as of `__call__`, like the others.
+            mask_image: see there.
+            noise_level: see there.
+            class_labels: see there.
+            segmentation: see there.
 
         Raises:
             BadRequest: a value cannot be used.
         """
-        job = resolve(request, self.defaults)
+        job = resolve(replace(request, has_image=image is not None), self.defaults)
         self._check_text(job, Given())
-        return job, resolve_material(self.bundle.manifest.model, job, image=image, mask_image=mask_image)
+        return job, resolve_material(
+            self.bundle.manifest.model,
+            job,
+            image=image,
+            mask_image=mask_image,
+            noise_level=noise_level,
+            class_labels=class_labels,
+            segmentation=segmentation,
+        )
 
     def tokenize(self, job: Job) -> list[Windows]:
         """For each prompt its windows of tokens: see `ldmrt.text.PromptEncoder.tokenize`. Any thread may call it."""
@@ -548,7 +588,7 @@ class Pipeline:
         self, denoiser: Denoiser, slot: int, job: Job, table: SamplerTable, text: Text, material: Material
     ) -> None:
         """Put the image of a job of one image into a slot."""
-        (start,) = material.starts(job, table, partial(self._encoded, (job.width, job.height)))
+        (start,) = material.starts(job, table, partial(self._encoded, (job.width, job.height)), self.device)
         self._admit(denoiser, slot, job, text, start)
 
     def decode(self, latents: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -573,8 +613,9 @@ class Pipeline:
             yield
 
     def _check_text(self, job: Job, given: Given) -> None:
-        if not self.bundle.manifest.model.tokenizers:
-            _check_unconditional(job, given)
+        model = self.bundle.manifest.model
+        if not model.tokenizers:
+            _check_unconditional(job, given, guided=model.null_class is not None)
 
     def _admit(
         self,
@@ -586,14 +627,16 @@ class Pipeline:
         controls: Sequence[control.Control] = (),
     ) -> None:
         cond, uncond = text
-        own = self._guidance(job) | start.inputs
+        guidance = self._guidance(job)
         denoiser.admit(
             slot,
             latents=start.latents,
             table=start.table,
             guidance_scale=job.guidance_scale,
-            cond=self._conditioning(cond, job) | own,
-            uncond=None if uncond is None else self._conditioning(uncond, job, negative=True) | own,
+            cond={**self._conditioning(cond, job), **guidance, **start.cond},
+            uncond=None
+            if uncond is None
+            else {**self._conditioning(uncond, job, negative=True), **guidance, **start.uncond},
             noise=start.noise,
             guidance_rescale=job.guidance_rescale,
             controls=[one.conditioning(start.table.evaluations, self.device) for one in controls],
@@ -642,7 +685,7 @@ def _strength(model: ModelRecord) -> float:
     """How much of a picture is drawn anew where nothing is said: as diffusers' pipelines have it, but that SDXL's for inpainting leaves
     out the first step.
     """
-    if model.inpainting:
+    if model.inpainting or model.upscaling is not None:
         return 1.0
     return 0.3 if model.kind.startswith("stable-diffusion-xl") else 0.8
 
@@ -656,8 +699,22 @@ def _step(network: str) -> str:
     return STEP if network == "unet" else f"{network}.step"
 
 
-def _check_unconditional(job: Job, given: Given) -> None:
+def _prompts(
+    prompt: str | Sequence[str], prompt_embeds: torch.Tensor | None, class_labels: ClassLabels | None
+) -> str | Sequence[str]:
+    """The prompts, empty ones for what is given in their place."""
+    if prompt == "" and prompt_embeds is not None:
+        return [""] * len(prompt_embeds)
+    return [""] * len(class_labels) if prompt == "" and isinstance(class_labels, list | tuple) else prompt
+
+
+def _check_unconditional(job: Job, given: Given, *, guided: bool) -> None:
     """Refuse what only a model that reads text takes.
+
+    Args:
+        job: what was asked.
+        given: embeddings of text.
+        guided: whether there is something else that guidance follows.
 
     Raises:
         BadRequest: there is a prompt, an embedding, or guidance.
@@ -666,7 +723,7 @@ def _check_unconditional(job: Job, given: Given) -> None:
         raise BadRequest(
             "this model reads no text, and draws what it was trained on; leave the prompt empty", param="prompt"
         )
-    if job.do_cfg:
+    if job.do_cfg and not guided:
         raise BadRequest(
             f"guidance_scale is {job.guidance_scale:g}, and this model reads no text that it could follow; use 1",
             param="guidance_scale",

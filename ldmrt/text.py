@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -57,6 +58,16 @@ class TextModel:
 
     tokenizer: Tokenizer
     engine: Engine
+
+    @classmethod
+    def open(cls, folder: Path, engine: Engine) -> TextModel:
+        """The tokenizer of a folder with its encoder, which says how long a window is.
+
+        Raises:
+            BundleError: there is no tokenizer, or it is damaged.
+        """
+        length = engine.inputs["input_ids"].shape[1]
+        return cls(Tokenizer.from_folder(folder, model_max_length=int(length)), engine)
 
     @property
     def layers(self) -> int:

@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer, and prompts cut into windows of the length that the text encoder takes.
+"""CLIP's byte-pair tokenizer (or BERT's, from `ldmrt.wordpiece`), and prompts cut into windows of the length that the text encoder takes.
 
 It gives the ids of transformers' CLIPTokenizer without transformers: NFC, whitespace runs to one space, lower case, a
 split into letters, single digits and the rest, then byte-level pairs with `</w>` at the end of a word. Weights such as
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer as Backend, models, normalizers, pre_tokenizers
 
+from ldmrt import wordpiece
 from ldmrt.errors import BadRequest, BundleError
 
 _PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -63,7 +64,8 @@ class Tokenizer:
 
     def __init__(self, backend: Backend, *, model_max_length: int, bos_id: int, eos_id: int, pad_id: int) -> None:
         self._backend = backend
-        self._comma_id = backend.token_to_id(",</w>")
+        comma = backend.token_to_id(",</w>")
+        self._comma_id = backend.token_to_id(",") if comma is None else comma
         self.model_max_length = model_max_length
         self.bos_id = bos_id
         self.eos_id = eos_id
@@ -87,7 +89,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path, *, model_max_length: int | None = None) -> Tokenizer:
-        """Read `vocab.json` and `merges.txt`, or else `tokenizer.json`, with the settings beside them.
+        """Read `vocab.json` and `merges.txt`, or `vocab.txt`, or else `tokenizer.json`, with the settings beside them.
 
         Args:
             path: the folder.
@@ -99,6 +101,8 @@ class Tokenizer:
         folder = Path(path)
         config = _read_json(folder / "tokenizer_config.json")
         whole = _read_json(folder / "tokenizer.json")
+        if wordpiece.is_wordpiece(folder, whole):
+            return cls._bert(folder, config, whole, model_max_length)
         special = {key: value for key in _SPECIAL if (value := config.get(key)) is not None}
         if "added_tokens_decoder" not in config:
             listed = _read_json(folder / "special_tokens_map.json")
@@ -146,6 +150,27 @@ class Tokenizer:
             bos_id=id_of("bos_token"),
             eos_id=id_of("eos_token"),
             pad_id=id_of("pad_token"),
+        )
+
+    @classmethod
+    def _bert(
+        cls, folder: Path, config: dict[str, Any], whole: dict[str, Any], model_max_length: int | None
+    ) -> Tokenizer:
+        """BERT's (`ldmrt.wordpiece`), whose windows begin with [CLS] and end with [SEP]."""
+        special = {key: _content(config.get(key) or token) for key, token in wordpiece.SPECIAL.items()}
+        try:
+            backend = wordpiece.read(folder, config, whole, special)
+        except Exception as error:
+            raise BundleError(
+                f"the tokenizer in {folder} cannot be read ({' '.join(str(error).split())[:200]}); copy or build it again"
+            ) from error
+        vocabulary = backend.get_vocab()
+        return cls(
+            backend,
+            model_max_length=_max_length(folder, config) if model_max_length is None else model_max_length,
+            bos_id=vocabulary[special["cls_token"]],
+            eos_id=vocabulary[special["sep_token"]],
+            pad_id=vocabulary[special["pad_token"]],
         )
 
     def encode(self, prompt: str) -> list[int]:

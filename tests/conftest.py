@@ -249,12 +249,19 @@ def fused_by_diffusers() -> Callable[[Path, Mapping[Path, float]], Any]:
 
 
 def write_model(
-    folder: Path, *, version: int, seed: int, inpainting: bool = False, guidance_embedding: int | None = None
+    folder: Path,
+    *,
+    version: int,
+    seed: int,
+    inpainting: bool = False,
+    upscaling: bool = False,
+    guidance_embedding: int | None = None,
 ) -> None:
     """Write a model in the diffusers layout with weights drawn from a seed. `version` is Stable Diffusion's: 1 or 2; with `inpainting`
-    its U-Net takes a mask and a masked picture besides, with `guidance_embedding` the guidance scale in so many numbers.
+    its U-Net takes a mask and a masked picture besides, with `upscaling` a picture of the latents' size and one of 400 noise levels, with
+    `guidance_embedding` the guidance scale in so many numbers.
     """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
     from transformers.utils.logging import disable_progress_bar
 
@@ -282,8 +289,9 @@ def write_model(
             )
         )
         unet = UNet2DConditionModel(
-            sample_size=SIZE // 8,
-            in_channels=9 if inpainting else 4,
+            sample_size=SIZE // (4 if upscaling else 8),
+            in_channels=9 if inpainting else 7 if upscaling else 4,
+            num_class_embeds=400 if upscaling else None,
             time_cond_proj_dim=guidance_embedding,
             down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
@@ -296,14 +304,15 @@ def write_model(
             use_linear_projection=second,
             upcast_attention=second,
         )
+        stages = 3 if upscaling else 4
         vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 16, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * stages,
+            up_block_types=("UpDecoderBlock2D",) * stages,
+            block_out_channels=(8, 16, 16, 16)[:stages],
             layers_per_block=1,
             norm_num_groups=4,
             sample_size=SIZE,
-            scaling_factor=0.18215,
+            scaling_factor=0.08333 if upscaling else 0.18215,
         )
         for module in (text_encoder, unet, vae):
             _enliven(module)
@@ -313,10 +322,14 @@ def write_model(
     _write_tokenizer(folder / "tokenizer", vocabulary, merges, tokens, pad="!" if second else END)
     _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULERS[version])
     _write_json(folder / "ldmrt-defaults.json", _DEFAULTS)
+    if upscaling:
+        DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained(folder / "low_res_scheduler")
+    task = "Inpaint" if inpainting else "Upscale" if upscaling else ""
     _write_json(
         folder / "model_index.json",
         {
-            "_class_name": "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline",
+            **({"low_res_scheduler": ["diffusers", "DDPMScheduler"], "max_noise_level": 350} if upscaling else {}),
+            "_class_name": f"StableDiffusion{task}Pipeline",
             "_diffusers_version": "0.36.0",
             "feature_extractor": [None, None],
             "image_encoder": [None, None],
@@ -435,8 +448,12 @@ def write_controlnet(folder: Path, model: Path, seed: int) -> Path:
     return folder
 
 
-def write_ldm(folder: Path, *, seed: int, codebook: bool = True) -> None:
-    """Write an unconditional model with weights drawn from a seed; its first stage has a codebook, or is an AutoencoderKL."""
+def write_ldm(
+    folder: Path, *, seed: int, codebook: bool = True, upscaling: bool = False, classes: int | None = None
+) -> None:
+    """Write a model without text with weights drawn from a seed; its first stage has a codebook, or is an AutoencoderKL; it may draw a
+    picture larger, or take the number of a class.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel, VQModel
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -454,8 +471,9 @@ def write_ldm(folder: Path, *, seed: int, codebook: bool = True) -> None:
         first: Any = VQModel(num_vq_embeddings=64, **stage) if codebook else AutoencoderKL(**stage)
         unet = UNet2DModel(
             sample_size=SIZE // 4,
-            in_channels=3,
+            in_channels=6 if upscaling else 3,
             out_channels=3,
+            num_class_embeds=classes,
             layers_per_block=1,
             block_out_channels=(16, 32),
             down_block_types=("DownBlock2D", "AttnDownBlock2D"),
@@ -473,7 +491,7 @@ def write_ldm(folder: Path, *, seed: int, codebook: bool = True) -> None:
         folder / "scheduler"
     )
     index = {
-        "_class_name": "LDMPipeline",
+        "_class_name": "LDMSuperResolutionPipeline" if upscaling else "LDMPipeline",
         "_diffusers_version": "0.36.0",
         "scheduler": ["diffusers", "DDIMScheduler"],
         "unet": ["diffusers", "UNet2DModel"],

@@ -82,6 +82,15 @@ def build_engines(
         list[Path] | None,
         typer.Option(metavar="DIR", help="Folder of a ControlNet for this model, to be used with it; repeatable."),
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="YAML file of a model of the original latent diffusion code, for MODEL's file."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of BERT's vocabulary, for such a model that reads text.")
+    ] = None,
     json: Json = False,
     _verbose: Verbose = False,
 ) -> None:
@@ -109,6 +118,8 @@ def build_engines(
             variant=variant,
             revision=revision,
             controlnets=controlnet or (),
+            config=config,
+            tokenizer=tokenizer,
             on_progress=lambda what, done, total: update(description=what, completed=done, total=total),
         )
     seconds = time.perf_counter() - started

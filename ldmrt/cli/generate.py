@@ -92,7 +92,10 @@ def generate(
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The picture to begin from; for an inpainting model, to draw into."),
+        typer.Option(
+            metavar="FILE",
+            help="The picture to begin from; to draw into (inpainting models), or to draw larger (upscaling models).",
+        ),
     ] = None,
     strength: Annotated[
         float | None,
@@ -110,6 +113,18 @@ def generate(
     refiner_start: Annotated[
         float | None,
         typer.Option(metavar="F", help="Share of the schedule after which the refiner takes over. Default: 0.8."),
+    ] = None,
+    noise_level: Annotated[
+        int | None, typer.Option(metavar="N", help="For an upscaling model: how much noise the picture is given.")
+    ] = None,
+    segmentation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="For a model of semantic maps: a picture whose values are numbers of classes."
+        ),
+    ] = None,
+    class_label: Annotated[
+        int | None, typer.Option("--class", metavar="N", help="For a class-conditional model: which class to draw.")
     ] = None,
     control_image: Annotated[
         list[Path] | None,
@@ -180,7 +195,11 @@ def generate(
     from ldmrt.pipeline import Pipeline
     from ldmrt.request import Request, resolve
 
-    given = _pictures(image, mask) | _controls(control_image, control_scale, control_start, control_end)
+    given = (
+        _pictures(image, mask, segmentation)
+        | _numbers(noise_level, class_label)
+        | _controls(control_image, control_scale, control_start, control_end)
+    )
     if config.threads:
         torch.set_num_threads(config.threads)
     open_bundle = partial(
@@ -264,16 +283,22 @@ def _refining(open_bundle: Callable[[Path], Pipeline], refiner: Path | None, sta
     return Refining(open_bundle(refiner), START if start is None else start)
 
 
-def _pictures(image: Path | None, mask: Path | None) -> dict[str, Any]:
-    """The pipeline's arguments for a picture to begin from, and for an inpainting model.
+def _pictures(image: Path | None, mask: Path | None, segmentation: Path | None) -> dict[str, Any]:
+    """The pipeline's arguments for models that take pictures.
 
     Raises:
         BadRequest: a file is no picture.
     """
     from ldmrt.conditioning import open_picture
 
-    paths = {"image": image, "mask_image": mask}
+    paths = {"image": image, "mask_image": mask, "segmentation": segmentation}
     return {name: open_picture(path, param=name) for name, path in paths.items() if path is not None}
+
+
+def _numbers(noise_level: int | None, class_label: int | None) -> dict[str, Any]:
+    """The pipeline's arguments for an upscaling model, and for a class-conditional one."""
+    numbers = {"noise_level": noise_level, "class_labels": class_label}
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
 def _controls(
@@ -374,6 +399,11 @@ def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int, re
     if refining is not None:
         extra["Refiner"] = refining.refiner.bundle.manifest.model.name
         extra["Refiner switch at"] = f"{refining.start:g}"
+    extra |= {
+        title: given[name]
+        for name, title in (("noise_level", "Noise level"), ("class_labels", "Class"))
+        if name in given
+    }
     if "control_image" in given:
         extra["ControlNets"] = ", ".join(record.name for record in pipe.bundle.manifest.controlnets)
         for name in ("controlnet_scale", "control_start", "control_end"):
@@ -414,7 +444,7 @@ def _settings(pipe: Pipeline, job: Job, given: dict[str, Any], refining: Refinin
         "loras": pipe.loras,
         "embeddings": pipe.textual_inversions,
         "controlnets": [record.name for record in pipe.bundle.manifest.controlnets] if "control_image" in given else [],
-        **{name: value for name, value in given.items() if not name.endswith("image")},
+        **{name: value for name, value in given.items() if not name.endswith(("image", "segmentation"))},
         **refined,
         "model": pipe.bundle.manifest.model.name,
         "bundle": str(pipe.bundle.path.resolve()),

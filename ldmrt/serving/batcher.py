@@ -14,10 +14,12 @@ from typing import Self, TypeVar, get_args
 
 import torch
 
+from ldmrt.classes import ClassLabels
 from ldmrt.conditioning import Picture
 from ldmrt.errors import BadRequest, Cancelled, LdmrtError
 from ldmrt.pipeline import OutputType, Pipeline
 from ldmrt.request import Request
+from ldmrt.segmentation import SemanticMap
 from ldmrt.serving.batch import Batch
 from ldmrt.serving.handle import Handle, OnProgress
 from ldmrt.serving.register import Errand, Register, Stats
@@ -64,6 +66,9 @@ class Batcher:
         *,
         image: Picture | None = None,
         mask_image: Picture | None = None,
+        noise_level: int | None = None,
+        class_labels: ClassLabels | None = None,
+        segmentation: SemanticMap | None = None,
         priority: int = 0,
         timeout: float | None = None,
         output_type: OutputType = "pil",
@@ -76,6 +81,9 @@ class Batcher:
             request: what is wanted.
             image: as of `Pipeline.__call__`.
             mask_image: the same.
+            noise_level: the same.
+            class_labels: the same.
+            segmentation: the same.
             priority: the greater starts first, however long the others have waited.
             timeout: seconds from now in which all its pictures must be finished.
             output_type: `pil`, `np` or `latent`, as of `Pipeline.__call__`.
@@ -99,7 +107,14 @@ class Batcher:
                 raise BadRequest(
                     f"previews is {previews}, expected 0 or more, with on_progress to get them", param="previews"
                 )
-            job, material = self._pipeline.resolve(request, image, mask_image)
+            job, material = self._pipeline.resolve(
+                request,
+                image=image,
+                mask_image=mask_image,
+                noise_level=noise_level,
+                class_labels=class_labels,
+                segmentation=segmentation,
+            )
             now = self._register.clock()
             ticket: Ticket
             ticket = Ticket(
