@@ -275,10 +275,12 @@ class QuantizedDecoder(torch.nn.Module):
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor]:
         """See the class."""
-        codes = self.module.quantize.embedding.weight
+        # Looked up, not read: a layer may have its weights only while it runs.
+        table = self.module.quantize.embedding
+        codes = table(torch.arange(table.num_embeddings, device=latents.device))
         vectors = (latents / self.scaling_factor).permute(0, 2, 3, 1)
         nearness = vectors @ codes.t() - 0.5 * (codes * codes).sum(dim=1)
-        quantized = torch.nn.functional.embedding(nearness.argmax(dim=-1), codes).permute(0, 3, 1, 2)
+        quantized = table(nearness.argmax(dim=-1)).permute(0, 3, 1, 2)
         module = self.module
         spatial = quantized if module.config.norm_type == "spatial" else None
         return (module.decoder(module.post_quant_conv(quantized), spatial),)

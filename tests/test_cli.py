@@ -382,6 +382,10 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         "fp16",
         "--revision",
         "r",
+        "--config",
+        "m.yaml",
+        "--tokenizer",
+        "t",
         "--json",
     )
     assert given == {
@@ -401,6 +405,8 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         "variant": "fp16",
         "revision": "r",
         "controlnets": [Path("edges")],
+        "config": Path("m.yaml"),
+        "tokenizer": Path("t"),
     }
     assert ended.err == ""
     document = json.loads(ended.out)

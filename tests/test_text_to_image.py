@@ -13,7 +13,7 @@ import torch
 
 import ldmrt
 from ldmrt.bundle import Bundle
-from ldmrt.errors import BundleError
+from ldmrt.errors import BuildError, BundleError
 from ldmrt.pipeline import Pipeline
 from ldmrt.tokenizer import Tokenizer
 from tests.conftest import SIZE, WORDS, _enliven, _write_json
@@ -169,6 +169,18 @@ def test_a_codebook_and_another_engine(tmp_path: Path) -> None:
     asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 3, "guidance_scale": 3.0}
     found = Pipeline.from_bundle(built.path, "cpu")(**asked, seed=3, output_type="np")
     close(found, reference(tmp_path / "m"), **asked)
+
+
+@pytest.mark.parametrize("folder", ["bert", "unet", "vqvae"])
+def test_pickles_are_refused(folder: str, model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(model, tmp_path / "m")
+    (weights,) = (copy / folder).glob("*.safetensors")
+    weights.unlink()
+    (copy / folder / "pytorch_model.bin").write_bytes(b"never opened")
+    with pytest.raises(BuildError, match=r"has only pytorch_model\.bin, a pickle: .*ldmrt convert") as caught:
+        ldmrt.build_engines(copy, tmp_path / "b", dtype="float32")
+    assert str(weights) in str(caught.value)  # where the converted file goes
+    assert not (tmp_path / "b").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- the tokenizer
