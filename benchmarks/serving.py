@@ -1,6 +1,6 @@
 """Serving under load: the batcher against one request at a time and against static batching, on the built-in shapes model.
 
-    python benchmarks/serving.py [--requests 200] [--load 0.8] [--of batcher] [--device cpu] [--no-record]
+    python benchmarks/serving.py [--requests 200] [--load 0.8] [--of batcher] [--device cpu] [--threads 1]
 
 Open loop: requests of 4 to 50 steps arrive as a Poisson process, whether the others are finished or not, the same ones at the same times for
 each way to serve them. First each way's capacity is measured, all requests being there at once; the rate is a share of one of them. A latency counts from the
@@ -223,8 +223,13 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=0.8, help="the rate, as a share of a capacity")
     parser.add_argument("--of", choices=("batcher", "static batching", "one at a time"), default="batcher")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--threads", type=int, default=None, help="of the engines; on a shared machine several wait long for each other"
+    )
     parser.add_argument("--no-record", action="store_true", help="print only")
     args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     pipe = Pipeline.from_bundle(device=args.device)
     most = pipe.images_at_a_time(pipe.defaults.width, pipe.defaults.height, guidance=True)
     ways: dict[str, Callable[[], Server]] = {
