@@ -51,7 +51,8 @@ class Result:
         images: PIL images, or float32 (n, H, W, 3) in [0, 1], or the latents, by `output_type`.
         latents: (n, C, h, w) float32, the final latents.
         seeds: the seed of each image.
-        timings: seconds by stage: tokenize, encode, prepare, denoise, decode.
+        timings: seconds by stage: tokenize, encode, prepare, denoise, decode, copy. On a GPU what one stage has launched may end in a
+            later one, but for `Pipeline.exact_timings`.
         job: what was asked, with everything filled in.
     """
 
@@ -69,6 +70,7 @@ class Pipeline:
         bundle: the opened bundle.
         device: where it runs.
         defaults: what a request gets where it says nothing, and its bounds.
+        exact_timings: wait for the GPU after every stage, so that `Result.timings` holds what each takes; calls are slower by it.
     """
 
     def __init__(self, loader: EngineLoader, *, capture: Capture = "step") -> None:
@@ -99,6 +101,7 @@ class Pipeline:
         )
         self._denoisers = Denoisers(loader, capture)
         self._adapters = Adapters(self._weights)
+        self.exact_timings = False
         self._lock = threading.Lock()
 
     @classmethod
@@ -244,7 +247,7 @@ class Pipeline:
         given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         if not self.bundle.manifest.model.tokenizers:
             _check_unconditional(job, given)
-        clock = _Clock()
+        clock = _Clock(self._synchronize if self.exact_timings else lambda: None)
         with self._lock, torch.inference_mode():
             with clock("tokenize"):
                 windows = self._prompts.tokenize(job)
@@ -302,11 +305,13 @@ class Pipeline:
                 )
             with clock("decode"):
                 if output_type == "latent":
-                    images = None
+                    tensors = None
                 elif decoded:
-                    images = _delivered(torch.stack([decoded[number] for number in range(len(finals))]), output_type)
+                    tensors = torch.stack([decoded[number] for number in range(len(finals))])
                 else:
-                    images = _delivered(decode(self._loader, finals, (job.width, job.height)), output_type)
+                    tensors = decode(self._loader, finals, (job.width, job.height))
+            with clock("copy"):
+                images = None if tensors is None else _delivered(tensors, output_type)
         # A tensor made in inference mode could not be used in a caller's own computation.
         finals = finals.clone()
         images = finals if output_type == "latent" else images
@@ -419,6 +424,14 @@ class Pipeline:
         """The precision in use."""
         return self._loader.records("step")[0].dtype
 
+    def engines(self, component: str, size: tuple[int, int] | None = None) -> list[EngineRecord]:
+        """A component's engines in the kind and precision in use, by row count.
+
+        Raises:
+            EngineMismatch: there is none.
+        """
+        return self._loader.records(component, size)
+
     def images_at_a_time(self, width: int, height: int, *, guidance: bool) -> int:
         """The largest batch that the bundle's step engines run at once."""
         return self._denoisers.images_at_a_time((width, height), guidance=guidance)
@@ -449,6 +462,9 @@ class Pipeline:
                 denoiser.step()
                 if step >= 0:
                     on_step(step, denoiser.slots.x[:images].clone())
+        self._synchronize()
+
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -499,15 +515,17 @@ def conditioning(embedding: Embedding, job: Job) -> dict[str, torch.Tensor]:
 
 
 class _Clock:
-    """Seconds by stage, added up."""
+    """Seconds by stage, added up; each ends with `settle`."""
 
-    def __init__(self) -> None:
+    def __init__(self, settle: Callable[[], None]) -> None:
         self.seconds: dict[str, float] = {}
+        self._settle = settle
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        self._settle()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
