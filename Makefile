@@ -25,8 +25,9 @@ demo: $(VENV)/.stamp-demo
 	$(BIN)/ldmrt generate "a red circle on a white background" --seed 2 --out demo.png
 	@echo "$(CURDIR)/demo.png"
 
+# A process for each core: the tests compute on one thread.
 test: $(VENV)/.stamp-test
-	@$(BIN)/python -m pytest -m "$(MARKS)" $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist loadfile -m "$(MARKS)" $(ARGS)
 
 # Builds TensorRT plans for GPUs that are not there; installs TensorRT for RTX (100 MB).
 test-rtx: $(VENV)/.stamp-rtx

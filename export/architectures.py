@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ EXTREME_PROMPTS = ("", ", ".join(PROMPTS * 8))
 OVERSHOOT = 2.0
 
 Trials = Callable[[], list[Trial]]
+Encoded = Callable[[], dict[str, torch.Tensor]]
 Plan = tuple[tuple[int, int] | None, Component, Trials]
 
 F32 = torch.float32
@@ -82,8 +83,9 @@ def components(source: Source, sizes: Sequence[tuple[int, int]]) -> Iterator[Pla
             yield size, controlled_unet(source, size), partial(_controlled_trials, source, size)
         for folder in source.controlnets:
             yield size, controlnet(source, folder, size), partial(_controlnet_trials, source, size)
-        yield size, decoder(source, size), partial(_decoder_trials, source, size)
-        yield size, encoder(source, size), partial(_encoder_trials, size)
+        encoded = cache(partial(_encoded_picture, source, size))
+        yield size, decoder(source, size), partial(_decoder_trials, source, size, encoded)
+        yield size, encoder(source, size), partial(_encoder_trials, size, encoded)
 
 
 def text_encoder(source: Source, folder: str) -> Component:
@@ -310,9 +312,16 @@ def _controlled_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
     return found
 
 
-def _decoder_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
+def _encoded_picture(source: Source, size: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """What the original encoder makes of the sample picture."""
+    component = encoder(source, size)
     with torch.inference_mode():
-        mean = _original(source, encoder(source, size))(sample_picture(*size))[0]
+        found = _original(source, component)(sample_picture(*size))
+    return dict(zip(component.outputs, found, strict=True))
+
+
+def _decoder_trials(source: Source, size: tuple[int, int], encoded: Encoded) -> list[Trial]:
+    mean = encoded()["latent_mean"]
     # What a sampler hands over has unit variance: that is what the scaling factor is for. It holds for weights that were
     # never trained only if it is seen to; a single latent is its own mean.
     spread = mean.std() if mean.numel() > 1 else torch.tensor(1.0)
@@ -324,12 +333,12 @@ def _decoder_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
     ]
 
 
-def _encoder_trials(size: tuple[int, int]) -> list[Trial]:
+def _encoder_trials(size: tuple[int, int], encoded: Encoded) -> list[Trial]:
     shape = (1, 3, size[1], size[0])
     # All pixels at an end of their range: no picture has more contrast.
     return [
         Trial("random", {"image": noise(6, *shape).clamp(-1, 1)}),
-        Trial("real", {"image": sample_picture(*size)}),
+        Trial("real", {"image": sample_picture(*size)}, encoded()),
         Trial("extreme", {"image": noise(10, *shape).sign()}),
     ]
 
@@ -380,9 +389,18 @@ def _network(name: str, config: dict[str, Any]) -> torch.nn.Module:
 
 
 def reference(component: Component, checkpoint: Checkpoint) -> torch.nn.Module:
-    """The component's wrapper around the original module, its weights loaded in float32."""
+    """The component's wrapper around the original module, which computes in float32.
+
+    A weight is in memory only while its layer runs: those of a whole network in float32 may not fit beside a build.
+    """
     module = component.original
-    module.load_state_dict({name: checkpoint.load(name).float() for name in checkpoint.keys}, strict=True, assign=True)
+    for path, layer in module.named_modules():
+        prefix = f"{path}." if path else ""
+        own = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
+        names = {name: prefix + name for name, _ in own if prefix + name in checkpoint.keys}
+        if names:
+            layer.register_forward_pre_hook(partial(_fill, checkpoint, names))
+            layer.register_forward_hook(partial(_empty, list(names)))
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta and name.endswith("position_ids"):
             owner = module.get_submodule(name.rpartition(".")[0])
@@ -390,3 +408,17 @@ def reference(component: Component, checkpoint: Checkpoint) -> torch.nn.Module:
                 "position_ids", torch.arange(buffer.shape[-1]).reshape(buffer.shape), persistent=False
             )
     return component.module
+
+
+def _fill(checkpoint: Checkpoint, names: Mapping[str, str], layer: torch.nn.Module, _inputs: Any) -> None:
+    for name, full in names.items():
+        _place(layer, name, checkpoint.read(full, F32))
+
+
+def _empty(names: Sequence[str], layer: torch.nn.Module, _inputs: Any, _outputs: Any) -> None:
+    for name in names:
+        _place(layer, name, layer.get_parameter(name).to("meta"))
+
+
+def _place(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))

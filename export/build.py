@@ -6,11 +6,14 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, TypeVar
 
 import torch
 
@@ -46,6 +49,7 @@ from ldmrt.export.options import Options
 from ldmrt.export.passes.widen import widen
 from ldmrt.export.resolve import resolve
 from ldmrt.export.source import Checkpoint, Source
+from ldmrt.export.verify import reference_outputs
 from ldmrt.graph import Graph, dtype_of, rename_values, specialize, to_json
 from ldmrt.kernels.aot import write as write_cubins
 from ldmrt.schedule import NoiseSchedule
@@ -53,6 +57,7 @@ from ldmrt.verify import Trial
 from ldmrt.weights import WeightFile, sha256, write as write_weights
 
 OnProgress = Callable[[str, int, int], None]
+_Made = TypeVar("_Made")
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -68,6 +73,8 @@ def build_engines(
     targets: Sequence[str] = (),
     optimization_level: int | None = None,
     workspace: int | None = None,
+    refit: bool = False,
+    weight_streaming: bool = False,
     loras: Sequence[tuple[str | Path, float]] = (),
     base: str | Path | None = None,
     vae: str | Path | None = None,
@@ -91,6 +98,10 @@ def build_engines(
             uses Triton, if it is installed, when it runs on a GPU.
         optimization_level: how long TensorRT searches for fast kernels, 0 to 5; its own default if None.
         workspace: the most memory in bytes that a layer of a TensorRT plan may use besides its tensors; no limit if None.
+        refit: build TensorRT plans whose weights can be changed, with `Pipeline.load_lora` and `update_weights`. Needs the GPU; not yet
+            run on one.
+        weight_streaming: build TensorRT plans that can leave weights in the host's memory (`Pipeline.from_bundle(weight_budget=...)`).
+            They are not captured in CUDA graphs. Not yet run on a GPU.
         loras: LoRA files to fuse into the weights, each with its scale. A bundle holds the weights of one set of LoRAs.
         base: the model that has what a file does not: folder, file or id on the Hub.
         vae: the VAE to take instead of the model's own: folder, file or id on the Hub.
@@ -125,6 +136,8 @@ def build_engines(
         targets=targets,
         optimization_level=optimization_level,
         workspace=workspace,
+        refit=refit,
+        weight_streaming=weight_streaming,
     )
     if options.kernel_targets:
         _require("triton")
@@ -245,14 +258,17 @@ class _Build:
             self.keep([record for record in reused if record])
             self.progress(f"{label}: already built")
             return
-        records = [
-            record or self.write_engine(draft, key, weights)
-            for draft, key, record in zip(drafts, keys, reused, strict=True)
-        ]
-        self.progress(f"{label}: verifying")
-        bundle = Bundle(self.folder.path, self.manifest(()))
         tried = [trial for trial in trials() if trial.kind != "extreme"]
-        self.keep(certified(self.folder, bundle, component, checkpoint, records, tried))
+        with _beside(
+            partial(reference_outputs, architectures.reference(component, checkpoint), tried, component.outputs)
+        ) as expected:
+            records = [
+                record or self.write_engine(draft, key, weights)
+                for draft, key, record in zip(drafts, keys, reused, strict=True)
+            ]
+            self.progress(f"{label}: verifying")
+            bundle = Bundle(self.folder.path, self.manifest(()))
+            self.keep(certified(self.folder, bundle, component, checkpoint, records, tried, expected()))
 
     def fit(
         self, draft: _Draft, label: str, checkpoint: Checkpoint, weights: str, trials: Callable[[], list[Trial]]
@@ -267,7 +283,7 @@ class _Build:
             modules = {key: module for module, (_, key) in checkpoint.keys.items()}
             # What random inputs reach, the extreme ones exceed.
             tried = [trial for trial in trials() if trial.kind != "random"]
-            ranges = audit(draft.graph, lambda name: checkpoint.load(modules[name]).float(), tried)
+            ranges = audit(draft.graph, lambda name: checkpoint.read(modules[name], torch.float32), tried)
             widened = {name: float(f"{largest:.3g}") for name, largest in too_large(ranges).items()}
             found = AuditRecord(
                 component=draft.graph.name, kind=self.options.engine, size=draft.size, key=key, widened=widened
@@ -349,10 +365,12 @@ class _Build:
         """What shapes a plan besides its graph; nothing for engines of other kinds, whose keys stay what they were."""
         if kind not in LIBRARIES:
             return {}
+        asked = {"refit": self.options.refit, "weight_streaming": self.options.weight_streaming}
         return {
             "targets": self.options.targets,
             "optimization_level": self.options.optimization_level,
             "workspace": self.options.workspace,
+            **{name: value for name, value in asked.items() if value},
         }
 
     def made(self, draft: _Draft) -> EngineRecord | None:
@@ -402,13 +420,15 @@ class _Build:
             files=tuple(files),
             weights=weights,
             targets=self.options.targets if kind in LIBRARIES else (),
+            refit=self.options.refit and kind in LIBRARIES,
+            weight_streaming=self.options.weight_streaming and kind in LIBRARIES,
             versions=self.versions(kind),
             certificate=Certificate(status="unverified", reference="", relative_error={}, tolerance=0.0),
         )
 
     def write_plan(self, kind: str, stem: str, component: str) -> FileRecord:
         """Build the plan of the ONNX file that has been written."""
-        from ldmrt.export.tensorrt import build_plan
+        from ldmrt.export.tensorrt import build_plan, give_memory_back
 
         def show(phase: str, done: int, total: int) -> None:
             self.on_progress(f"{component}: {kind}, {phase} {done}/{total}", self.done - 1, self.total)
@@ -416,6 +436,7 @@ class _Build:
         def write(path: Path) -> str:
             onnx = self.folder.path / f"{stem}.onnx"
             build_plan(LIBRARIES[kind], onnx, path, on_phase=show, **self.plan_options(kind))
+            give_memory_back()
             return sha256(path)
 
         return self.folder.write(f"plans/{stem}.plan", write)
@@ -519,7 +540,7 @@ class _Build:
             specs = [TensorSpec(key, file.entries[key].shape, dtype) for file, key in checkpoint.keys.values()]
 
             def load(key: str) -> torch.Tensor:
-                return checkpoint.load(modules_name[key]).to(dtype)
+                return checkpoint.read(modules_name[key], dtype)
 
             path = f"weights/{name}.safetensors"
             self.weights[name] = self.folder.write(path, lambda path: write_weights(path, specs, load))
@@ -581,6 +602,21 @@ class _Build:
                 *self.audits,
             ),
         )
+
+
+@contextmanager
+def _beside(work: Callable[[Event], _Made]) -> Iterator[Callable[[], _Made]]:
+    """Run `work(stop)` on a thread of its own while the caller writes engines, which keeps one core busy.
+
+    Gives what waits for its result. `stop` is set if the caller fails.
+    """
+    stop = Event()
+    with ThreadPoolExecutor(1, "ldmrt-reference") as pool:
+        try:
+            yield pool.submit(work, stop).result
+        except BaseException:
+            stop.set()
+            raise
 
 
 def _slot(record: EngineRecord) -> tuple[Any, ...]:

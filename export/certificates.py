@@ -13,12 +13,10 @@ from ldmrt.bundle import Bundle, EngineRecord
 from ldmrt.components import runs_once
 from ldmrt.engines.protocol import Engine
 from ldmrt.engines.tensorrt import LIBRARIES, gpu_at_hand
-from ldmrt.export import architectures
 from ldmrt.export.component import Component
 from ldmrt.export.folder import BundleFolder
 from ldmrt.export.source import Checkpoint
-from ldmrt.export.verify import reference_outputs
-from ldmrt.verify import Trial, certify, run_trials, unverified, write_trials
+from ldmrt.verify import Tensors, Trial, certify, run_trials, unverified, write_trials
 
 
 def certified(
@@ -28,6 +26,7 @@ def certified(
     checkpoint: Checkpoint,
     records: Sequence[EngineRecord],
     trials: Sequence[Trial],
+    expected: Sequence[Tensors],
 ) -> list[EngineRecord]:
     """A component's engines with their certificates.
 
@@ -41,16 +40,15 @@ def certified(
         checkpoint: its weights.
         records: the engines, all parts of a network together.
         trials: what to try them on.
+        expected: what the original makes of each.
 
     Raises:
         BuildError: an engine does not agree with the original.
     """
-    # Engines first, and gone before the original is loaded: the two never stand in memory together.
     foreign = any(_is_foreign(record) for record in records)
     tried = [number for number, trial in enumerate(trials) if trial.kind == "real" or not foreign]
     shown = [trials[number] for number in tried]
     found = _outputs(bundle, records, shown)
-    expected = reference_outputs(architectures.reference(component, checkpoint), trials, component.outputs)
     original = type(component.original)
     library = original.__module__.partition(".")[0]
     reference = f"{library} {importlib.metadata.version(library)} {original.__name__}, float32" + (

@@ -73,7 +73,8 @@ def write_onnx(graph: Graph, weights: Mapping[str, WeightFile], path: Path) -> s
     _place_weights(model, replay, graph, weights, path)
     with _quiet():
         _simplify(model)
-    digest = write_atomically(path, onnx_ir.to_proto(model).SerializeToString())
+    names = {name: known for name, known in replay.names.items() if known in graph.weights}
+    digest = write_atomically(path, _with_names(onnx_ir.to_proto(model), names).SerializeToString())
     try:
         onnx.checker.check_model(str(path), full_check=False)
     except onnx.checker.ValidationError as error:
@@ -85,7 +86,7 @@ def write_onnx(graph: Graph, weights: Mapping[str, WeightFile], path: Path) -> s
 
 
 def _simplify(model: onnx_ir.Model) -> None:
-    """Compute what depends on nothing, and drop what is unused or there twice.
+    """Compute what depends on nothing, and drop what is unused. Weights that happen to be equal stay apart: they may not stay equal.
 
     onnxscript's rewriting rules are left out: they take half of the whole time, and both engines fuse by themselves.
     """
@@ -99,7 +100,6 @@ def _simplify(model: onnx_ir.Model) -> None:
     for simplify in (
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.DeduplicateInitializersPass(),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedOpsetsPass(),
     ):
@@ -190,6 +190,15 @@ def _place_weights(
             name=parameter,
             base_dir=path.parent,
         )
+
+
+def _with_names(model: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelProto:
+    """With the graph's names for weights, under which a plan's can be changed. They have dots in them, which no value of a graph has."""
+    for tensor in model.graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    return model
 
 
 @contextmanager

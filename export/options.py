@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ldmrt.engines.tensorrt import LIBRARIES, Library, gpu_at_hand
+from ldmrt.engines.tensorrt import LIBRARIES, Library, gpu_at_hand, gpu_here
 from ldmrt.errors import BuildError
 from ldmrt.export.architectures import downscale
 from ldmrt.export.cubins import TARGETS, architecture
@@ -33,6 +33,8 @@ class Options:
         targets: GPU architectures to compile for, such as `sm_89`.
         optimization_level: how long TensorRT searches for fast kernels, 0 to 5; its own default if None.
         workspace: the most memory in bytes that a layer of a TensorRT plan may use besides its tensors; no limit if None.
+        refit: whether the weights of a TensorRT plan can be changed.
+        weight_streaming: whether a TensorRT plan can leave weights in the host's memory.
     """
 
     engine: str
@@ -42,6 +44,8 @@ class Options:
     targets: tuple[str, ...] = ()
     optimization_level: int | None = None
     workspace: int | None = None
+    refit: bool = False
+    weight_streaming: bool = False
 
     @property
     def is_tensorrt(self) -> bool:
@@ -65,6 +69,8 @@ class Options:
         targets: Sequence[str] = (),
         optimization_level: int | None = None,
         workspace: int | None = None,
+        refit: bool = False,
+        weight_streaming: bool = False,
     ) -> Options:
         """Check what was asked and fill in what was not.
 
@@ -82,7 +88,9 @@ class Options:
             targets = _plan_targets(LIBRARIES[engine], targets)
         else:
             targets = sorted(set(targets), key=architecture)
-        _check_plan_options(engine, optimization_level, workspace)
+        _check_plan_options(engine, optimization_level, workspace, refit=refit, weight_streaming=weight_streaming)
+        if refit:
+            _check_refit(targets)
         dtype = _precision(engine, dtype, targets)
         if sizes is None:
             side = int(source.configs["unet"].get("sample_size") or 64) * downscale(source)
@@ -108,19 +116,34 @@ class Options:
             tuple(targets),
             optimization_level,
             workspace,
+            refit,
+            weight_streaming,
         )
 
 
-def _check_plan_options(engine: str, optimization_level: int | None, workspace: int | None) -> None:
+def _check_plan_options(
+    engine: str, optimization_level: int | None, workspace: int | None, *, refit: bool, weight_streaming: bool
+) -> None:
     """Check what only TensorRT takes."""
-    if engine not in LIBRARIES and (optimization_level, workspace) != (None, None):
+    if engine not in LIBRARIES and ((optimization_level, workspace) != (None, None) or refit or weight_streaming):
         raise BuildError(
-            f"optimization level and workspace are TensorRT's, engine {engine} has neither; use --engine {' or '.join(LIBRARIES)}"
+            f"optimization level, workspace, refit and weight streaming are TensorRT's, engine {engine} has none of them; "
+            f"use --engine {' or '.join(LIBRARIES)}"
         )
     if optimization_level is not None and not 0 <= optimization_level <= 5:
         raise BuildError(f"optimization level is {optimization_level}, expected 0 to 5")
     if workspace is not None and workspace < 1 << 20:
         raise BuildError(f"workspace is {workspace} bytes, expected at least {1 << 20} (1 MiB)")
+
+
+def _check_refit(targets: Sequence[str]) -> None:
+    """Check that a plan whose weights can be changed can be built: the library compiles its kernels on the GPU."""
+    here = gpu_at_hand()
+    if list(targets) != [here]:
+        raise BuildError(
+            f"plans whose weights can be changed are built on their GPU, for that one alone; asked for is {', '.join(targets)}, "
+            f"and {gpu_here(here)}: build there, or leave --refit out"
+        )
 
 
 def _plan_targets(library: Library, targets: Sequence[str]) -> list[str]:
@@ -139,9 +162,8 @@ def _plan_targets(library: Library, targets: Sequence[str]) -> list[str]:
             "or use --engine tensorrt-rtx --target sm_89"
         )
     if not targets and here not in possible:
-        there = f"the GPU here is {here}" if here else "there is no GPU here"
         raise BuildError(
-            f"engine {library.kind}: {there}; say what to build for: --target {' or --target '.join(possible)}"
+            f"engine {library.kind}: {gpu_here(here)}; say what to build for: --target {' or --target '.join(possible)}"
         )
     for target in targets:
         if target not in possible:

@@ -119,6 +119,10 @@ class OriginalWeights(Mapping[str, torch.Tensor]):
             tensor = tensor.T
         return tensor.reshape(self.entries[name].shape)
 
+    def release(self, name: str) -> None:
+        """Give back the memory that reading a tensor took."""
+        self._file.release(self._pieces[name].name)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 

@@ -122,6 +122,9 @@ class Weights(Protocol):
 
     def __getitem__(self, name: str, /) -> torch.Tensor: ...
 
+    def release(self, name: str, /) -> None:
+        """Give back the memory that reading a tensor took."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -419,6 +422,15 @@ class Checkpoint:
         file, key = self.keys[name]
         changes = [(layers[key].on(torch.device("cpu")), scale) for layers, scale in self._changes if key in layers]
         return fused(file[key], changes) if changes else file[key]
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor by the module's name, in a dtype. If that is not the file's, the memory of what was read is given back."""
+        loaded = self.load(name)
+        made = loaded.to(dtype)
+        if made is not loaded:
+            file, key = self.keys[name]
+            file.release(key)
+        return made
 
     @property
     def fused(self) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ldmrt.engines.tensorrt import Library, log
+from onnx import load_model
+
+from ldmrt.engines.tensorrt import Library, log, runtime
 from ldmrt.errors import BuildError
 from ldmrt.files import replacing
 
@@ -22,6 +26,8 @@ def build_plan(
     targets: Sequence[str],
     optimization_level: int | None = None,
     workspace: int | None = None,
+    refit: bool = False,
+    weight_streaming: bool = False,
     on_phase: OnPhase = lambda _what, _done, _total: None,
 ) -> None:
     """Compile an ONNX file whose weights lie beside it. The plan holds a copy of them.
@@ -35,6 +41,9 @@ def build_plan(
         targets: GPU architectures, such as `sm_89`, where the library builds for absent ones; else the one at hand.
         optimization_level: 0 to 5, how long to search for fast kernels; the library's own default if None.
         workspace: the most memory in bytes that a layer may use besides its tensors; no limit if None.
+        refit: whether weights can be changed in the plan, under their names in the ONNX file.
+        weight_streaming: whether weights may stay in the host's memory. The library then allocates while it runs, so that no CUDA graph can
+            hold the plan.
         on_phase: called with (phase, steps done, steps in all), from any thread.
 
     Raises:
@@ -42,7 +51,7 @@ def build_plan(
     """
     trt = library.load()
     messages = log(library)
-    messages.errors.clear()
+    messages.first_error()  # what was not told belongs to another call
     builder = trt.Builder(messages)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, messages)
@@ -58,8 +67,12 @@ def build_plan(
                 raise BuildError(
                     f"{library.kind} {trt.__version__} does not build for {target}: choose another --target"
                 )
-    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # without it a plan could not run inside a CUDA graph
+    if weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    elif hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # without it a plan could not run inside a CUDA graph
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if refit:
+        config.set_flag(trt.BuilderFlag.REFIT)
     config.max_aux_streams = 0
     if optimization_level is not None:
         config.builder_optimization_level = optimization_level
@@ -71,24 +84,46 @@ def build_plan(
     if built is None:
         where = f" for {', '.join(targets)}" if targets else ""
         raise BuildError(
-            f"{library.kind} cannot build {onnx.name}{where}: {messages.errors[-1][:300] if messages.errors else 'no reason given'}; use --engine torch"
+            f"{library.kind} cannot build {onnx.name}{where}: {messages.first_error() or 'no reason given'}; use --engine torch"
         )
+    if refit:
+        _check_refittable(library, built, onnx)
     with replacing(plan) as file:
         file.write(memoryview(built))
 
 
+def give_memory_back() -> None:
+    """Have the C library return free memory to the system: after a builder that is gigabytes, which it would keep."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim is not None:
+        trim(0)
+
+
+def _check_refittable(library: Library, built: Any, onnx: Path) -> None:
+    """Check that every weight of an ONNX file can be changed in its plan: one that has become a part of another would keep its value.
+
+    Raises:
+        BuildError: one cannot be.
+    """
+    engine = runtime(library).deserialize_cuda_engine(built)
+    held = set() if engine is None else set(library.load().Refitter(engine, log(library)).get_all_weights())
+    initializers = load_model(str(onnx), load_external_data=False).graph.initializer
+    lost = [tensor.name for tensor in initializers if tensor.external_data and tensor.name not in held]
+    if lost:
+        raise BuildError(
+            f"{library.kind} does not let {len(lost)} weights of {onnx.name} change, {lost[0]} among them"
+            f" ({log(library).first_error() or 'no reason given'}); leave --refit out"
+        )
+
+
 def _in_a_thread(work: Callable[[], Any], stop: threading.Event) -> Any:
     """Run `work` beside the main thread, which alone hears Ctrl-C, and could not while it is inside the library."""
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(work()), name="ldmrt-tensorrt", daemon=True)
-    thread.start()
-    try:
-        thread.join()
-    except BaseException:
-        stop.set()
-        thread.join()
-        raise
-    return results[0] if results else None
+    with ThreadPoolExecutor(1, "ldmrt-tensorrt") as pool:
+        try:
+            return pool.submit(work).result()
+        except BaseException:
+            stop.set()
+            raise
 
 
 def _one_line(text: str) -> str:

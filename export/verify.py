@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Event
 
 import numpy as np
 import torch
 
-from ldmrt.verify import Trial
+from ldmrt.verify import Tensors, Trial
 
 
 def reference_outputs(
-    module: torch.nn.Module, trials: Sequence[Trial], names: Sequence[str]
-) -> list[dict[str, torch.Tensor]]:
-    """What the original module, in float32, makes of each trial."""
+    module: torch.nn.Module, trials: Sequence[Trial], names: Sequence[str], stop: Event | None = None
+) -> list[Tensors]:
+    """What the original module, in float32, makes of each trial.
+
+    Raises:
+        InterruptedError: `stop` was set meanwhile.
+    """
+
+    def check(_layer: torch.nn.Module, _inputs: object) -> None:
+        if stop is not None and stop.is_set():
+            raise InterruptedError
+
+    for layer in module.modules():
+        layer.register_forward_pre_hook(check)
     with torch.inference_mode():
-        return [dict(zip(names, module(*trial.inputs.values()), strict=True)) for trial in trials]
+        return [trial.expected or dict(zip(names, module(*trial.inputs.values()), strict=True)) for trial in trials]
 
 
 def sample_picture(width: int, height: int) -> torch.Tensor:

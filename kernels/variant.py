@@ -111,7 +111,7 @@ def _hash(file: str) -> str:
         name = missing.pop()
         if name in sources:
             continue
-        path = files("ldmrt.kernels").joinpath("gpu", f"{name}.py")
+        path = files("ldmrt.kernels") / "gpu" / f"{name}.py"
         if not path.is_file():
             raise ValueError(f"there is no kernels/gpu/{name}.py in this version of ldmrt")
         sources[name] = path.read_text(encoding="utf-8")

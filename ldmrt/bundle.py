@@ -22,7 +22,7 @@ from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.engines.tensorrt import LIBRARIES, check
 from ldmrt.errors import BundleError
 from ldmrt.files import replacing
-from ldmrt.graph import Graph, from_json
+from ldmrt.graph import Graph, dtype_of, from_json
 from ldmrt.kernels import aot, launch
 from ldmrt.parameters import Parameters
 from ldmrt.weights import WeightFile, read_header, sha256
@@ -102,6 +102,8 @@ class EngineRecord(_Record):
         files: the engine's own files; the first is the one to open.
         weights: which of the manifest's weight files it reads.
         targets: the GPU architectures it was compiled for; empty where that says nothing.
+        refit: whether the weights of a plan can be changed.
+        weight_streaming: whether a plan can leave weights in the host's memory.
         versions: the libraries that made it.
         certificate: how it was verified.
         trials: inputs, and what the original module made of them, for an engine that is still to be verified on its target.
@@ -116,6 +118,8 @@ class EngineRecord(_Record):
     files: tuple[FileRecord, ...] = Field(min_length=1)
     weights: str
     targets: tuple[str, ...] = ()
+    refit: bool = False
+    weight_streaming: bool = False
     versions: dict[str, str]
     certificate: Certificate
     trials: FileRecord | None = None
@@ -124,6 +128,16 @@ class EngineRecord(_Record):
     def all_files(self) -> tuple[FileRecord, ...]:
         """The engine's files, its trials included."""
         return self.files if self.trials is None else (*self.files, self.trials)
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a CUDA graph can hold its runs: not what allocates while it runs, nor what moves when its weights are changed."""
+        return self.kind != "onnxruntime" and not self.refit and not self.weight_streaming
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether its weights can be changed in place."""
+        return self.kind == "torch" or self.refit
 
     @property
     def label(self) -> str:
@@ -368,8 +382,13 @@ class Bundle:
         }
         return from_json(path.read_text(encoding="utf-8"), constants, where=str(path))
 
-    def load(self, record: EngineRecord, device: torch.device) -> Engine:
+    def load(self, record: EngineRecord, device: torch.device, *, weight_budget: int | None = None) -> Engine:
         """Load an engine onto a device. Weights are shared between the engines of one opened bundle.
+
+        Args:
+            record: which.
+            device: where it is to run.
+            weight_budget: see `ldmrt.engines.plan.TensorRtEngine`.
 
         Raises:
             BundleError: a file is damaged, or the graph is not allowed.
@@ -382,7 +401,7 @@ class Bundle:
                 self._register_kernels()
             return _as_agreed(record, TorchEngine(self.graph(record), self.parameters(record.weights, device), device))
         if record.kind in LIBRARIES:
-            return _as_agreed(record, self._plan(record, device))
+            return _as_agreed(record, self._plan(record, device, weight_budget))
         from ldmrt.engines.onnxruntime import OnnxRuntimeEngine
 
         self.checked(self._weights_record(record.weights))
@@ -390,7 +409,7 @@ class Bundle:
         engine = OnnxRuntimeEngine(path, threads=torch.get_num_threads(), device=device)
         return _as_agreed(record, engine)
 
-    def _plan(self, record: EngineRecord, device: torch.device) -> Engine:
+    def _plan(self, record: EngineRecord, device: torch.device, weight_budget: int | None) -> Engine:
         from ldmrt.engines import runtime_cache
         from ldmrt.engines.gpu import Gpu
         from ldmrt.engines.plan import TensorRtEngine
@@ -401,8 +420,19 @@ class Bundle:
         gpu = Gpu(device)
         if gpu.device not in self._memories:
             self._memories[gpu.device] = ActivationMemory(gpu)
-        plan, cache = self.checked(record.files[0]), runtime_cache.folder(os.environ)
-        return TensorRtEngine(plan, library, self._memories[gpu.device], label=record.label, cache=cache)
+        engine = TensorRtEngine(
+            self.checked(record.files[0]),
+            library,
+            self._memories[gpu.device],
+            label=record.label,
+            cache=runtime_cache.folder(os.environ),
+            weight_budget=weight_budget,
+        )
+        if record.refit:
+            shapes, dtype = self.shapes(record.weights), dtype_of(record.dtype)
+            specs = {name: TensorSpec(name, shape, dtype) for name, shape in shapes.items()}
+            engine.follow(self.parameters(record.weights, gpu.device), specs)
+        return engine
 
     def _weights_record(self, weights: str) -> FileRecord:
         if weights not in self.manifest.weights:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from ldmrt.errors import BadRequest
+
+# A thread of GNU OpenMP, which torch brings, spins for about a millisecond while it waits for another, by default. On a machine with other
+# work that is the time in which the other would have run: benchmarks/busy_cores.py.
+THREADS: Final = {"GOMP_SPINCOUNT": "1000"}
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,12 @@ class Config:
     cache: Path
     device: str = "auto"
     threads: int = 0
+
+
+def share_cores(environ: MutableMapping[str, str]) -> None:
+    """Let waiting threads make way for others, unless the user has said how they shall wait. Takes effect if torch is not loaded yet."""
+    if not environ.keys() & {"OMP_WAIT_POLICY", *THREADS}:
+        environ.update(THREADS)
 
 
 def from_env(environ: Mapping[str, str]) -> Config:

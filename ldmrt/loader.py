@@ -6,15 +6,18 @@ import torch
 
 from ldmrt.bundle import Bundle, EngineRecord
 from ldmrt.capture import Recorder
-from ldmrt.components import is_step, runs_once
+from ldmrt.components import STEP, is_step, parts, runs_once
 from ldmrt.engines.captured import CapturedEngine
 from ldmrt.engines.protocol import Engine
+from ldmrt.engines.tensorrt import LIBRARIES
 from ldmrt.errors import EngineMismatch
 
 # float16 is emulated on a CPU, bfloat16 on one without instructions for it.
 _CPU = ("float32", "bfloat16", "float16")
 _CPU_WITH_BFLOAT16 = ("bfloat16", "float32", "float16")
 _CUDA = ("float16", "bfloat16", "float32")
+# Engine kinds, from the one that asks most of a machine to the one that asks least.
+_KINDS = (*LIBRARIES, "torch", "onnxruntime")
 
 
 class EngineLoader:
@@ -33,6 +36,7 @@ class EngineLoader:
         dtype: the precision to use; None for the best one on the device.
         recorder: captures what runs once per request as CUDA graphs; None to launch kernel by kernel. The steps are captured
             by who runs them, `ldmrt.denoise.Denoiser`.
+        weight_budget: see `ldmrt.engines.plan.TensorRtEngine`.
 
     Raises:
         EngineMismatch: the bundle has no engine of this kind.
@@ -45,11 +49,13 @@ class EngineLoader:
         kind: str | None,
         dtype: str | None,
         recorder: Recorder | None = None,
+        weight_budget: int | None = None,
     ) -> None:
-        kinds = sorted({record.kind for record in bundle.manifest.engines if record.component == "step"})
-        self.bundle, self.device, self._dtype = bundle, device, dtype
-        self.kind = kind or ("torch" if "torch" in kinds or not kinds else kinds[0])
-        self.recorder = None if self.kind == "onnxruntime" else recorder  # it allocates while it runs
+        kinds = kinds_of(bundle)
+        self.bundle, self.device, self._dtype, self._weight_budget = bundle, device, dtype, weight_budget
+        self.kind = kind or ("torch" if "torch" in kinds or not kinds else min(kinds))
+        steps = [r for r in bundle.manifest.engines if is_step(r.component) and r.kind == self.kind]
+        self.recorder = recorder if all(record.can_be_captured for record in steps) else None
         self._engines: dict[str, Engine] = {}
         if self.kind not in kinds:
             raise EngineMismatch(
@@ -78,7 +84,7 @@ class EngineLoader:
     def load(self, record: EngineRecord) -> Engine:
         """An engine, loaded once."""
         if record.key not in self._engines:
-            engine = self.bundle.load(record, self.device)
+            engine = self.bundle.load(record, self.device, weight_budget=self._weight_budget)
             if self.recorder is not None and record.kind == "torch" and not is_step(record.component):
                 engine = CapturedEngine(engine, self.recorder)
             self._engines[record.key] = engine
@@ -87,11 +93,27 @@ class EngineLoader:
     def generation(self, component: str) -> int:
         """How often the weights of a component have been changed since they were loaded."""
         record = self.records(component)[0]
-        return self.bundle.parameters(record.weights, self.device).generation if record.kind == "torch" else 0
+        return self.bundle.parameters(record.weights, self.device).generation if record.takes_weights else 0
+
+    def load_all(self, size: tuple[int, int]) -> None:
+        """Load what makes a picture of a size, so that what cannot be loaded is known at once.
+
+        Raises:
+            EngineMismatch: an engine cannot run here, or there is none of that size.
+        """
+        for component in (*parts(STEP), "decoder"):
+            for record in self.records(component, size):
+                self.load(record)
 
     def only(self, component: str) -> Engine:
         """The engine of a component that has one for all sizes and row counts."""
         return self.load(self.records(component)[0])
+
+
+def kinds_of(bundle: Bundle) -> list[str]:
+    """The engine kinds of a bundle, in the order in which one takes the place of another that cannot run."""
+    present = {record.kind for record in bundle.manifest.engines if record.component == STEP}
+    return [kind for kind in _KINDS if kind in present]
 
 
 def _order(device: torch.device) -> tuple[str, ...]:

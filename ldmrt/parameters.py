@@ -7,7 +7,7 @@ what was made of them, so that a captured CUDA graph stays valid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ Load = Callable[[TensorSpec], Tensor | None]
 Release = Callable[[TensorSpec], None]
 Make = Callable[[Mapping[str, Tensor]], Tensor]
 Adjust = Callable[[Tensor], Tensor]
+Changed = Callable[["Parameters", Collection[str]], None]
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,19 @@ class Parameters:
         self._originals: dict[str, Tensor] = {}
         self._changed: dict[str, Tensor] = {}
         self._adjustments: dict[str, Adjust] = {}
+        self._followers: list[Changed] = []
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Parameters:
         """Over tensors that are in memory, on the device."""
         return cls(lambda spec: tensors.get(spec.name), device)
+
+    def follow(self, changed: Changed) -> None:
+        """Have `changed(self, names)` called after each change, and now if there has been one: for who keeps weights of its own."""
+        self._followers.append(changed)
+        names = self._changed.keys() | self._adjustments.keys()
+        if names:
+            changed(self, names)
 
     def declare(self, specs: Mapping[str, TensorSpec]) -> None:
         """Make an engine's weights known, as what `update` may change."""
@@ -73,7 +82,7 @@ class Parameters:
         """
         key = spec.name, spec.dtype
         if key not in self._held:
-            self._held[key] = self._now(spec)
+            self._held[key] = self.present(spec)
         return self._held[key]
 
     def derived(self, key: str, reads: Sequence[TensorSpec], make: Make) -> Tensor:
@@ -143,7 +152,7 @@ class Parameters:
         """Keep the first values of weights that are about to be written over."""
         for name in names:
             if name in self._specs and name not in self._changed and name not in self._adjustments:
-                self._originals[name] = self._now(self._specs[name]).clone()
+                self._originals[name] = self.present(self._specs[name]).clone()
 
     def _rewrite(self, names: set[str]) -> None:
         """Write the present values of some weights into all that is held or was made of them."""
@@ -158,6 +167,8 @@ class Parameters:
         for name in names - self._changed.keys() - self._adjustments.keys():
             self._originals.pop(name, None)
         self.generation += 1
+        for changed in self._followers:
+            changed(self, names)
 
     def _let_go(self, value: Tensor, reads: Sequence[TensorSpec], tensors: Mapping[str, Tensor]) -> None:
         """Give back the memory of weights that were read to make a value of them, unless something is still in it."""
@@ -169,10 +180,14 @@ class Parameters:
                 self._release(spec)
 
     def _gather(self, reads: Sequence[TensorSpec]) -> dict[str, Tensor]:
-        return {spec.name: self._now(spec) for spec in reads}
+        return {spec.name: self.present(spec) for spec in reads}
 
-    def _now(self, spec: TensorSpec) -> Tensor:
-        """A weight's present value, held or not."""
+    def present(self, spec: TensorSpec) -> Tensor:
+        """A weight's present value. Unlike that of `tensor` it is not kept for whoever asks again.
+
+        Raises:
+            EngineMismatch: as for `tensor`.
+        """
         held = self._held.get((spec.name, spec.dtype))
         return self._value(spec) if held is None else held
 

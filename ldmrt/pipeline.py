@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +28,7 @@ from ldmrt.denoisers import Denoisers
 from ldmrt.errors import BadRequest, EngineMismatch, NumericalError
 from ldmrt.guidance import embedding
 from ldmrt.inpainting import resolve as resolve_inpainting
-from ldmrt.loader import EngineLoader
+from ldmrt.loader import EngineLoader, kinds_of
 from ldmrt.lora import Lora
 from ldmrt.noise import Generators, draw
 from ldmrt.parameters import Parameters
@@ -113,6 +115,8 @@ class Pipeline:
         engine: str | None = None,
         dtype: str | None = None,
         capture: Capture = "step",
+        fallback: bool = False,
+        weight_budget: int | None = None,
     ) -> Pipeline:
         """Open a bundle and load its engines.
 
@@ -124,6 +128,11 @@ class Pipeline:
             capture: what becomes one CUDA graph on a GPU: a `step`, the whole `loop`, the whole `image` (loop and decoder), or nothing
                 (`off`). A loop or an image is recorded anew for each number of steps, and calls with `on_step` still go step by step.
                 Without meaning on a CPU.
+            fallback: whether another engine kind of the bundle may run where this one cannot, in the order tensorrt, tensorrt-rtx, torch,
+                onnxruntime, with a warning that says which failed and why. Without `engine` the first of them is tried first. It is decided
+                here: engines of the default size are loaded at once.
+            weight_budget: for TensorRT plans that were built with weight streaming: the most memory in bytes that the weights of each may
+                take on the GPU; None for what TensorRT proposes. Not yet run on a GPU.
 
         Raises:
             BadRequest: `capture` is none of these, or the device is not there.
@@ -137,7 +146,11 @@ class Pipeline:
         if place.type == "cuda":
             choices.apply(place)
         recorder = Recorder(place) if place.type == "cuda" and capture != "off" else None
-        return cls(EngineLoader(bundle, place, engine, dtype, recorder), capture=capture)
+
+        def load(kind: str | None) -> Pipeline:
+            return cls(EngineLoader(bundle, place, kind, dtype, recorder, weight_budget), capture=capture)
+
+        return _first_that_loads(load, bundle, engine) if fallback else load(engine)
 
     def __call__(
         self,
@@ -356,13 +369,13 @@ class Pipeline:
             BadRequest: the file is no LoRA, or one for another architecture; the name is taken; the scale is not finite.
             EngineMismatch: the engine kind embeds its weights.
         """
-        if self.kind != "torch":
+        components = ("unet", *self.bundle.manifest.model.tokenizers)
+        if not all(self._record(component).takes_weights for component in components):
             raise EngineMismatch(
                 f"{self.kind} engines hold weights of their own, which no LoRA can be added to: build again with "
                 f"`ldmrt build-engines ... --lora {os.fspath(path)}:{scale:g}`, or use the torch engine"
             )
         with self._lock:
-            components = ("unet", *self.bundle.manifest.model.tokenizers)
             shapes = {component: self.bundle.shapes(self._record(component).weights) for component in components}
             lora = Lora.read(Path(path), shapes)
             self._adapters.add(name or lora.path.stem, lora, scale)
@@ -399,7 +412,7 @@ class Pipeline:
                 f"component is {component!r}, expected unet, text_encoder, decoder, encoder or controlnet.NAME",
                 param="component",
             )
-        if self.kind != "torch":
+        if not self._record(component).takes_weights:
             raise EngineMismatch(
                 f"{self.kind} engines hold weights of their own, which cannot be changed in place: use the torch engine"
             )
@@ -493,6 +506,27 @@ def _check_unconditional(job: Job, given: Given) -> None:
             f"guidance_scale is {job.guidance_scale:g}, and this model reads no text that it could follow; use 1",
             param="guidance_scale",
         )
+
+
+def _first_that_loads(load: Callable[[str | None], Pipeline], bundle: Bundle, engine: str | None) -> Pipeline:
+    """The pipeline on the engine kind that was asked for, or on one that may take its place; says so.
+
+    Raises:
+        EngineMismatch: none of them can run here; the last one's.
+    """
+    kinds = kinds_of(bundle)
+    order = kinds if engine is None else [engine, *kinds[kinds.index(engine) + 1 if engine in kinds else 0 :]]
+    for kind, following in pairwise([*order, None]):
+        try:
+            pipe = load(kind)
+            pipe._loader.load_all((pipe.defaults.width, pipe.defaults.height))
+        except EngineMismatch as error:
+            if following is None:
+                raise
+            warnings.warn(f"{following} runs instead of {kind}, which cannot: {error}", stacklevel=3)
+        else:
+            return pipe
+    return load(engine)  # there is none, and this says so
 
 
 def _delivered(images: torch.Tensor, output_type: OutputType) -> Any:

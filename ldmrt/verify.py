@@ -31,10 +31,17 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Trial:
-    """Inputs in float32 (token ids in int64), by name, and what kind of inputs they are (`random`, `real`, `extreme`)."""
+    """Inputs to try an engine on.
+
+    Attributes:
+        kind: what kind of inputs they are: `random`, `real` or `extreme`.
+        inputs: by name, in float32 (token ids in int64).
+        expected: what the original module makes of them, where that is known already.
+    """
 
     kind: str
     inputs: Tensors
+    expected: Tensors | None = None
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -379,6 +379,8 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         "dtype": "bfloat16",
         "optimization_level": 4,
         "workspace": 2 << 20,
+        "refit": False,
+        "weight_streaming": False,
         "targets": ["sm_89"],
         "loras": [(Path("a.safetensors"), 1.0), (Path("b.safetensors"), 0.5)],
         "base": Path("b"),

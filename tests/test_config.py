@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ldmrt.config import Config, from_env
+from ldmrt.config import THREADS, Config, from_env, share_cores
 from ldmrt.errors import BadRequest
 
 
@@ -46,3 +46,16 @@ def test_garbage_names_the_variable(name: str, text: str) -> None:
         from_env({name: text})
     assert caught.value.param == name
     assert str(caught.value).startswith(f"{name} is {text!r}, expected ")
+
+
+def test_threads_make_way_unless_the_user_has_said_how_they_wait() -> None:
+    environ = {"HOME": "/h"}
+    share_cores(environ)
+    assert environ == {"HOME": "/h", **THREADS}
+
+
+@pytest.mark.parametrize("given", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "5"}])
+def test_what_the_user_has_said_of_threads_stays(given: dict[str, str]) -> None:
+    environ = dict(given)
+    share_cores(environ)
+    assert environ == given

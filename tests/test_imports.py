@@ -71,6 +71,10 @@ def test_import_ldmrt_is_light() -> None:
     assert python("import sys, ldmrt; print('torch' in sys.modules)") == "False"
 
 
+def test_the_command_line_loads_torch_after_it_has_said_how_threads_wait() -> None:
+    assert python("import sys, ldmrt.cli; print('torch' in sys.modules)") == "False"
+
+
 def test_a_bare_install_opens_a_bundle_and_draws(tiny_bundle: Path) -> None:
     code = f"""{BLOCK}
 import ldmrt

@@ -48,6 +48,17 @@ def test_what_cannot_be_captured_is_not(bundle: Bundle) -> None:
     assert EngineLoader(bundle, CPU, "torch", None, recorder).recorder is recorder
 
 
+@pytest.mark.parametrize("how", ["refit", "weight_streaming"])
+def test_plans_that_a_graph_cannot_hold_are_not_captured(bundle: Bundle, how: str) -> None:
+    plans = [
+        engine.model_copy(update={"kind": "tensorrt", "targets": ("sm_89",), how: True})
+        for engine in bundle.manifest.engines
+        if engine.kind == "onnxruntime"
+    ]
+    opened = Bundle(bundle.path, bundle.manifest.model_copy(update={"engines": (*bundle.manifest.engines, *plans)}))
+    assert EngineLoader(opened, CPU, "tensorrt", None, Recorder(torch.device("cuda"))).recorder is None
+
+
 def test_a_gpu_takes_the_narrow_one(bundle: Bundle) -> None:
     loader = EngineLoader(bundle, torch.device("cuda"), None, None)
     assert only(loader.records("step")) == ("torch", "bfloat16")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import ldmrt
+from ldmrt.bundle import Bundle, write_manifest
 from ldmrt.errors import BadRequest, BundleError, Cancelled, EngineMismatch, NumericalError
 from ldmrt.pipeline import Pipeline
 from ldmrt.weights import WeightFile
@@ -259,6 +261,65 @@ def test_an_engine_or_a_precision_that_is_not_there(tiny_bundle: Path) -> None:
         Pipeline.from_bundle(tiny_bundle, engine="onnxruntime")
     with pytest.raises(EngineMismatch, match="float16"):
         Pipeline.from_bundle(tiny_bundle, dtype="float16")
+
+
+@pytest.fixture
+def bundle_of_three(tiny_bundle_onnx: Path, tmp_path: Path) -> Path:
+    """`tiny_bundle_onnx`, its manifest naming plans for a GPU too."""
+    folder = Path(shutil.copytree(tiny_bundle_onnx, tmp_path / "three"))
+    manifest = Bundle.open(folder).manifest
+    plans = [
+        engine.model_copy(update={"kind": "tensorrt-rtx", "targets": ("sm_86",), "key": f"p{engine.key[1:]}"})
+        for engine in manifest.engines
+        if engine.kind == "onnxruntime"
+    ]
+    write_manifest(folder, manifest.model_copy(update={"engines": (*manifest.engines, *plans)}))
+    return folder
+
+
+def test_another_engine_runs_if_that_is_allowed_and_it_is_said(
+    bundle_of_three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = partial(Pipeline.from_bundle, bundle_of_three, "cpu")
+    with pytest.raises(EngineMismatch, match=r"was built for GPUs \(sm_86\), the device is a CPU"):
+        load(engine="tensorrt-rtx")
+    words = (
+        r"^torch runs instead of tensorrt-rtx, which cannot: text_encoder \(tensorrt-rtx, float32\) was built for GPUs"
+    )
+    with pytest.warns(UserWarning, match=words) as told:
+        pipe = load(engine="tensorrt-rtx", fallback=True)
+    assert pipe.kind == "torch"
+    assert [warning.filename for warning in told] == [__file__]
+    # The bundle's first kind is tried where none is named; one that is not in the bundle fails like one that cannot run.
+    with pytest.warns(UserWarning, match=words):
+        assert load(fallback=True).kind == "torch"
+    with warnings.catch_warnings(record=True) as all_told:
+        warnings.simplefilter("always")
+        assert load(engine="tensorrt", fallback=True).kind == "torch"
+    absent, unfit = (str(warning.message) for warning in all_told)
+    assert absent.startswith("tensorrt-rtx runs instead of tensorrt, which cannot: ")
+    assert "has no tensorrt engine" in absent
+    assert unfit.startswith("torch runs instead of tensorrt-rtx, which cannot: ")
+    # What can run does, and nothing is said: warnings are errors here.
+    assert load(engine="torch", fallback=True).kind == "torch"
+    assert load(engine="onnxruntime", fallback=True).kind == "onnxruntime"
+
+    def refuse(*_: object) -> None:
+        raise EngineMismatch("torch is out of order")
+
+    monkeypatch.setattr("ldmrt.engines.torch.TorchEngine.__init__", refuse)
+    with (
+        pytest.warns(UserWarning, match=r"^onnxruntime runs instead of torch"),
+        pytest.raises(EngineMismatch, match="torch is out of order"),
+    ):
+        load(engine="torch", fallback=True)  # `context` is on the torch engine in any case
+
+
+def test_a_damaged_bundle_is_no_reason_for_another_engine(bundle_of_three: Path) -> None:
+    graph = next((bundle_of_three / "graphs").glob("step*.json"))
+    graph.write_text("{}")
+    with pytest.raises(BundleError, match="is damaged"):
+        Pipeline.from_bundle(bundle_of_three, "cpu", engine="torch", fallback=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

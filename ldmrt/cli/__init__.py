@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from ldmrt.cli.inspect import inspect
 from ldmrt.cli.options import Verbose
 from ldmrt.cli.tune import tune
 from ldmrt.cli.verify import verify
+from ldmrt.config import share_cores
 
 app = typer.Typer(
     name="ldmrt",
@@ -61,4 +63,5 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file name that is not UTF-8 must not stop the output
             stream.reconfigure(errors="backslashreplace")
+    share_cores(os.environ)
     app()

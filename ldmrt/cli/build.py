@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ldmrt.cli.options import Dtype, EngineChoice, Json, LoraChoice, Size, Verbose, parse_lora, parse_size
+from ldmrt.cli.options import Dtype, EngineChoice, Json, LoraChoice, Size, Verbose, lora_option, parse_size
 from ldmrt.cli.output import print_json, progress_bar, size_text, table
 
 
@@ -53,14 +53,15 @@ def build_engines(
     workspace: Annotated[
         int | None, typer.Option(metavar="MIB", help="The most memory that a layer of a TensorRT plan may use, in MiB.")
     ] = None,
-    lora: Annotated[
-        list[LoraChoice] | None,
-        typer.Option(
-            metavar="PATH[:SCALE]",
-            parser=parse_lora,
-            help="LoRA to fuse into the weights, and how much of it (default: 1); repeatable.",
-        ),
-    ] = None,
+    refit: Annotated[
+        bool,
+        typer.Option("--refit", help="TensorRT plans whose weights can be changed, by a LoRA too. Needs the GPU here."),
+    ] = False,
+    weight_streaming: Annotated[
+        bool,
+        typer.Option("--weight-streaming", help="TensorRT plans that can leave weights in the host's memory; slower."),
+    ] = False,
+    lora: Annotated[list[LoraChoice] | None, lora_option("LoRA to fuse into the weights")] = None,
     base: Annotated[
         Path | None,
         typer.Option(
@@ -100,6 +101,8 @@ def build_engines(
             targets=target or (),
             optimization_level=optimization_level,
             workspace=None if workspace is None else workspace << 20,
+            refit=refit,
+            weight_streaming=weight_streaming,
             loras=lora or (),
             base=base,
             vae=vae,

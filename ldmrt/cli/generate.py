@@ -18,8 +18,8 @@ from ldmrt.cli.options import (
     LoraChoice,
     Size,
     Verbose,
+    lora_option,
     parse_device,
-    parse_lora,
     parse_size,
 )
 from ldmrt.cli.output import print_json, progress_bar, shown_warnings
@@ -74,14 +74,7 @@ def generate(
     long_prompt: Annotated[
         LongPromptChoice, typer.Option(help="A prompt beyond the text encoder's window: in several windows, or cut.")
     ] = LongPromptChoice.chunk,
-    lora: Annotated[
-        list[LoraChoice] | None,
-        typer.Option(
-            metavar="PATH[:SCALE]",
-            parser=parse_lora,
-            help="LoRA to add to the weights, and how much of it (default: 1); repeatable.",
-        ),
-    ] = None,
+    lora: Annotated[list[LoraChoice] | None, lora_option("LoRA to add to the weights")] = None,
     image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="For an inpainting model: the picture to draw into.")
     ] = None,
@@ -112,6 +105,20 @@ def generate(
     dtype: Annotated[
         Dtype, typer.Option(help="Which engines to use where the bundle has several precisions.")
     ] = Dtype.auto,
+    fallback: Annotated[
+        bool,
+        typer.Option(
+            "--fallback", help="Let another of the bundle's engines run where this one cannot, with a warning."
+        ),
+    ] = False,
+    weight_budget: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MIB",
+            min=0,
+            help="The most memory that the weights of a plan built with --weight-streaming take on the GPU. Default: TensorRT's choice.",
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -146,12 +153,15 @@ def generate(
     given = _masked(image, mask) | _controls(control_image, control_scale, control_start, control_end)
     if config.threads:
         torch.set_num_threads(config.threads)
-    pipe = Pipeline.from_bundle(
-        engines,
-        device or config.device,
-        engine=None if engine is EngineChoice.auto else engine.value,
-        dtype=None if dtype is Dtype.auto else dtype.value,
-    )
+    with shown_warnings():
+        pipe = Pipeline.from_bundle(
+            engines,
+            device or config.device,
+            engine=None if engine is EngineChoice.auto else engine.value,
+            dtype=None if dtype is Dtype.auto else dtype.value,
+            fallback=fallback,
+            weight_budget=None if weight_budget is None else weight_budget << 20,
+        )
     job = resolve(
         Request(
             prompt=prompt,

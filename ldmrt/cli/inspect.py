@@ -44,7 +44,7 @@ def inspect(
 def describe(bundle: Bundle) -> dict[str, Any]:
     """The contents of a bundle as one JSON-safe document."""
     from ldmrt.doctor import engine_kinds
-    from ldmrt.engines.tensorrt import gpu_at_hand
+    from ldmrt.engines.tensorrt import gpu_at_hand, gpu_here
 
     manifest, missing = bundle.manifest, engine_kinds()
 
@@ -55,7 +55,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     def engine(record: EngineRecord) -> dict[str, Any]:
         lacking = missing[record.kind]
         if lacking is None and record.targets and gpu_at_hand() not in record.targets:
-            lacking = f"{record.label} is for {', '.join(record.targets)}, and the GPU here is {gpu_at_hand()}"
+            lacking = f"{record.label} is for {', '.join(record.targets)}, and {gpu_here(gpu_at_hand())}"
         return {
             **record.model_dump(mode="json"),
             "files": [file(item) for item in record.files],

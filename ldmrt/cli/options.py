@@ -7,7 +7,7 @@ import re
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -57,6 +57,16 @@ def parse_lora(text: str) -> LoraChoice:
         return LoraChoice(Path(path if colon else text), float(scale) if colon else 1.0)
     except ValueError:  # the colon is part of the path
         return LoraChoice(Path(text), 1.0)
+
+
+def lora_option(what: str) -> Any:
+    """`--lora`, which says what it does with a LoRA."""
+    return typer.Option(
+        "--lora",
+        metavar="PATH[:SCALE]",
+        parser=parse_lora,
+        help=f"{what}, and how much of it (default: 1); repeatable.",
+    )
 
 
 def parse_device(text: str) -> str:

@@ -21,16 +21,15 @@ def verify(
     import torch
 
     from ldmrt.bundle import Bundle
-    from ldmrt.engines.tensorrt import gpu_at_hand
+    from ldmrt.engines.tensorrt import gpu_at_hand, gpu_here
     from ldmrt.verify import complete, waiting
 
     bundle = Bundle.open(folder)
     before, here = waiting(bundle), gpu_at_hand()
     targets = sorted({target for record, _ in before for target in record.targets})
     if before and here not in targets:
-        there = f"the GPU here is {here}" if here else "there is no GPU here"
         raise EngineMismatch(
-            f"{len(before)} engines of {folder} are still to be verified on {' or '.join(targets)}, and {there}; "
+            f"{len(before)} engines of {folder} are still to be verified on {' or '.join(targets)}, and {gpu_here(here)}; "
             "run `ldmrt verify` on a machine that has one"
         )
     done = []

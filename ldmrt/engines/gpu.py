@@ -40,6 +40,10 @@ class Gpu:
         """The handle of the current stream."""
         return int(torch.cuda.current_stream(self.device).cuda_stream)
 
+    def synchronize(self) -> None:
+        """Wait for all that was launched on it."""
+        torch.cuda.synchronize(self.device)
+
     def capturing(self) -> bool:
         """Whether the current stream is being captured in a CUDA graph."""
         return torch.cuda.is_current_stream_capturing()

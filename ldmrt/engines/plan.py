@@ -7,7 +7,8 @@ that all engines of a bundle share, and it launches on torch's current stream, s
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ldmrt.engines.protocol import TensorSpec
 from ldmrt.engines.runtime_cache import RuntimeCache, cache_file
 from ldmrt.engines.tensorrt import Library, log, runtime
 from ldmrt.errors import BundleError, EngineMismatch
-from ldmrt.parameters import fitting
+from ldmrt.parameters import Parameters, fitting
 
 _DTYPES = {
     "FLOAT": torch.float32,
@@ -28,6 +29,8 @@ _DTYPES = {
     "INT64": torch.int64,
     "BOOL": torch.bool,
 }
+
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -41,6 +44,8 @@ class TensorRtEngine:
         memory: activation memory on the GPU that is to run it.
         label: how to call it in a message.
         cache: the folder of what the library compiles at run time; None to compile in every process.
+        weight_budget: the most memory in bytes that weights may take on the GPU, the rest stays in the host's; None for what the library
+            proposes for this GPU. Without meaning for a plan that does not stream its weights.
 
     Raises:
         BundleError: the file is no plan, or one of free shapes.
@@ -48,7 +53,14 @@ class TensorRtEngine:
     """
 
     def __init__(
-        self, plan: Path, library: Library, memory: ActivationMemory, *, label: str, cache: Path | None = None
+        self,
+        plan: Path,
+        library: Library,
+        memory: ActivationMemory,
+        *,
+        label: str,
+        cache: Path | None = None,
+        weight_budget: int | None = None,
     ) -> None:
         self._library, self._memory, self._gpu, self._label = library, memory, memory.gpu, label
         self._block: torch.Tensor | None = None
@@ -59,6 +71,7 @@ class TensorRtEngine:
         with self._gpu.active():
             self._engine = self._deserialize(plan)
             self._inputs, self._outputs = _specs(self._engine, plan)
+            self._stream_weights(weight_budget)
             self._context = self._make_context(plan, cache)
         memory.reserve(self._engine.device_memory_size_v2)
         self._unsaved = self._cache
@@ -116,10 +129,49 @@ class TensorRtEngine:
         self._addressed = None  # what was given and made is not the engine's to keep
         return made
 
+    def follow(self, parameters: Parameters, specs: Mapping[str, TensorSpec]) -> None:
+        """Keep the plan's weights what `parameters` says they are, from now on.
+
+        Args:
+            parameters: the weights, on the engine's GPU.
+            specs: those of the plan's weight file, by name; which of them the plan holds, the library knows.
+
+        Raises:
+            EngineMismatch: the plan was not built so, or the library fails.
+        """
+        if not self._engine.refittable:
+            raise EngineMismatch(f"{self._label} does not take other weights; {self._library.rebuild[:-1]} --refit`")
+        held = {name: specs[name] for name in self._refitter().get_all_weights() if name in specs}
+        parameters.declare(held)
+        parameters.follow(partial(self._refit, held))
+
+    def _refit(self, held: Mapping[str, TensorSpec], parameters: Parameters, changed: Collection[str]) -> None:
+        needed = [name for name in changed if name in held]
+        if not needed:
+            return
+        trt, values = self._library.load(), {}
+        with self._gpu.active():
+            refitter = self._refitter()
+            while needed:  # what the library has joined with others is changed together with them
+                for name in needed:
+                    if name in values or name not in held:
+                        raise self._failure(f"does not take the weight {name!r}")
+                    value = values[name] = parameters.present(held[name]).contiguous()
+                    weights = trt.Weights(getattr(trt.DataType, _NAMES[value.dtype]), value.data_ptr(), value.numel())
+                    if not refitter.set_named_weights(name, weights, trt.TensorLocation.DEVICE):
+                        raise self._failure(f"does not take the weight {name!r}")
+                needed = refitter.get_missing_weights()
+            self._gpu.synchronize()  # nothing may use the plan meanwhile
+            if not refitter.refit_cuda_engine():
+                raise self._failure("does not take other weights")
+
+    def _refitter(self) -> Any:
+        return self._library.load().Refitter(self._engine, log(self._library))
+
     # ------------------------------------------------------------------------------------------------ loading
 
     def _deserialize(self, plan: Path) -> Any:
-        log(self._library).errors.clear()
+        log(self._library).first_error()  # what was not told belongs to another call
         try:
             with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 engine = self._runtime.deserialize_cuda_engine(data)
@@ -141,6 +193,12 @@ class TensorRtEngine:
             f"{self._label}: {self._library.kind} {trt.__version__} does not load {plan} ({reason}); "
             f"see `ldmrt doctor`, or {self._library.rebuild}"
         )
+
+    def _stream_weights(self, budget: int | None) -> None:
+        """Set how much of the weights lies on the GPU, on which the activation memory depends."""
+        if self._engine.streamable_weights_size:
+            most = self._engine.get_weight_streaming_automatic_budget() if budget is None else budget
+            self._engine.weight_streaming_budget_v2 = min(most, self._engine.streamable_weights_size)
 
     def _make_context(self, plan: Path, cache: Path | None) -> Any:
         trt = self._library.load()
@@ -209,11 +267,7 @@ class TensorRtEngine:
         return EngineMismatch(f"{self._label} {what} ({self._reason()}); see `ldmrt doctor`, or use --engine torch")
 
     def _reason(self) -> str:
-        """The first of the library's errors that has not been told yet; those behind it are its consequences."""
-        errors = log(self._library).errors
-        reason = errors[0][:200] if errors else "no reason given"
-        errors.clear()
-        return str(reason)
+        return log(self._library).first_error() or "no reason given"
 
 
 def _specs(engine: Any, plan: Path) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -105,7 +104,7 @@ LIBRARIES = {
 
 @cache
 def log(library: Library) -> Any:
-    """The one `ILogger` of a library in this process. It logs to `ldmrt.tensorrt`, and keeps the last errors in `errors`.
+    """The one `ILogger` of a library in this process. It logs to `ldmrt.tensorrt`, and keeps the first error for `first_error`.
 
     Raises:
         EngineMismatch: the library cannot be used here.
@@ -114,13 +113,18 @@ def log(library: Library) -> Any:
     class Log(library.load().ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.errors: deque[str] = deque(maxlen=8)
+            self._first = ""
 
         def log(self, severity: Any, msg: str) -> None:
             level = _LEVELS[severity.name]
             if level >= logging.ERROR:
-                self.errors.append(" ".join(msg.split()))
+                self._first = self._first or " ".join(msg.split())[:300]
             _log.log(level, "%s", msg)
+
+        def first_error(self) -> str:
+            """The first error since this was last asked, or nothing; those behind it are its consequences."""
+            first, self._first = self._first, ""
+            return first
 
     return Log()
 
@@ -156,7 +160,7 @@ def check(
     if architecture not in targets:
         possible = library.targets is None or architecture in library.targets
         cure = f"{library.rebuild[:-1]} --target {architecture}`" if possible else "use --engine torch"
-        raise EngineMismatch(f"{label} was built for {built_for}, the GPU here is {architecture}: {cure}")
+        raise EngineMismatch(f"{label} was built for {built_for}, {gpu_here(architecture)}: {cure}")
     found, built = str(library.load().__version__), versions.get(library.kind, "unknown")
     if found != built:
         raise EngineMismatch(
@@ -168,3 +172,8 @@ def check(
 def gpu_at_hand() -> str | None:
     """The architecture of the GPU here, such as `sm_89`, or None."""
     return Gpu(torch.device("cuda")).architecture if torch.cuda.is_available() else None
+
+
+def gpu_here(architecture: str | None) -> str:
+    """How to say which GPU is here, in a message."""
+    return f"the GPU here is {architecture}" if architecture else "there is no GPU here"

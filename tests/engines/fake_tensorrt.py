@@ -34,6 +34,8 @@ class Cuda:
     stream = 7
     active = False
     capturing = False
+    idle = True
+    free = 1 << 10
 
 
 class ILogger:
@@ -124,6 +126,59 @@ def _tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.T
     return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
 
 
+class TensorLocation(Enum):
+    DEVICE = 0
+    HOST = 1
+
+
+class Weights:
+    """Whatever is said of them later, they are read when the engine is refitted."""
+
+    def __init__(self, type: DataType, ptr: int, count: int) -> None:  # noqa: A002 - the library's name for it
+        self._values = _tensor(ptr, (count,), _DTYPES[type.name])
+
+
+class Refitter:
+    """A plan's scale is the product of its weights, each a single number; those of a `joined` pair are changed together."""
+
+    def __init__(self, engine: ICudaEngine, logger: ILogger) -> None:
+        if not engine.refittable:
+            raise AssertionError("the library crashes on an engine that was not built so")
+        self._engine, self._logger = weakref.ref(engine), logger
+        self._given: dict[str, Weights] = {}
+
+    def get_all_weights(self) -> list[str]:
+        return list(self._plan()["weights"])
+
+    def set_named_weights(self, name: str, weights: Weights, location: TensorLocation = TensorLocation.HOST) -> bool:
+        held = self._plan()["weights"]
+        fits = name in held and weights._values.numel() == 1 and location is TensorLocation.DEVICE
+        if fits and weights._values.dtype != _DTYPES[self._plan()["dtype"]]:
+            self._logger.log(ILogger.Severity.ERROR, "another type was expected")
+            return False
+        if fits:
+            self._given[name] = weights
+        return fits
+
+    def get_missing_weights(self) -> list[str]:
+        joined = self._plan().get("joined", [])
+        return [name for name in joined if name not in self._given] if self._given.keys() & set(joined) else []
+
+    def refit_cuda_engine(self) -> bool:
+        if not Cuda.active or not Cuda.idle:
+            raise AssertionError("the engine may be in use")
+        if self.get_missing_weights() or self._plan().get("stubborn"):
+            return False
+        self._plan()["weights"] |= {name: float(weights._values) for name, weights in self._given.items()}
+        return True
+
+    def _plan(self) -> dict[str, Any]:
+        engine = self._engine()
+        if engine is None:
+            raise AssertionError("the engine is destroyed")
+        return engine._plan
+
+
 class Runtime:
     count = 0
 
@@ -162,6 +217,7 @@ class ICudaEngine:
         self._runtime = weakref.ref(runtime)
         self._plan = plan
         self._shapes: dict[str, tuple[int, ...]] = {**plan["inputs"], **plan["outputs"]}
+        self._budget, self._contexts = self.streamable_weights_size, 0
 
     def __del__(self) -> None:
         calls.append("engine destroyed")
@@ -170,7 +226,29 @@ class ICudaEngine:
 
     @property
     def device_memory_size_v2(self) -> int:
-        return int(self._plan["memory"])
+        """What streams needs memory to stream to."""
+        return int(self._plan["memory"]) + self.streamable_weights_size - self._budget
+
+    @property
+    def refittable(self) -> bool:
+        return bool(self._plan.get("refit"))
+
+    @property
+    def streamable_weights_size(self) -> int:
+        return int(self._plan.get("streamable", 0))
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return Cuda.free
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        return self._budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget: int) -> None:
+        if not 0 <= budget <= self.streamable_weights_size or self._contexts:
+            raise AssertionError("the budget is no part of the weights, or a context has been made for another")
+        self._budget = budget
 
     @property
     def num_io_tensors(self) -> int:
@@ -201,6 +279,7 @@ class ICudaEngine:
             raise AssertionError("the library would allocate activation memory by itself")
         if isinstance(how, IRuntimeConfig) and how.cuda_graph_strategy is not CudaGraphStrategy.DISABLED:
             raise AssertionError("the library would capture by itself")
+        self._contexts += 1
         return None if self._plan.get("unfit") else IExecutionContext(self, how)
 
 
@@ -274,10 +353,16 @@ class IExecutionContext:
             violations.append("the cache died before its context")
 
     def set_device_memory(self, memory: int, size: int) -> None:
-        if memory == 0 or memory % ALIGNMENT or size < self._plan["memory"]:
-            raise AssertionError(f"{size} bytes at {memory:#x} are not the {self._plan['memory']} aligned ones needed")
+        if memory == 0 or memory % ALIGNMENT or size < self._needed():
+            raise AssertionError(f"{size} bytes at {memory:#x} are not the {self._needed()} aligned ones needed")
         calls.append("set_device_memory")
         self._memory = (memory, size)
+
+    def _needed(self) -> int:
+        engine = self._engine()
+        if engine is None:
+            raise AssertionError("the engine is destroyed")
+        return engine.device_memory_size_v2
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         engine = self._engine()
@@ -304,6 +389,7 @@ class IExecutionContext:
             engine._runtime()._logger.log(ILogger.Severity.ERROR, self._plan["fails"])  # type: ignore[union-attr]
             return False
         calls.append("execute_async_v3")
+        Cuda.idle = False
         self._compute(engine)
         return True
 
@@ -329,5 +415,5 @@ class IExecutionContext:
                 values = tensors[given].view(-1)
                 times = -(-len(target) // len(values))
                 total.add_(values.repeat(times)[: len(target)])
-            total.mul_(self._plan["scale"])
+            total.mul_(self._plan["scale"] * math.prod(self._plan.get("weights", {}).values()))
             target.copy_(total)

@@ -42,6 +42,9 @@ class FakeGpu(Gpu):
     def stream(self) -> int:
         return Cuda.stream
 
+    def synchronize(self) -> None:
+        Cuda.idle = True
+
     def capturing(self) -> bool:
         return Cuda.capturing
 

@@ -23,6 +23,7 @@ from ldmrt.engines.tensorrt import LIBRARIES, Library, log
 from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.kernels import native
 from ldmrt.kernels.sampler import sampler_step_reference
+from ldmrt.parameters import Parameters
 from ldmrt.samplers.ddim import ddim
 from ldmrt.schedule import NoiseSchedule
 from tests.engines import fake_tensorrt
@@ -50,10 +51,14 @@ def memory() -> ActivationMemory:
 
 @pytest.fixture
 def load(memory: ActivationMemory, tmp_path: Path) -> Load:
-    def loaded(library: Library = RTX, *, cache: Path | None = None, **plan: Any) -> TensorRtEngine:
+    def loaded(
+        library: Library = RTX, *, cache: Path | None = None, weight_budget: int | None = None, **plan: Any
+    ) -> TensorRtEngine:
         file = tmp_path / f"plan-{len(list(tmp_path.iterdir()))}.plan"
         file.write_bytes(write_plan(**{**SHAPES, **plan}))
-        return TensorRtEngine(file, library, memory, label="step (tensorrt-rtx)", cache=cache)
+        return TensorRtEngine(
+            file, library, memory, label="step (tensorrt-rtx)", cache=cache, weight_budget=weight_budget
+        )
 
     return loaded
 
@@ -244,6 +249,72 @@ def test_a_strict_fake_notices_the_wrong_order(load: Load) -> None:
     del engine
     assert violations == ["the engine died before its context"]
     violations.clear()
+
+
+# ---------------------------------------------------------------------------------------------------- weights
+
+REFIT: dict[str, Any] = {"refit": True, "weights": {"a": 2.0, "b": 3.0, "c": 1.0}, "joined": ["a", "b"]}
+WEIGHTS = {name: TensorSpec(name, (1,), torch.float32) for name in ("a", "b", "c", "elsewhere")}
+
+
+def numbers(**values: float) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([float(value)]) for name, value in values.items()}
+
+
+def test_weights_change_in_a_plan_and_come_back(load: Load) -> None:
+    parameters = Parameters.of(numbers(a=2, b=3, c=1, elsewhere=9), CPU)
+    engine = load(**REFIT)
+    engine.follow(parameters, WEIGHTS)
+    buffers = {**values(), "y": torch.zeros(2, 3)}
+    engine.bind(buffers)
+
+    def scale() -> float:
+        engine.enqueue()
+        assert torch.equal(engine.run(values())["y"], buffers["y"])
+        return float((buffers["y"] / expected(values())).mean())
+
+    assert scale() == pytest.approx(6)
+    parameters.update(numbers(a=5))  # what the library has joined with it, `b`, is given too
+    assert scale() == pytest.approx(15)
+    parameters.adjust({"c": lambda weight: weight + 1})
+    assert scale() == pytest.approx(30)
+    late = load(**REFIT)  # such as one for another batch size
+    late.follow(parameters, WEIGHTS)
+    assert torch.allclose(late.run(values())["y"], expected(values(), 30))
+    parameters.restore()
+    assert scale() == pytest.approx(12)
+    parameters.adjust({"c": None})
+    assert scale() == pytest.approx(6)
+    with pytest.raises(EngineMismatch, match="no weight 'elsewhere' to change"):
+        parameters.update(numbers(elsewhere=1))
+
+
+def test_weights_that_a_plan_does_not_take(load: Load) -> None:
+    with pytest.raises(EngineMismatch, match=r"does not take other weights; build it again .* --refit`"):
+        load().follow(Parameters.of({}, CPU), WEIGHTS)
+    parameters = Parameters.of(numbers(a=2, b=3, c=1), CPU)
+    stubborn = load(**REFIT, stubborn=True)
+    stubborn.follow(parameters, WEIGHTS)
+    with pytest.raises(EngineMismatch, match=r"step \(tensorrt-rtx\) does not take other weights \(no reason given\)"):
+        parameters.update(numbers(c=2))
+    parameters = Parameters.of(numbers(a=2, b=3, c=1), CPU)
+    load(**REFIT, dtype="HALF").follow(parameters, WEIGHTS)
+    with pytest.raises(EngineMismatch, match=r"does not take the weight 'c' \(another type was expected\)"):
+        parameters.update(numbers(c=2))
+    parameters = Parameters.of(numbers(a=2, b=3, c=1), CPU)
+    load(**REFIT).follow(parameters, {"a": WEIGHTS["a"]})
+    with pytest.raises(EngineMismatch, match="does not take the weight 'b'"):
+        parameters.update(numbers(a=2))
+
+
+@pytest.mark.parametrize(
+    ("budget", "held"), [(None, 1024), (0, 0), (3000, 3000), (1 << 40, 4096)], ids=["proposed", "none", "some", "all"]
+)
+def test_weights_in_the_hosts_memory(load: Load, memory: ActivationMemory, budget: int | None, held: int) -> None:
+    engine = load(streamable=4096, weight_budget=budget)
+    assert engine._engine.weight_streaming_budget_v2 == held
+    assert torch.equal(engine.run(values())["y"], expected(values()))
+    assert len(memory.block()) >= 1024 + 4096 - held
 
 
 # ---------------------------------------------------------------------------------------------------- the runtime cache

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
+import torch
 
 from ldmrt.export import architectures
 from ldmrt.export.capture import capture
 from ldmrt.export.passes.clean import clean
 from ldmrt.export.passes.hoist import hoist
-from ldmrt.export.source import Source
+from ldmrt.export.source import Checkpoint, Source
+from ldmrt.export.verify import reference_outputs
 from ldmrt.verify import relative_error
 
 SIZE = (64, 64)
@@ -90,3 +94,39 @@ def test_extremes_are_the_ends_of_what_people_ask_for(tiny_model: Path) -> None:
     assert (ids[1, 1:-1] != end).all(), "the second one fills the window"
     assert extremes["unet"]["timesteps"].tolist() == [999.0, 0.0]
     assert extremes["encoder"]["image"].abs().eq(1).all()
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_model_xl"])
+def test_the_original_holds_a_weight_only_while_its_layer_runs(request: pytest.FixtureRequest, model: str) -> None:
+    """And makes what it makes with all of its weights in memory."""
+    source = Source.open(request.getfixturevalue(model))
+    for (_, component, trials), (_, whole, _) in zip(
+        architectures.components(source, [SIZE]), architectures.components(source, [SIZE]), strict=True
+    ):
+        checkpoint = Checkpoint(source, component.folder, component.original)
+        original = architectures.reference(component, checkpoint)
+        # Of the buffers it makes only what is not in the files.
+        architectures.reference(whole, checkpoint)
+        for layer in whole.module.modules():
+            layer._forward_pre_hooks.clear()
+            layer._forward_hooks.clear()
+        weights = {name: checkpoint.load(name).float() for name in checkpoint.keys}
+        whole.original.load_state_dict(weights, strict=True, assign=True)
+        tried = trials()
+        # What is known already was made so, too.
+        tried = [*tried, *(replace(trial, expected=None) for trial in tried if trial.expected)]
+        names = component.outputs
+        expected = [dict(zip(names, whole.module(*trial.inputs.values()), strict=True)) for trial in tried]
+        for ours, theirs in zip(reference_outputs(original, tried, names), expected, strict=True):
+            assert all(torch.equal(ours[name], theirs[name]) for name in names)
+        assert all(weight.is_meta for weight in component.original.parameters())
+
+
+def test_the_original_stops_when_it_is_told_to(tiny_model: Path) -> None:
+    source = Source.open(tiny_model)
+    _, component, trials = next(architectures.components(source, [SIZE]))
+    original = architectures.reference(component, Checkpoint(source, component.folder, component.original))
+    stop = Event()
+    stop.set()
+    with pytest.raises(InterruptedError):
+        reference_outputs(original, trials(), component.outputs, stop)

@@ -62,3 +62,33 @@ def test_repetitions_go_and_order_is_kept(source: Source) -> None:
 def test_refusals_say_the_cure(source: Source, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(BuildError, match=message):
         resolve(source, **changes)
+
+
+RTX = {"engine": "tensorrt-rtx", "dtype": "float16"}
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize(
+    ("here", "targets"), [(None, ("sm_89",)), ("sm_86", ("sm_89",)), ("sm_89", ("sm_86", "sm_89"))]
+)
+def test_weights_that_change_need_their_gpu(
+    source: Source, monkeypatch: pytest.MonkeyPatch, here: str | None, targets: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(options, "gpu_at_hand", lambda: here)
+    with pytest.raises(
+        BuildError, match=r"are built on their GPU, for that one alone; .*: build there, or leave --refit"
+    ):
+        resolve(source, targets=targets, refit=True, **RTX)
+
+
+@pytest.mark.rtx
+def test_weights_that_change_or_stream(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "gpu_at_hand", lambda: "sm_89")
+    assert resolve(source, refit=True, **RTX).refit
+    assert resolve(source, targets=("sm_86", "sm_89"), weight_streaming=True, **RTX).weight_streaming
+
+
+@pytest.mark.parametrize("what", ["refit", "weight_streaming"])
+def test_only_plans_take_their_options(source: Source, what: str) -> None:
+    with pytest.raises(BuildError, match=r"are TensorRT's, engine torch has none of them; use --engine tensorrt or"):
+        resolve(source, **{what: True})
