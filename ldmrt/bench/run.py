@@ -24,6 +24,7 @@ from ldmrt.bundle import Bundle
 from ldmrt.errors import BadRequest, EngineMismatch
 from ldmrt.graph import dtype_of
 from ldmrt.kernels import launch, native
+from ldmrt.loader import kinds_of
 from ldmrt.pipeline import Pipeline, builtin_bundle
 from ldmrt.request import Job, Request, resolve
 from ldmrt.samplers.make import sampler_table
@@ -144,13 +145,12 @@ def bench(subject: Subject, plan: Plan, on_progress: OnProgress = lambda what, d
 
 
 def _pipelines(bundle: Path, plan: Plan) -> tuple[list[Pipeline], list[str]]:
-    """A pipeline for each kind of engine that was asked for, torch's first; and what cannot run here.
+    """A pipeline for each kind of engine that was asked for, in the order in which they would be tried; and what cannot run here.
 
     Raises:
         EngineMismatch: none can.
     """
-    kinds = {record.kind for record in Bundle.open(bundle).manifest.engines if record.component == "step"}
-    wanted = [plan.engine] if plan.engine else sorted(kinds, key=lambda kind: (kind != "torch", kind)) or ["torch"]
+    wanted = [plan.engine] if plan.engine else kinds_of(Bundle.open(bundle)) or ["torch"]
     pipes, notes = [], []
     for kind in wanted:
         try:
