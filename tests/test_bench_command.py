@@ -27,6 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_measured_written_and_compared(tiny_bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     options = ["--engines", str(tiny_bundle), "--steps", "2", "--runs", "1", "--device", "cpu", "--batch", "2"]
+    options += ["--sampler", "DPM++ 2M Karras"]
     ended = RUNNER.invoke(app, ["bench", *options, "--json", "--output", str(path)])
     assert ended.exit_code == 0, ended.stderr
     document = json.loads(ended.stdout)
@@ -35,7 +36,7 @@ def test_measured_written_and_compared(tiny_bundle: Path, tmp_path: Path) -> Non
     report = Report.read(path)
     assert [(case.images, case.guidance) for case in report.cases] == [(2, True), (2, False)]
     assert list(report.cases[0].stage_seconds) == list(STAGES)
-    assert report.settings.steps == 2
+    assert (report.settings.steps, report.settings.sampler) == (2, "dpm++ 2m karras")
     assert report.build is None
     # A process with torch in it takes more than 50 MB, and its stages less than the whole of it.
     assert report.cold.peak_resident_bytes > 50e6

@@ -47,6 +47,7 @@ class Plan:
         batches: images drawn together; empty for all that the bundle has engines for.
         steps: of the sampler; None for the model's.
         guidance_scale: None for the model's; 1 for none.
+        sampler: None for the model's.
         runs: of each case.
         against: other programs, of `ldmrt.bench.peers.PEERS`.
     """
@@ -58,6 +59,7 @@ class Plan:
     batches: Sequence[int] = ()
     steps: int | None = None
     guidance_scale: float | None = None
+    sampler: str | None = None
     runs: int = 9
     against: Sequence[str] = ()
 
@@ -182,6 +184,7 @@ def _variants(pipe: Pipeline, plan: Plan) -> list[_Variant]:
             seed=SEED,
             num_inference_steps=plan.steps,
             guidance_scale=scale,
+            sampler=plan.sampler,
             width=width,
             height=height,
         )
@@ -215,6 +218,7 @@ def _generate(bundle: Path, variant: _Variant) -> list[str]:
         "--seed": SEED,
         "--steps": job.num_inference_steps,
         "--guidance-scale": job.guidance_scale,
+        "--sampler": job.sampler,
         "--size": f"{job.width}x{job.height}",
         "--num-images": variant.images,
         "--engines": bundle,

@@ -57,6 +57,9 @@ def bench(
             metavar="F", help="1: without guidance. Default: the model's; the first case is drawn without, too."
         ),
     ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(metavar="NAME", help="As in `ldmrt generate`. Default: the model's.")
+    ] = None,
     runs: Annotated[int, typer.Option(metavar="N", min=1, help="Timed runs of each case.")] = 9,
     against: Annotated[
         list[str] | None,
@@ -127,6 +130,7 @@ def bench(
             batches=batch or (() if chosen.build is None else (1,)),
             steps=steps,
             guidance_scale=guidance_scale,
+            sampler=sampler,
             runs=runs,
             against=against or (),
         )
