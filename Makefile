@@ -4,6 +4,7 @@
 # make check   format, lint, types
 # make builtin compiles the built-in model again
 # make sanitize  the C++ operators' tests under the address and undefined behaviour sanitizers
+# make bench-quick  ratios of speed beside those of the ledger, under three minutes on two cores
 # make clean   removes what the others made
 #
 # Each works in .venv, which it makes on the first call; later calls are instant unless a file named below has changed.
@@ -18,7 +19,7 @@ MARKS  ?= not slow and not gpu and not rtx and not browser
 # Python files are not listed: the install is editable, so they are used as they are.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: demo test test-rtx check format-check lint types check-native sanitize format builtin clean
+.PHONY: demo test test-rtx check format-check lint types check-native sanitize bench-quick format builtin clean
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/ldmrt generate "a red circle on a white background" --seed 2 --out demo.png
@@ -64,6 +65,10 @@ sanitize: $(VENV)/.stamp-test
 	  tests/kernels/test_linear.py tests/kernels/test_linear_geglu.py tests/kernels/test_convolution.py \
 	  tests/kernels/test_winograd.py -k "native or cpp or cpu or packed"
 
+# Fails only far outside what the ledger has of processors with the same instructions.
+bench-quick: $(VENV)/.stamp-test
+	@$(BIN)/python benchmarks/quick.py $(ARGS)
+
 format: $(VENV)/.stamp-lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -81,7 +86,7 @@ $(VENV)/.stamp-demo: $(SOURCES) | $(VENV)/.stamp-venv
 	@touch $@
 
 $(VENV)/.stamp-test: $(SOURCES) | $(VENV)/.stamp-venv
-	$(INSTALL) --editable ".[export,onnxruntime,triton]" --group test
+	$(INSTALL) --editable ".[export,onnxruntime,triton,bench]" --group test
 	@$(BIN)/python -c "import ldmrt.kernels"
 	@touch $@ $(VENV)/.stamp-demo
 

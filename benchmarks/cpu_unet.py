@@ -35,11 +35,11 @@ from ldmrt.bench.flops import costs
 from ldmrt.bench.ledger import append, summary
 from ldmrt.bench.measure import gemm_rate
 from ldmrt.bundle import Bundle
+from ldmrt.export.random_checkpoint import write_checkpoint
 from ldmrt.export.verify import noise
 from ldmrt.graph import dtype_of, specialize
 from ldmrt.verify import relative_error
 from original_layout import in_original_layout
-from random_checkpoint import write_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "cpu_unet.jsonl"
 CONTENDER = Path(__file__).parent / "cpu_suite" / "contender.py"

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 from ldmrt.bench.ledger import append
+from ldmrt.export.random_checkpoint import write_checkpoint
 from ldmrt.graph import dtype_of
-from random_checkpoint import write_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "real_size.jsonl"
 

@@ -56,7 +56,8 @@ class Result:
         images: PIL images, or float32 (n, H, W, 3) in [0, 1], or the latents, by `output_type`.
         latents: (n, C, h, w) float32, the final latents.
         seeds: the seed of each image.
-        timings: seconds by stage: tokenize, encode, prepare, denoise, decode.
+        timings: seconds by stage: tokenize, encode, prepare, denoise, decode, copy. On a GPU what one stage has launched may end in a
+            later one, but for `Pipeline.exact_timings`.
         job: what was asked, with everything filled in.
     """
 
@@ -74,6 +75,7 @@ class Pipeline:
         bundle: the opened bundle.
         device: where it runs.
         defaults: what a request gets where it says nothing, and its bounds.
+        exact_timings: wait for the GPU after every stage, so that `Result.timings` holds what each takes; calls are slower by it.
     """
 
     def __init__(self, loader: EngineLoader, *, capture: Capture = "step") -> None:
@@ -108,6 +110,7 @@ class Pipeline:
         self._denoisers = Denoisers(loader, capture)
         self._adapters = Adapters(self._weights)
         self._words = Words({e: text.tokenizer for e, text in texts.items()}, self._weights, self._token_table)
+        self.exact_timings = False
         self._lock = threading.Lock()
         self._borrower: int | None = None
 
@@ -298,7 +301,7 @@ class Pipeline:
         table = self.table(job)
         given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         self._check_text(job, given)
-        clock = _Clock()
+        clock = _Clock(self._synchronize if self.exact_timings else lambda: None)
         with self._engines(for_pictures=True), torch.inference_mode():
             with clock("tokenize"):
                 windows = self._prompts.tokenize(job)
@@ -340,11 +343,13 @@ class Pipeline:
                 )
             with clock("decode"):
                 if output_type == "latent":
-                    images = None
+                    tensors = None
                 elif decoded:
-                    images = delivered(torch.stack([decoded[number] for number in range(len(finals))]), output_type)
+                    tensors = torch.stack([decoded[number] for number in range(len(finals))])
                 else:
-                    images = delivered(decode(self._loader, finals, size), output_type)
+                    tensors = decode(self._loader, finals, size)
+            with clock("copy"):
+                images = None if tensors is None else delivered(tensors, output_type)
         # A tensor made in inference mode could not be used in a caller's own computation.
         finals = finals.clone()
         images = finals if output_type == "latent" else images
@@ -501,6 +506,14 @@ class Pipeline:
     def dtype(self) -> str:
         """The precision in use."""
         return self._loader.records("step")[0].dtype
+
+    def engines(self, component: str, size: tuple[int, int] | None = None) -> list[EngineRecord]:
+        """A component's engines in the kind and precision in use, by row count.
+
+        Raises:
+            EngineMismatch: there is none.
+        """
+        return self._loader.records(component, size)
 
     def images_at_a_time(self, width: int, height: int, *, guidance: bool) -> int:
         """The largest batch that the bundle's step engines run at once."""
@@ -673,6 +686,9 @@ class Pipeline:
                 denoiser.step()
                 if step >= 0:
                     on_step(step, denoiser.slots.x[:images].clone())
+        self._synchronize()
+
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -772,15 +788,17 @@ def conditioning(embedding: Embedding, job: Job, score: float | None = None) -> 
 
 
 class _Clock:
-    """Seconds by stage, added up."""
+    """Seconds by stage, added up; each ends with `settle`."""
 
-    def __init__(self) -> None:
+    def __init__(self, settle: Callable[[], None]) -> None:
         self.seconds: dict[str, float] = {}
+        self._settle = settle
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        self._settle()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 

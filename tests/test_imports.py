@@ -10,6 +10,7 @@ import pytest
 
 HEAVY = (
     "diffusers",
+    "matplotlib",
     "transformers",
     "onnx",
     "onnxscript",
@@ -42,7 +43,15 @@ def python(code: str) -> str:
 
 @pytest.mark.parametrize(
     "module",
-    ["ldmrt", "ldmrt.pipeline", "ldmrt.bundle", "ldmrt.engines.onnxruntime", "ldmrt.engines.plan", "ldmrt.cli"],
+    [
+        "ldmrt",
+        "ldmrt.pipeline",
+        "ldmrt.bundle",
+        "ldmrt.engines.onnxruntime",
+        "ldmrt.engines.plan",
+        "ldmrt.cli",
+        "ldmrt.bench.run",
+    ],
 )
 def test_the_runtime_imports_no_package_of_the_build(module: str) -> None:
     # torch imports triton by itself where it is installed; torch is loaded first so as to see what we add.

@@ -104,7 +104,7 @@ def test_what_is_returned_can_be_used_in_training(pipe: Pipeline) -> None:
 
 def test_timings(pipe: Pipeline) -> None:
     timings = pipe(PROMPT, seed=1, num_inference_steps=2).timings
-    assert list(timings) == ["tokenize", "encode", "prepare", "denoise", "decode"]
+    assert list(timings) == ["tokenize", "encode", "prepare", "denoise", "decode", "copy"]
     assert all(seconds >= 0 for seconds in timings.values())
     assert timings["denoise"] > 0
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import ldmrt
+from ldmrt.cli.bench import bench, bench_compare
 from ldmrt.cli.build import build_engines
 from ldmrt.cli.convert import convert
 from ldmrt.cli.doctor import doctor
@@ -36,6 +37,8 @@ app.command("convert")(convert)
 app.command("tune")(tune)
 app.command("inspect")(inspect)
 app.command("verify")(verify)
+app.command("bench")(bench)
+app.command("bench-compare")(bench_compare)
 app.command("doctor")(doctor)
 
 

@@ -28,6 +28,23 @@ def table(rows: list[list[str]], header: list[str] | None = None) -> None:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
+def rich_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Columns on stdout with a title, the first to the left and figures to the right, as wide as they need to be."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=title, box=box.SIMPLE, title_justify="left", show_header=any(header))
+    for number, name in enumerate(header):
+        made.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        made.add_row(*map(Text, row))  # names are no markup
+    console = Console(highlight=False)
+    needed = console.measure(made, options=console.options.update(width=1000)).maximum
+    Console(highlight=False, width=max(needed, len(title))).print(made)
+
+
 def size_text(size: tuple[int, int] | None) -> str:
     """`512x768`, or `-` for what does not depend on it."""
     return f"{size[0]}x{size[1]}" if size else "-"

@@ -1,0 +1,82 @@
+"""A checkpoint of a real architecture with random weights: real size, real speed, no download, and pictures that mean nothing.
+
+The weights are the modules' own initialisation; the tokenizer is the built-in model's, whose ids every CLIP vocabulary has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from ldmrt.pipeline import builtin_bundle
+
+ARCHITECTURES = Path(__file__).parent / "known"
+CLASSES: dict[str, Any] = {
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+}
+
+
+def write_checkpoint(name: str, out: Path, *, dtype: torch.dtype, seed: int = 0) -> None:
+    """Write the checkpoint in the diffusers layout, whole or not at all.
+
+    Args:
+        name: an architecture: a file in export/known.
+        out: the folder, which must not be there.
+        dtype: how to store the weights.
+        seed: of the weights.
+    """
+    configs = json.loads((ARCHITECTURES / f"{name}.json").read_text())
+    texts = [folder for folder in CLASSES if folder.startswith("text") and folder in configs]
+    index: dict[str, Any] = {
+        "_class_name": configs["pipeline"],
+        "feature_extractor": [None, None],
+        "scheduler": ["diffusers", configs["scheduler"]["_class_name"]],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if configs["pipeline"] == "StableDiffusionPipeline":
+        index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
+    else:
+        index |= {
+            "force_zeros_for_empty_prompt": configs["force_zeros_for_empty_prompt"],
+            "image_encoder": [None, None],
+        }
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    unfinished.mkdir(parents=True)
+    try:
+        _write(unfinished, configs, index, texts, dtype=dtype, seed=seed)
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write(
+    out: Path, configs: dict[str, Any], index: dict[str, Any], texts: list[str], *, dtype: torch.dtype, seed: int
+) -> None:
+    for folder in texts:
+        tokenizer = folder.replace("text_encoder", "tokenizer")
+        index |= {folder: ["transformers", CLASSES[folder].__name__], tokenizer: ["transformers", "CLIPTokenizer"]}
+        shutil.copytree(builtin_bundle() / "tokenizer", out / tokenizer)
+        file = out / tokenizer / "tokenizer_config.json"
+        tokens = configs[folder]["max_position_embeddings"]
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": tokens}, indent=1))
+    (out / "model_index.json").write_text(json.dumps(index, indent=1))
+    (out / "scheduler").mkdir()
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(configs["scheduler"], indent=1))
+    for folder in (*texts, "unet", "vae"):
+        torch.manual_seed(seed)
+        if folder in texts:
+            module = CLASSES[folder](CLIPTextConfig(**configs[folder]))
+        else:
+            module = CLASSES[folder].from_config(configs[folder])
+        module.to(dtype).save_pretrained(out / folder, safe_serialization=True, max_shard_size="20GB")
