@@ -20,7 +20,7 @@ def test_euler_ancestral_over_other_levels(spacing: Any, steps: int) -> None:
     schedule = NoiseSchedule.from_config(STABLE_DIFFUSION)
     table = euler_ancestral(schedule, steps, spacing)
     sigmas = levels(schedule, steps, spacing).sigmas
-    starts, noises, _ = draw([SEED], SHAPE, table)
+    starts, noises, *_ = draw([SEED], SHAPE, table)
     assert noises is not None
     x = starts.double() * sigmas[0]
     for index, found in enumerate(ours(table)):

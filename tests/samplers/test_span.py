@@ -66,7 +66,7 @@ def test_a_model_that_knows_the_picture_sees_the_same_noise_in_it(
 
     def noise_in(x: torch.Tensor, timestep: float) -> torch.Tensor:
         sigma = float(np.exp(np.interp(timestep, np.arange(schedule.train_steps), np.log(schedule.sigmas))))
-        found = (x * (1 + sigma**2) ** 0.5 - picture) / sigma
+        found: torch.Tensor = (x * (1 + sigma**2) ** 0.5 - picture) / sigma
         errors.append(float((found - noise).norm() / noise.norm()))
         return found
 
