@@ -114,12 +114,13 @@ def test_version(run: Run) -> None:
 
 
 def test_a_prompt_is_for_models_that_read_one(
-    run: Run, tiny_bundle: Path, tiny_model_ldm: Path, tmp_path: Path
+    run: Run, tiny_bundle: Path, write_model_ldm: Callable[..., None], tmp_path: Path
 ) -> None:
     code, _, error = run("generate", "--engines", tiny_bundle, "--device", "cpu")
     assert code == 2
     assert "it is missing, and tiny draws what a text says; give one" in " ".join(error.replace("│", " ").split())
-    ldmrt.build_engines(tiny_model_ldm, tmp_path / "b", dtype="float32")
+    write_model_ldm(tmp_path / "ldm", seed=5, codebook=False)
+    ldmrt.build_engines(tmp_path / "ldm", tmp_path / "b", dtype="float32")
     out = tmp_path / "o.png"
     assert run("generate", "--engines", tmp_path / "b", "--steps", 1, "--out", out, "--device", "cpu").code == 0
     assert out.is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def test_aesthetic_scores(refiner: Pipeline, their_refiner: Any, tiny_bundle_xl:
     given = {"image": picture(2), "strength": 0.5, "aesthetic_score": 7.5, "negative_aesthetic_score": 1.0}
     compare(refiner, their_refiner, {"seed": 1}, {"generator": generator(1)}, **given)
     base = refiner(PROMPT, image=picture(2), **QUICK).latents
-    for score in ({"aesthetic_score": 9.0}, {"negative_aesthetic_score": 9.0}):
+    scores: list[dict[str, Any]] = [{"aesthetic_score": 9.0}, {"negative_aesthetic_score": 9.0}]
+    for score in scores:
         assert relative(refiner(PROMPT, image=picture(2), **score, **QUICK).latents, base) > 100 * LATENTS
     with pytest.raises(BadRequest, match="aesthetic_score was given, and this model takes none"):
         Pipeline.from_bundle(tiny_bundle_xl)(PROMPT, aesthetic_score=6.0, **QUICK)
@@ -153,9 +155,9 @@ def test_a_base_and_a_refiner(
     assert relative(mine, begun[:1]) < LATENTS
 
 
-SEVERAL = {
-    "a seed for each": ({"seed": 3}, lambda: {"generator": generators(3, 4, 5)}),
-    "one generator": ({}, lambda: {"generator": generator(7)}),
+SEVERAL: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], dict[str, Any]]]] = {
+    "a seed for each": (lambda: {"seed": 3}, lambda: {"generator": generators(3, 4, 5)}),
+    "one generator": (lambda: {"generator": generator(7)}, lambda: {"generator": generator(7)}),
 }
 
 
@@ -163,15 +165,10 @@ SEVERAL = {
 @pytest.mark.parametrize("name", SEVERAL)
 def test_several_images(name: str, tiny_bundle: Path, tiny_model: Path) -> None:
     ours, theirs = SEVERAL[name]
-    given = ours or {"generator": generator(7)}
-    pipe, several = Pipeline.from_bundle(tiny_bundle), {"num_images_per_prompt": 3, "eta": 0.5}
-    result = pipe(
-        PROMPT, image=picture(1), strength=0.5, num_inference_steps=4, **given, **several, output_type="latent"
-    )
-    expected = reference(tiny_model)(
-        PROMPT, image=picture(1), strength=0.5, num_inference_steps=4, **theirs(), **several, output_type="latent"
-    ).images
-    assert relative(result.latents, expected) < LATENTS
+    asked: dict[str, Any] = {"image": picture(1), "strength": 0.5, "num_inference_steps": 4, "eta": 0.5}
+    asked |= {"num_images_per_prompt": 3, "output_type": "latent"}
+    found = Pipeline.from_bundle(tiny_bundle)(PROMPT, **asked, **ours()).latents
+    assert relative(found, reference(tiny_model)(PROMPT, **asked, **theirs()).images) < LATENTS
 
 
 def test_latents_in_the_place_of_a_picture(tiny_bundle: Path, tiny_model: Path) -> None:

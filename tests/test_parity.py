@@ -378,7 +378,7 @@ def test_weights_of_several_precisions_in_one_file(tiny_model: Path, tmp_path: P
         held = load_file(path)
         save_file({name: tensor.to(precisions[i % 3]) for i, (name, tensor) in enumerate(held.items())}, path)
     bundle = ldmrt.build_engines(model, tmp_path / "bundle", dtype="float32")
-    compare(Pipeline.from_bundle(bundle.path), reference_pipeline(model, torch_dtype=torch.float32), CASES["guidance"])
+    compare(Pipeline.from_bundle(bundle.path), reference_pipeline(model, dtype=torch.float32), CASES["guidance"])
     in_place = ldmrt.build_engines(model, model, dtype="float32")
     arguments = {"prompt": PROMPT, "num_inference_steps": 2, "seed": 3}
     ours = [draw_ours(Pipeline.from_bundle(one.path), arguments)[0][-1] for one in (bundle, in_place)]

@@ -69,8 +69,8 @@ class SamplerTable:
     @property
     def step_timesteps(self) -> Float64:
         """The timesteps at which its steps begin, float64 (num_steps,)."""
-        begins: NDArray[np.bool_] = np.append(True, self.steps[:-1] >= 0)
-        return self.timesteps[begins]
+        begins: Float64 = self.timesteps[np.append(True, self.steps[:-1] >= 0)]
+        return begins
 
     def first_steps(self, count: int) -> SamplerTable:
         """The same, ended after so many steps."""
