@@ -1,4 +1,5 @@
-"""The README's table of what works for which kind of model, from what tests say that they compare with diffusers.
+"""The README's table of what works for which kind of model, from what tests say that they compare with diffusers, or with a
+small implementation of the papers where diffusers has none.
 
 A test says so by a mark, `pytest.mark.covers("Stable Diffusion XL", "inpainting")`, one for each. The files are parsed, not run.
 
@@ -16,13 +17,19 @@ KINDS = (
     "Stable Diffusion 2.x",
     "Stable Diffusion XL",
     "Stable Diffusion XL refiner",
+    "Stable Diffusion x4 upscaler",
     "latent consistency models",
     "latent diffusion without text",
+    "latent diffusion of classes",
+    "latent diffusion of semantic maps",
+    "latent diffusion, text to image",
+    "latent diffusion for super-resolution",
 )
 TASKS = (
     "new pictures",
     "image to image",
     "inpainting",
+    "enlarging",
     "ControlNet",
     "LoRA",
     "textual inversion",

@@ -38,6 +38,7 @@ def pipe(bundle: Bundle) -> Pipeline:
     return Pipeline.from_bundle(bundle.path, "cpu")
 
 
+@pytest.mark.covers("latent diffusion of classes", "new pictures")
 @torch.no_grad()
 def test_the_same_pictures_as_the_modules_of_diffusers(pipe: Pipeline, model: Path) -> None:
     """It has no pipeline for them: its U-Net is told the class, the rest is that of `LDMPipeline`."""

@@ -151,6 +151,7 @@ def close(found: Any, pipe: Any, **asked: Any) -> None:
     assert min(psnr(a, b) for a, b in zip(found.images, expected, strict=True)) > PSNR
 
 
+@pytest.mark.covers("latent diffusion, text to image", "new pictures")
 @pytest.mark.parametrize("prompt", [PROMPT, TEXTS[6]], ids=["short", "cut"])
 @pytest.mark.parametrize("scale", [1.0, 6.0])
 @pytest.mark.filterwarnings("ignore:the prompt is longer:UserWarning")

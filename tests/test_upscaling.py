@@ -64,6 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.covers("Stable Diffusion x4 upscaler", "enlarging")
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_pictures_as_diffusers(name: str, pipe: Pipeline, theirs: Any) -> None:
     """One generator for the noise on the picture, the latents, and the steps, in the order in which diffusers draws."""
@@ -108,6 +109,7 @@ def super_resolution(tmp_path_factory: pytest.TempPathFactory, write_model_ldm: 
     return folder
 
 
+@pytest.mark.covers("latent diffusion for super-resolution", "enlarging")
 @pytest.mark.parametrize("engine", ["torch", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def test_super_resolution(engine: str, super_resolution: Path, tmp_path: Path) -> None:
     """Without text, and without the scaling factor, which the pipeline of diffusers ignores. Theirs takes multiples of 32 pixels."""

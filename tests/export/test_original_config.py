@@ -210,6 +210,8 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> tuple[LatentDiffusion, 
     return theirs, built
 
 
+@pytest.mark.covers("latent diffusion of classes", "new pictures")
+@pytest.mark.covers("latent diffusion of classes", "from one file")
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_classes(guidance: float, classes: tuple[LatentDiffusion, Bundle]) -> None:
     theirs, bundle = classes
@@ -229,6 +231,8 @@ def test_classes(guidance: float, classes: tuple[LatentDiffusion, Bundle]) -> No
     assert relative(pipe(class_labels=2, seed=5, **asked).latents, found.latents[:1]) > 100 * LATENTS
 
 
+@pytest.mark.covers("latent diffusion, text to image", "new pictures")
+@pytest.mark.covers("latent diffusion, text to image", "from one file")
 def test_text(tmp_path: Path) -> None:
     theirs, file, yaml_file = model(tmp_path, "text")
     bert = tmp_path / "bert"
@@ -253,6 +257,9 @@ def pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None] / 255
 
 
+@pytest.mark.covers("latent diffusion without text", "inpainting")
+@pytest.mark.covers("latent diffusion of semantic maps", "new pictures")
+@pytest.mark.covers("latent diffusion of semantic maps", "from one file")
 @pytest.mark.parametrize(
     "case",
     # The slow ones are of kinds whose pictures are tested in the diffusers layout.
@@ -288,6 +295,7 @@ def test_other_pictures(case: str, tmp_path: Path) -> None:
     assert psnr(found.images, theirs.picture(expected).numpy()) > PSNR
 
 
+@pytest.mark.covers("latent diffusion without text", "from one file")
 def test_a_checkpoint_as_it_was_published(tmp_path: Path) -> None:
     """A pickle is converted first; the scaling factor that training found comes over, and the averages take the weights' place."""
     theirs, _, yaml_file = model(tmp_path, "churches")
