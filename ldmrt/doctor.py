@@ -16,7 +16,7 @@ import ldmrt
 
 # The packages of each extra in pyproject.toml (a test compares the two).
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "export": ("diffusers", "transformers", "huggingface_hub", "onnx", "onnxscript"),
+    "export": ("diffusers", "transformers", "huggingface_hub", "PyYAML", "onnx", "onnxscript"),
     "onnxruntime": ("onnxruntime",),
     "onnxruntime-gpu": ("onnxruntime-gpu",),
     "triton": ("triton",),
