@@ -21,12 +21,12 @@ SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scal
 
 
 def ticket(previews: int = 0, **fields: Any) -> Ticket:
-    job = resolve(Request(**{"prompt": "a", "seed": 5, **fields}), DEFAULTS)
+    job = resolve(Request(**{"prompt": "a", "seed": 5, "sampler": "heun", **fields}), DEFAULTS)
     windows = [((np.zeros((1 + number, 77), np.int64),), (np.zeros((1, 77), np.int64),)) for number in range(2)]
     return Ticket(
         handle=Handle(job, lambda: False),
         job=job,
-        table=sampler_table("heun", SCHEDULE, job.num_inference_steps),
+        table=sampler_table(job.sampler, SCHEDULE, job.num_inference_steps),
         windows=windows,
         material=material.resolve(Bundle.open(builtin_bundle()).manifest.model, job),
         output_type="pil",
