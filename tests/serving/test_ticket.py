@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 
 from ldmrt import material
-from ldmrt.bundle import Bundle
+from ldmrt.bundle import Bundle, ModelRecord
 from ldmrt.pipeline import builtin_bundle
 from ldmrt.request import Defaults, Request, resolve
 from ldmrt.samplers.make import sampler_table
@@ -20,6 +21,11 @@ DEFAULTS = Defaults(width=64, height=64, num_inference_steps=8, guidance_scale=5
 SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
+@cache
+def shapes() -> ModelRecord:
+    return Bundle.open(builtin_bundle()).manifest.model
+
+
 def ticket(previews: int = 0, **fields: Any) -> Ticket:
     job = resolve(Request(**{"prompt": "a", "seed": 5, "sampler": "heun", **fields}), DEFAULTS)
     windows = [((np.zeros((1 + number, 77), np.int64),), (np.zeros((1, 77), np.int64),)) for number in range(2)]
@@ -28,7 +34,7 @@ def ticket(previews: int = 0, **fields: Any) -> Ticket:
         job=job,
         table=sampler_table(job.sampler, SCHEDULE, job.num_inference_steps),
         windows=windows,
-        material=material.resolve(Bundle.open(builtin_bundle()).manifest.model, job),
+        material=material.resolve(shapes(), job),
         output_type="pil",
         previews=previews,
         on_progress=None,
