@@ -175,7 +175,7 @@ LDM_INPAINTING = replace(
     KINDS["LDMPipeline"], title="Latent diffusion for inpainting", inpainting=True, masked_pixel=-1.0
 )
 SEMANTIC = replace(KINDS["LDMPipeline"], title="Latent diffusion of semantic maps", segmented=True)
-KNOWN_KINDS = "; ".join(f"{kind.title} ({name})" for name, kind in KINDS.items())
+KNOWN_KINDS = ", ".join(KINDS)
 
 # What weight files are called; a ControlNet's as the U-Net's.
 STEMS = {

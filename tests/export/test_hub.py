@@ -237,7 +237,7 @@ REFUSALS: dict[str, tuple[Callable[[Hub], object], str]] = {
     ),
     "unknown kind": (
         lambda there: (there.folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
-        "someone/a-model is a FluxPipeline, which ldmrt does not build yet; known kinds: Stable Diffusion",
+        "someone/a-model is a FluxPipeline, which ldmrt does not build yet; known kinds: StableDiffusionPipeline",
     ),
     "only pickles": (
         lambda there: (there.folder / "unet/diffusion_pytorch_model.safetensors").rename(there.folder / "unet/x.bin"),
