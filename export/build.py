@@ -74,6 +74,7 @@ def build_engines(
     variant: str | None = None,
     revision: str | None = None,
     controlnets: Sequence[str | Path] = (),
+    decoder_tile: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Bundle:
     """Compile a model into a bundle, or add engines to the bundle that is there.
@@ -98,6 +99,8 @@ def build_engines(
         revision: branch, tag or commit of an id on the Hub.
         controlnets: folders of ControlNets to make engines of, and a step of the U-Net that reads them. They are added to those that
             the bundle has.
+        decoder_tile: side in pixels of the square tiles that larger pictures can be decoded in where memory is scarce
+            (`Pipeline.from_bundle(memory_budget=...)`); a decoder of that size is made besides.
         on_progress: called with (what is being done, steps done, steps in all).
 
     Returns:
@@ -125,6 +128,7 @@ def build_engines(
         targets=targets,
         optimization_level=optimization_level,
         workspace=workspace,
+        decoder_tile=decoder_tile,
     )
     if options.kernel_targets:
         _require("triton")
@@ -177,7 +181,7 @@ class _Build:
     def run(self) -> Bundle:
         """Build all components."""
         with self.folder.open():
-            components = list(architectures.components(self.source, self.options.sizes))
+            components = list(architectures.components(self.source, self.options.sizes, self.options.decoder_tile))
             self.total = 2 * len(components) + (3 if self.options.kernel_targets else 2)
             self.progress("reading the model")
             if self.source.loras and self.in_place:

@@ -45,7 +45,7 @@ class Denoisers:
 
     def images_at_a_time(self, size: tuple[int, int], *, guidance: bool) -> int:
         """The largest batch that the step engines of a size run at once."""
-        rows = max(self._steps(size, ()))
+        rows = max(self.steps(size, ()))
         return max(1, rows // (2 if guidance else 1))
 
     def groups(self, job: Job, tokens: Sequence[int], controls: Sequence[str] = ()) -> Iterator[list[int]]:
@@ -60,7 +60,7 @@ class Denoisers:
             EngineMismatch: guidance takes two rows an image, and no step engine has two; or a ControlNet is not built for the size.
         """
         per_image = 2 if job.do_cfg else 1
-        steps = self._steps((job.width, job.height), controls)
+        steps = self.steps((job.width, job.height), controls)
         available = sorted({rows // per_image for rows in steps} - {0})
         if not available:
             raise EngineMismatch(
@@ -93,7 +93,7 @@ class Denoisers:
         """
         per_image = 2 if job.do_cfg else 1
         size = (job.width, job.height)
-        rows, records = next((r, steps) for r, steps in self._steps(size, controls).items() if r // per_image >= images)
+        rows, records = next((r, steps) for r, steps in self.steps(size, controls).items() if r // per_image >= images)
         check_tokens(self._loader.load(records[0]), tokens)
         capacity = rows // per_image
         evaluations = max(64, 1 << (table.evaluations - 1).bit_length())
@@ -112,6 +112,8 @@ class Denoisers:
                 other: d for other, d in self._denoisers.items() if not set(other.steps) & set(key.steps)
             }
             self._decodings = {made: d for made, d in self._decodings.items() if made in self._denoisers.values()}
+            if self._loader.plan is not None:  # which has room for one
+                self.clear()
             unet, *controlnets = (self._parts(record) for record in records)
             self._denoisers[key] = Denoiser(
                 *unet,
@@ -138,11 +140,16 @@ class Denoisers:
             denoiser.capture(table.evaluations, self._decodings[denoiser].work)
         return denoiser
 
+    def clear(self) -> None:
+        """Give up all denoisers, and with them the engines that they hold."""
+        self._denoisers.clear()
+        self._decodings.clear()
+
     def decoding(self, denoiser: Denoiser) -> Decoding | None:
         """The decoder behind a denoiser's loop, if a whole image is one graph."""
         return self._decodings.get(denoiser)
 
-    def _steps(self, size: tuple[int, int], controls: Sequence[str]) -> dict[int, list[EngineRecord]]:
+    def steps(self, size: tuple[int, int], controls: Sequence[str]) -> dict[int, list[EngineRecord]]:
         """By row count, fewest first, the step engines that run together: the U-Net's, then each ControlNet's.
 
         Raises:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
+
 import torch
 
 from ldmrt.bundle import Bundle, EngineRecord
 from ldmrt.capture import Recorder
-from ldmrt.components import is_step, runs_once
+from ldmrt.components import in_network, is_step, runs_once
 from ldmrt.engines.captured import CapturedEngine
 from ldmrt.engines.protocol import Engine
+from ldmrt.engines.staged import StagedEngine
 from ldmrt.errors import EngineMismatch
+from ldmrt.memory_plan import MemoryPlan
 
 # float16 is emulated on a CPU, bfloat16 on one without instructions for it.
 _CPU = ("float32", "bfloat16", "float16")
@@ -25,6 +29,7 @@ class EngineLoader:
         device: where the engines run.
         kind: the engine kind.
         recorder: what captures CUDA graphs, or None where the engine kind cannot be captured.
+        plan: what there is room for; None if there is room for everything.
 
     Args:
         bundle: the opened bundle.
@@ -33,6 +38,7 @@ class EngineLoader:
         dtype: the precision to use; None for the best one on the device.
         recorder: captures what runs once per request as CUDA graphs; None to launch kernel by kernel. The steps are captured
             by who runs them, `ldmrt.denoise.Denoiser`.
+        staged: whether engines are to be unloaded again.
 
     Raises:
         EngineMismatch: the bundle has no engine of this kind.
@@ -45,12 +51,17 @@ class EngineLoader:
         kind: str | None,
         dtype: str | None,
         recorder: Recorder | None = None,
+        *,
+        staged: bool = False,
     ) -> None:
         kinds = sorted({record.kind for record in bundle.manifest.engines if record.component == "step"})
         self.bundle, self.device, self._dtype = bundle, device, dtype
         self.kind = kind or ("torch" if "torch" in kinds or not kinds else kinds[0])
         self.recorder = None if self.kind == "onnxruntime" else recorder  # it allocates while it runs
+        self.plan: MemoryPlan | None = None
+        self._staged = staged
         self._engines: dict[str, Engine] = {}
+        self._weights: dict[str, str] = {}
         if self.kind not in kinds:
             raise EngineMismatch(
                 f"{bundle.path} has no {self.kind} engine, it has {', '.join(kinds) or 'none'}; "
@@ -66,6 +77,7 @@ class EngineLoader:
         # What runs once per request is on the torch engine, whatever runs the steps.
         kind = "torch" if runs_once(component) else self.kind
         found = self.bundle.find(component, kind=kind, dtype=self._dtype, size=size)
+        found = [record for record in found if self.plan is None or self.plan.allows(record)]
         if not found:
             raise EngineMismatch(
                 f"{self.bundle.path} has no {component} engine ({kind}{', ' + self._dtype if self._dtype else ''}); "
@@ -76,13 +88,38 @@ class EngineLoader:
         return [record for record in found if record.dtype == chosen]
 
     def load(self, record: EngineRecord) -> Engine:
-        """An engine, loaded once."""
+        """An engine, loaded once, or once between two calls of `unload`."""
         if record.key not in self._engines:
-            engine = self.bundle.load(record, self.device)
-            if self.recorder is not None and record.kind == "torch" and not is_step(record.component):
-                engine = CapturedEngine(engine, self.recorder)
-            self._engines[record.key] = engine
+            once = self._staged and not in_network(record.component)
+            self._engines[record.key] = StagedEngine(lambda: self._open(record)) if once else self._open(record)
+            self._weights[record.key] = record.weights
         return self._engines[record.key]
+
+    def _open(self, record: EngineRecord) -> Engine:
+        engine = self.bundle.load(record, self.device)
+        if self.recorder is None or record.kind != "torch" or is_step(record.component):
+            return engine
+        # Capturing takes as long as several runs: too long for what is unloaded after one.
+        stays = self.plan is None or record.weights in self.plan.resident
+        return CapturedEngine(engine, self.recorder) if stays else engine
+
+    def unload(self, *, except_for: AbstractSet[str]) -> None:
+        """Let engines go, and the weights that they read; who has them must have given them up.
+
+        Args:
+            except_for: the weight files that stay.
+        """
+        gone = {key: weights for key, weights in self._weights.items() if weights not in except_for}
+        for key in gone:
+            match self._engines[key]:
+                case StagedEngine() as staged:
+                    staged.unload()
+                case _:
+                    del self._engines[key], self._weights[key]
+        for weights in set(gone.values()):
+            self.bundle.unload(weights, self.device)
+        if gone and self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def generation(self, component: str) -> int:
         """How often the weights of a component have been changed since they were loaded."""

@@ -28,9 +28,12 @@ from ldmrt.guidance import embedding
 from ldmrt.inpainting import resolve as resolve_inpainting
 from ldmrt.loader import EngineLoader
 from ldmrt.lora import Lora
+from ldmrt.memory_plan import MemoryPlan, Stage, parse_bytes
+from ldmrt.needs import Workload
 from ldmrt.noise import Generators, draw
 from ldmrt.parameters import Parameters
 from ldmrt.request import Defaults, Job, LongPrompt, Request, resolve
+from ldmrt.residency import Residency
 from ldmrt.samplers.make import sampler_table
 from ldmrt.samplers.table import SamplerTable
 from ldmrt.schedule import NoiseSchedule
@@ -41,6 +44,9 @@ OutputType = Literal["pil", "np", "latent"]
 Capture = Literal["step", "loop", "image", "off"]
 OnStep = Callable[[int, torch.Tensor], None]
 Text = tuple[Embedding, Embedding | None]
+
+# When a part of the VAE works.
+_STAGES: dict[str, Stage] = {"encoder": "picture", "decoder": "decode"}
 
 
 @dataclass(frozen=True)
@@ -71,20 +77,24 @@ class Pipeline:
         defaults: what a request gets where it says nothing, and its bounds.
     """
 
-    def __init__(self, loader: EngineLoader, *, capture: Capture = "step") -> None:
+    def __init__(self, loader: EngineLoader, *, capture: Capture = "step", memory_budget: int | None = None) -> None:
         self._loader = loader
         self.bundle, self.device = loader.bundle, loader.device
         model = self.bundle.manifest.model
         self.schedule = NoiseSchedule.from_dict(model.schedule)
+        sizes = tuple(dict.fromkeys(record.size for record in loader.records("step") if record.size))
+        size = (model.defaults.width, model.defaults.height)
+        width, height = size if size in sizes else sizes[0]
+        self._denoisers = Denoisers(loader, capture)
+        guided = bool(model.tokenizers) and model.guidance_embedding is None and model.defaults.guidance_scale > 1
+        self._residency = Residency(loader, self._denoisers, memory_budget, least_rows=2 if guided else 1)
+        self._residency.begin(Workload((width, height), picture=model.inpainting))
         texts = [
             TextModel(Tokenizer.from_folder(folder), loader.only(encoder))
             for encoder, folder in self.bundle.check_tokenizers().items()
         ]
         self.tokenizer = texts[0].tokenizer if texts else None
         self._prompts = PromptEncoder(texts, self.device, zero_empty_negative=model.zero_empty_negative)
-        sizes = tuple(dict.fromkeys(record.size for record in loader.records("step") if record.size))
-        size = (model.defaults.width, model.defaults.height)
-        width, height = size if size in sizes else sizes[0]
         self.defaults = Defaults(
             width=width,
             height=height,
@@ -97,7 +107,6 @@ class Pipeline:
             max_clip_skip=self._prompts.layers - 1,
             guidance_embedded=model.guidance_embedding is not None,
         )
-        self._denoisers = Denoisers(loader, capture)
         self._adapters = Adapters(self._weights)
         self._lock = threading.Lock()
 
@@ -110,6 +119,7 @@ class Pipeline:
         engine: str | None = None,
         dtype: str | None = None,
         capture: Capture = "step",
+        memory_budget: int | str | None = None,
     ) -> Pipeline:
         """Open a bundle and load its engines.
 
@@ -121,20 +131,29 @@ class Pipeline:
             capture: what becomes one CUDA graph on a GPU: a `step`, the whole `loop`, the whole `image` (loop and decoder), or nothing
                 (`off`). A loop or an image is recorded anew for each number of steps, and calls with `on_step` still go step by step.
                 Without meaning on a CPU.
+            memory_budget: the most memory to take, in bytes or as `6GB` (10^9 bytes each) or `6GiB` (2^30): on a GPU all of it, on a CPU
+                that of weights and tensors. Engines then come and go as far as they must, and pictures too large for that are decoded
+                in tiles (`memory_plan` tells). Originals of weights that a LoRA changes come on top. Only for torch engines.
 
         Raises:
-            BadRequest: `capture` is none of these, or the device is not there.
+            BadRequest: `capture` is none of these, the device is not there, or the model does not run within the budget.
             BundleError: there is no bundle, or it is damaged.
             EngineMismatch: it has no engine for this device, kind or precision.
         """
         if capture not in ("step", "loop", "image", "off"):
             raise BadRequest(f"capture is {capture!r}, expected step, loop, image or off", param="capture")
+        budget = None if memory_budget is None else parse_bytes(memory_budget, param="memory_budget")
+        if budget is not None and capture == "image":
+            raise BadRequest(
+                'capture is "image", which keeps the decoder in memory; with memory_budget use step', param="capture"
+            )
         bundle = Bundle.open(builtin_bundle() if path is None else path)
         place = _device(device)
         if place.type == "cuda":
             choices.apply(place)
         recorder = Recorder(place) if place.type == "cuda" and capture != "off" else None
-        return cls(EngineLoader(bundle, place, engine, dtype, recorder), capture=capture)
+        loader = EngineLoader(bundle, place, engine, dtype, recorder, staged=budget is not None)
+        return cls(loader, capture=capture, memory_budget=budget)
 
     def __call__(
         self,
@@ -246,9 +265,11 @@ class Pipeline:
             _check_unconditional(job, given)
         clock = _Clock()
         with self._lock, torch.inference_mode():
+            self._residency.begin(Workload((job.width, job.height), tuple(names), inpainting is not None))
             with clock("tokenize"):
                 windows = self._prompts.tokenize(job)
             with clock("encode"):
+                self._residency.enter("encode")
                 texts = self._prompts.embed(job, windows, given)
             with clock("prepare"):
                 table = sampler_table(job.sampler, self.schedule, job.num_inference_steps, job.eta)
@@ -262,11 +283,14 @@ class Pipeline:
                 )
                 own: list[dict[str, torch.Tensor]] = [self._guidance(job)] * len(starts)
                 if inpainting is not None and encoding is not None:
+                    self._residency.enter("picture")
                     encoder = self._loader.load(self._loader.records("encoder", (job.width, job.height))[0])
                     masked = inpainting.conditionings(encoder, self.bundle.manifest.model, encoding, self.device)
                     own = [one | more for one, more in zip(own, masked, strict=True)]
             finals = torch.empty_like(starts)
             decoded: dict[int, torch.Tensor] = {}
+            with clock("prepare"):
+                self._residency.enter("denoise")
             for group in self._denoisers.groups(job, [len(cond.states) for cond, _ in texts], names):
                 with clock("prepare"):
                     denoiser = self._denoisers.get(job, table, len(group), len(texts[group[0]][0].states), names)
@@ -295,12 +319,14 @@ class Pipeline:
                 finally:
                     for slot in range(len(group)):
                         denoiser.release(slot)
+                    del denoiser  # whose engines may be unloaded next
             if not finals.isfinite().all():
                 raise NumericalError(
                     f"the latents hold {int((~finals.isfinite()).sum())} NaN or infinite values out of {finals.numel()}:"
                     " use a wider dtype (float32), or a smaller guidance scale"
                 )
             with clock("decode"):
+                self._residency.enter("decode")
                 if output_type == "latent":
                     images = None
                 elif decoded:
@@ -398,6 +424,7 @@ class Pipeline:
             raise EngineMismatch(
                 f"{self.kind} engines hold weights of their own, which cannot be changed in place: use the torch engine"
             )
+        self._residency.enter("denoise" if _is_network(component) else _STAGES.get(component, "encode"))
         for part in needed:
             self._loader.load(self._loader.records(part)[0])
         return self._weights(component)
@@ -419,8 +446,22 @@ class Pipeline:
         """The precision in use."""
         return self._loader.records("step")[0].dtype
 
+    def memory_plan(self, width: int | None = None, height: int | None = None) -> MemoryPlan | None:
+        """How pictures of a size are made within the memory budget, by default of the default size; None without a budget.
+
+        Raises:
+            BadRequest: the budget does not hold that size.
+            EngineMismatch: the bundle has no engine for it.
+        """
+        if self._residency.budget is None:
+            return None
+        size = width or self.defaults.width, height or self.defaults.height
+        with self._lock:
+            return self._residency.begin(Workload(size, picture=self.bundle.manifest.model.inpainting))
+
     def images_at_a_time(self, width: int, height: int, *, guidance: bool) -> int:
-        """The largest batch that the bundle's step engines run at once."""
+        """The largest batch that the bundle's step engines run at once, as far as there is room for it."""
+        self.memory_plan(width, height)
         return self._denoisers.images_at_a_time((width, height), guidance=guidance)
 
     # ------------------------------------------------------------------------------------------------ stages

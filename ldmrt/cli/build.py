@@ -81,6 +81,13 @@ def build_engines(
         list[Path] | None,
         typer.Option(metavar="DIR", help="Folder of a ControlNet for this model, to be used with it; repeatable."),
     ] = None,
+    decoder_tile: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            help="Make a decoder of PIXELS x PIXELS too, for larger pictures where memory is scarce (generate --memory-budget).",
+        ),
+    ] = None,
     json: Json = False,
     _verbose: Verbose = False,
 ) -> None:
@@ -106,6 +113,7 @@ def build_engines(
             variant=variant,
             revision=revision,
             controlnets=controlnet or (),
+            decoder_tile=decoder_tile,
             on_progress=lambda what, done, total: update(description=what, completed=done, total=total),
         )
     seconds = time.perf_counter() - started

@@ -22,6 +22,7 @@ _FLAGS = {
     "eta": "--eta",
     "guidance_rescale": "--guidance-rescale",
     "guidance_scale": "--guidance-scale",
+    "memory_budget": "--memory-budget",
     "num_images_per_prompt": "--num-images",
     "num_inference_steps": "--steps",
     "sampler": "--sampler",

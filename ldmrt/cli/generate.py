@@ -120,6 +120,13 @@ def generate(
             help="Where to run. Default: LDMRT_DEVICE, or a GPU if there is one.",
         ),
     ] = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The most memory to take, such as 6GB: parts of the model then come and go, large pictures are decoded in tiles.",
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -151,6 +158,7 @@ def generate(
         device or config.device,
         engine=None if engine is EngineChoice.auto else engine.value,
         dtype=None if dtype is Dtype.auto else dtype.value,
+        memory_budget=memory_budget,
     )
     job = resolve(
         Request(
@@ -182,6 +190,7 @@ def generate(
                 "images": pictures,
                 "timings": {stage: round(seconds, 4) for stage, seconds in timings.items()},
                 "settings": _settings(pipe, job, given),
+                **_memory(pipe, job),
             }
         )
         return
@@ -304,6 +313,11 @@ def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int) ->
         model=pipe.bundle.manifest.model.name,
         extra={**extra, "Version": f"ldmrt {ldmrt.__version__}"},
     )
+
+
+def _memory(pipe: Pipeline, job: Job) -> dict[str, Any]:
+    plan = pipe.memory_plan(job.width, job.height)
+    return {} if plan is None else {"memory_plan": plan.to_dict()}
 
 
 def _settings(pipe: Pipeline, job: Job, given: dict[str, Any]) -> dict[str, Any]:
