@@ -20,6 +20,8 @@ def draw(
     generator: Generators | None = None,
     latents: torch.Tensor | None = None,
     encoding: bool = False,
+    variations: Sequence[int] = (),
+    strength: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Draw all the noise of a call, float32.
 
@@ -33,6 +35,8 @@ def draw(
         generator: instead of the seeds: one for all images, or one for each.
         latents: (n, C, h, w), instead of drawing them.
         encoding: whether a picture is encoded.
+        variations: for each image the seed of another noise, towards which its initial latents are turned; none for leaving them.
+        strength: how far, 0 to 1.
 
     Returns:
         Initial latents (n, C, h, w); the noise (n, evaluations, C, h, w) of samplers that draw some, else None; that of the encoding
@@ -66,4 +70,30 @@ def draw(
             drawn = [torch.randn(block, generator=one) if d else torch.zeros(block) for d in table.draws_noise.tolist()]
             noises.append(torch.stack(drawn, dim=1))
     start = torch.cat(starts) if latents is None else latents.detach().to("cpu", torch.float32)
+    if variations:
+        others = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in variations]
+        start = torch.stack([slerp(one, other, strength) for one, other in zip(start, others, strict=True)])
     return start, torch.cat(noises) if noises else None, torch.cat(encodings) if encodings else None
+
+
+def slerp(start: torch.Tensor, end: torch.Tensor, strength: float) -> torch.Tensor:
+    """The point at a share of the way from one tensor to another, on the arc between them (Shoemake 1985, "Animating rotation with
+    quaternion curves"); on the line, where they point the same way or opposite ways.
+
+    A weighted mean of two noises has less variance than they; on the arc between vectors that are nearly at right angles, as noises are,
+    it stays.
+
+    Args:
+        start: float32, any shape; taken as one vector.
+        end: the same.
+        strength: 0 gives `start`, 1 gives `end`.
+
+    Returns:
+        float32, computed in float64.
+    """
+    first, second = start.double(), end.double()
+    cosine = (first * second).sum() / (first.norm() * second.norm()).clamp(min=1e-300)
+    angle = torch.acos(cosine.clamp(-1, 1))
+    if angle.sin() < 1e-6:
+        return torch.lerp(first, second, strength).float()
+    return ((torch.sin((1 - strength) * angle) * first + torch.sin(strength * angle) * second) / angle.sin()).float()

@@ -177,6 +177,9 @@ class Pipeline:
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         clip_skip: int | None = None,
         long_prompt: LongPrompt = "chunk",
+        emphasis: bool = False,
+        variation_seed: int | None = None,
+        variation_strength: float = 0.0,
         image: Picture | None = None,
         mask_image: Picture | None = None,
         control_image: Picture | Sequence[Picture | None] | None = None,
@@ -211,6 +214,10 @@ class Pipeline:
             clip_skip: how many of the text encoder's last layers to leave out.
             long_prompt: `chunk` encodes a prompt longer than the text encoder's window in several windows, as AUTOMATIC1111 does;
                 `cut` drops the rest, with a warning.
+            emphasis: whether `(word)`, `(word:1.3)` and `[word]` in prompts weigh the word, as in AUTOMATIC1111's web UI (`ldmrt.emphasis`).
+            variation_seed: of another noise, towards which the images' own is turned; all images then have the same seed, and image i has this
+                plus i. Drawn, and reported in the result's job, if not given.
+            variation_strength: how far, from 0, the picture of `seed`, to 1, that of `variation_seed`.
             image: for an inpainting model, the picture to draw into, a PIL image or an array of uint8 (H, W, 3); it is resized.
             mask_image: the same, white where it is to be drawn anew.
             control_image: for each ControlNet of the bundle (`bundle.manifest.controlnets`, in order) the picture that it follows, or
@@ -245,6 +252,9 @@ class Pipeline:
                 height=height,
                 clip_skip=clip_skip,
                 long_prompt=long_prompt,
+                emphasis=emphasis,
+                variation_seed=variation_seed,
+                variation_strength=variation_strength,
             ),
             self.defaults,
         )
@@ -280,6 +290,8 @@ class Pipeline:
                     generator=generator,
                     latents=latents,
                     encoding=inpainting is not None,
+                    variations=job.variation_seeds,
+                    strength=job.variation_strength,
                 )
                 own: list[dict[str, torch.Tensor]] = [self._guidance(job)] * len(starts)
                 if inpainting is not None and encoding is not None:

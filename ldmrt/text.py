@@ -6,17 +6,16 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from ldmrt.emphasis import emphasized, parse
 from ldmrt.engines.protocol import Engine
 from ldmrt.errors import BadRequest
 from ldmrt.request import Job
 from ldmrt.rows import run_rows
-from ldmrt.tokenizer import Tokenizer
+from ldmrt.tokenizer import Tokenizer, TokenWindows
 
-Ids = NDArray[np.int64]
+Windows = tuple[TokenWindows, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,16 +84,17 @@ class PromptEncoder:
         self.width = sum(model.width for model in models)
         self.pooled_width = next((model.pooled_width for model in models if model.pooled_width), None)
 
-    def tokenize(self, job: Job) -> list[tuple[tuple[Ids, ...], tuple[Ids, ...]]]:
-        """For each prompt its windows, int64 (windows, tokens) for each text encoder, and those of its negative prompt: as many
+    def tokenize(self, job: Job) -> list[tuple[Windows, Windows]]:
+        """For each prompt its windows for each text encoder, and those of its negative prompt: as many
         of the one as of the other, since guidance compares the two. Warns of what `long_prompt="cut"` drops.
         """
         most = 1 if job.long_prompt == "cut" else None
         pairs = []
         for texts in zip(job.prompts, job.negative_prompts, strict=True):
             count = 1
+            fragments = [parse(text) if job.emphasis else text for text in texts]
             for model in self._models:
-                for what, text in zip(("prompt", "negative prompt"), texts, strict=True):
+                for what, text in zip(("prompt", "negative prompt"), fragments, strict=True):
                     windows = model.tokenizer.windows(text, most)
                     count = max(count, len(windows.ids))
                     if windows.dropped and model is self._models[0]:
@@ -104,14 +104,14 @@ class PromptEncoder:
                             stacklevel=4,
                         )
             ours, theirs = (
-                tuple(model.tokenizer.windows(text, most, min_windows=count).ids for model in self._models)
-                for text in texts
+                tuple(model.tokenizer.windows(text, most, min_windows=count) for model in self._models)
+                for text in fragments
             )
             pairs.append((ours, theirs))
         return pairs
 
     def embed(
-        self, job: Job, windows: Sequence[tuple[tuple[Ids, ...], tuple[Ids, ...]]], given: Given
+        self, job: Job, windows: Sequence[tuple[Windows, Windows]], given: Given
     ) -> list[tuple[Embedding, Embedding | None]]:
         """For each image the prompt's embedding, and with guidance the negative prompt's.
 
@@ -120,10 +120,10 @@ class PromptEncoder:
         """
         known: dict[tuple[bytes, ...], Embedding] = {}
 
-        def encode(ids: tuple[Ids, ...]) -> Embedding:
-            key = tuple(one.tobytes() for one in ids)
+        def encode(ours: Windows) -> Embedding:
+            key = tuple(each.tobytes() for one in ours for each in (one.ids, one.weights))
             if key not in known:
-                known[key] = self._encode(ids, job.clip_skip)
+                known[key] = self._encode(ours, job.clip_skip)
             return known[key]
 
         prompts = len(job.prompts)
@@ -149,16 +149,19 @@ class PromptEncoder:
                 )
         return [pair for pair in zip(conds, unconds, strict=True) for _ in range(job.num_images_per_prompt)]
 
-    def _encode(self, ids: tuple[Ids, ...], clip_skip: int) -> Embedding:
+    def _encode(self, ours: Windows, clip_skip: int) -> Embedding:
         """Windows through each encoder; the pooled embedding is the first window's."""
         states, pooled = [], None
         if not self._models:
             return Embedding(torch.zeros((0, 0), device=self._device))
-        for model, windows in zip(self._models, ids, strict=True):
-            inputs = {"input_ids": torch.from_numpy(windows).to(self._device)}
+        for model, windows in zip(self._models, ours, strict=True):
+            inputs = {"input_ids": torch.from_numpy(windows.ids).to(self._device)}
             rows = model.engine.inputs["input_ids"].shape[0]
             found = run_rows(model.engine.run, inputs, rows if isinstance(rows, int) else None)
-            states.append(found["hidden_states"][clip_skip].flatten(0, 1))
+            one = found["hidden_states"][clip_skip]
+            if (windows.weights != 1).any():
+                one = emphasized(one, torch.from_numpy(windows.weights).to(self._device))
+            states.append(one.flatten(0, 1))
             if "text_embeds" in found:
                 pooled = found["text_embeds"][0]
         return Embedding(torch.cat(states, dim=-1), pooled)

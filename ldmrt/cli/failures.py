@@ -27,6 +27,8 @@ _FLAGS = {
     "num_inference_steps": "--steps",
     "sampler": "--sampler",
     "seed": "--seed",
+    "variation_seed": "--variation-seed",
+    "variation_strength": "--variation-strength",
 }
 
 

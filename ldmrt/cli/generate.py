@@ -63,6 +63,15 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Image i is drawn from seed N + i. Default: drawn, and reported.")
     ] = None,
+    variation_seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Turn the noise of all pictures, which is that of --seed, towards that of seed N + i."
+        ),
+    ] = None,
+    variation_strength: Annotated[
+        float, typer.Option(metavar="F", help="How far, 0 (not at all) to 1 (the picture of the other seed).")
+    ] = 0.0,
     num_images: Annotated[int, typer.Option(metavar="N", help="How many pictures.")] = 1,
     size: Annotated[
         Size | None,
@@ -74,6 +83,10 @@ def generate(
     long_prompt: Annotated[
         LongPromptChoice, typer.Option(help="A prompt beyond the text encoder's window: in several windows, or cut.")
     ] = LongPromptChoice.chunk,
+    emphasis: Annotated[
+        bool,
+        typer.Option("--emphasis", help="(word), (word:1.3) and [word] weigh the word, as in AUTOMATIC1111's web UI."),
+    ] = False,
     lora: Annotated[
         list[LoraChoice] | None,
         typer.Option(
@@ -175,6 +188,9 @@ def generate(
             height=size.height if size else None,
             clip_skip=clip_skip,
             long_prompt=long_prompt.value,
+            emphasis=emphasis,
+            variation_seed=variation_seed,
+            variation_strength=variation_strength,
         ),
         pipe.defaults,
     )
@@ -264,6 +280,9 @@ def _draw(
                 guidance_rescale=job.guidance_rescale,
                 clip_skip=job.clip_skip,
                 long_prompt=job.long_prompt,
+                emphasis=job.emphasis,
+                variation_seed=job.variation_seeds[first] if job.variation_seeds else None,
+                variation_strength=job.variation_strength,
                 **given,
                 on_step=lambda step, latents: update(advance=len(latents)),
             )
@@ -294,6 +313,9 @@ def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int) ->
         extra["Guidance rescale"] = f"{job.guidance_rescale:g}"
     if job.clip_skip:
         extra["Clip skip"] = job.clip_skip + 1  # AUTOMATIC1111 counts from 1
+    if job.variation_seeds:  # the names of AUTOMATIC1111
+        extra["Variation seed"] = job.variation_seeds[number]
+        extra["Variation seed strength"] = f"{job.variation_strength:g}"
     if pipe.loras:
         extra["LoRAs"] = ", ".join(f"{name}: {scale:g}" for name, scale in pipe.loras.items())
     if "control_image" in given:
@@ -335,6 +357,9 @@ def _settings(pipe: Pipeline, job: Job, given: dict[str, Any]) -> dict[str, Any]
         "height": job.height,
         "clip_skip": job.clip_skip,
         "long_prompt": job.long_prompt,
+        "emphasis": job.emphasis,
+        "variation_seed": job.variation_seeds[0] if job.variation_seeds else None,
+        "variation_strength": job.variation_strength,
         "loras": pipe.loras,
         "controlnets": [record.name for record in pipe.bundle.manifest.controlnets] if "control_image" in given else [],
         **{name: value for name, value in given.items() if not name.endswith("image")},
