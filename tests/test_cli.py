@@ -271,9 +271,35 @@ def test_generate_json(generate: Run, tiny_bundle: Path) -> None:
     }
 
 
+def test_variations_go_on_over_batches(generate: Run) -> None:
+    """Three pictures, two at a time."""
+    ended = generate(
+        "--seed", 7, "--variation-seed", 70, "--variation-strength", 0.2, "--num-images", 3, "--out", "v.png", "--json"
+    )
+    document = json.loads(ended.out)
+    assert [image["seed"] for image in document["images"]] == [7, 7, 7]
+    assert len({image["sha256"] for image in document["images"]}) == 3
+    assert (document["settings"]["variation_seed"], document["settings"]["variation_strength"]) == (70, 0.2)
+    settings = [parse_parameters(read_parameters(f"v-{number}.png") or "").settings for number in range(3)]
+    assert [one["Variation seed"] for one in settings] == ["70", "71", "72"]
+    assert {one["Variation seed strength"] for one in settings} == {"0.2"}
+
+
+def test_generate_within_a_memory_budget(generate: Run) -> None:
+    plain, tight = (
+        json.loads(generate("--seed", 3, "--json", *more).out) for more in ([], ["--memory-budget", "1 GB"])
+    )
+    assert tight["images"][0]["sha256"] == plain["images"][0]["sha256"]
+    assert "memory_plan" not in plain
+    assert tight["memory_plan"]["budget"] == 10**9 > tight["memory_plan"]["needed"] > 0
+    assert tight["memory_plan"]["staged"] == []
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (["--memory-budget", "much"], ["--memory-budget is 'much', expected", "6GB"]),
+        (["--memory-budget", "1KB"], ["--memory-budget is 0.0 MB, and the stage", "raise it"]),
         (["--steps", "0"], ["--steps is 0, expected"]),
         (["--steps", "100000"], ["--steps is 100000, expected"]),
         (["--guidance-scale", "-1"], ["--guidance-scale is -1", "expected"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def test_aesthetic_scores(refiner: Pipeline, their_refiner: Any, tiny_bundle_xl:
     given = {"image": picture(2), "strength": 0.5, "aesthetic_score": 7.5, "negative_aesthetic_score": 1.0}
     compare(refiner, their_refiner, {"seed": 1}, {"generator": generator(1)}, **given)
     base = refiner(PROMPT, image=picture(2), **QUICK).latents
-    for score in ({"aesthetic_score": 9.0}, {"negative_aesthetic_score": 9.0}):
+    scores: list[dict[str, Any]] = [{"aesthetic_score": 9.0}, {"negative_aesthetic_score": 9.0}]
+    for score in scores:
         assert relative(refiner(PROMPT, image=picture(2), **score, **QUICK).latents, base) > 100 * LATENTS
     with pytest.raises(BadRequest, match="aesthetic_score was given, and this model takes none"):
         Pipeline.from_bundle(tiny_bundle_xl)(PROMPT, aesthetic_score=6.0, **QUICK)
@@ -153,7 +155,7 @@ def test_a_base_and_a_refiner(
     assert relative(mine, begun[:1]) < LATENTS
 
 
-SEVERAL = {
+SEVERAL: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
     "a seed for each": ({"seed": 3}, lambda: {"generator": generators(3, 4, 5)}),
     "one generator": ({}, lambda: {"generator": generator(7)}),
 }
@@ -164,7 +166,8 @@ SEVERAL = {
 def test_several_images(name: str, tiny_bundle: Path, tiny_model: Path) -> None:
     ours, theirs = SEVERAL[name]
     given = ours or {"generator": generator(7)}
-    pipe, several = Pipeline.from_bundle(tiny_bundle), {"num_images_per_prompt": 3, "eta": 0.5}
+    pipe = Pipeline.from_bundle(tiny_bundle)
+    several: dict[str, Any] = {"num_images_per_prompt": 3, "eta": 0.5}
     result = pipe(
         PROMPT, image=picture(1), strength=0.5, num_inference_steps=4, **given, **several, output_type="latent"
     )
@@ -180,6 +183,18 @@ def test_latents_in_the_place_of_a_picture(tiny_bundle: Path, tiny_model: Path) 
     compare(pipe, reference(tiny_model), {"seed": 3}, {"generator": generator(3)}, image=latents, strength=0.7)
     with pytest.raises(BadRequest, match=r"image is latents of shape \(3, 4, 8, 8\), expected \(1, 4, 8, 8\)"):
         pipe(PROMPT, image=latents.expand(3, 4, 8, 8), **QUICK)
+
+
+def test_variations_turn_the_noise_that_a_picture_is_given(tiny_bundle: Path) -> None:
+    """All of the way there is the other seed's picture; the picture itself is not turned."""
+    pipe = Pipeline.from_bundle(tiny_bundle)
+    asked: dict[str, Any] = {**QUICK, "image": torch.randn(1, 4, 8, 8, generator=generator(2)), "strength": 0.5}
+    plain, other = (pipe(PROMPT, **{**asked, "seed": seed}).latents for seed in (3, 9))
+    there, near = (
+        pipe(PROMPT, **asked, variation_seed=9, variation_strength=strength).latents for strength in (1.0, 0.1)
+    )
+    assert relative(there, other) < LATENTS
+    assert 100 * LATENTS < relative(near, plain) < relative(other, plain)
 
 
 def test_with_a_controlnet(tiny_bundle_controlled: Path, tiny_model: Path, tiny_controlnets: list[Path]) -> None:
@@ -233,6 +248,10 @@ def test_without_strength_it_is_the_models(tiny_bundle: Path, refiner: Pipeline)
         (
             {"image": torch.zeros(1, 4, 8, 8), "denoising_start": 0.7, "latents": torch.zeros(1, 4, 8, 8)},
             "latents stands for noise",
+        ),
+        (
+            {"image": torch.zeros(1, 4, 8, 8), "denoising_start": 0.7, "variation_strength": 0.5},
+            "with denoising_start there is none; vary what the other model begins",
         ),
         ({"image": np.zeros((64, 64, 3))}, "image is an array of float64"),
     ],
@@ -296,6 +315,10 @@ def test_generate(
         ([*engines, "--refiner-start", 0.7], "--refiner-start says nothing without --refiner"),
         ([*engines, "--refiner", tiny_bundle_refiner, "--refiner-start", 0.01], "is no step at all"),
         ([*engines, "--refiner", tmp_path], "is not a bundle"),
+        (
+            [*engines, "--refiner", tiny_bundle_refiner, "--memory-budget", "1GB"],
+            "--memory-budget is kept by one model",
+        ),
     ):
         assert run(*command, *wrong) in (1, 2)
         error = capsys.readouterr().err

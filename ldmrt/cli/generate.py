@@ -70,6 +70,15 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Image i is drawn from seed N + i. Default: drawn, and reported.")
     ] = None,
+    variation_seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Turn the noise of all pictures, which is that of --seed, towards that of seed N + i."
+        ),
+    ] = None,
+    variation_strength: Annotated[
+        float, typer.Option(metavar="F", help="How far, 0 (not at all) to 1 (the picture of the other seed).")
+    ] = 0.0,
     num_images: Annotated[int, typer.Option(metavar="N", help="How many pictures.")] = 1,
     size: Annotated[
         Size | None,
@@ -81,6 +90,10 @@ def generate(
     long_prompt: Annotated[
         LongPromptChoice, typer.Option(help="A prompt beyond the text encoder's window: in several windows, or cut.")
     ] = LongPromptChoice.chunk,
+    emphasis: Annotated[
+        bool,
+        typer.Option("--emphasis", help="(word), (word:1.3) and [word] weigh the word, as in AUTOMATIC1111's web UI."),
+    ] = False,
     lora: Annotated[list[LoraChoice] | None, lora_option("LoRA to add to the weights")] = None,
     embedding: Annotated[
         list[EmbeddingChoice] | None,
@@ -172,6 +185,13 @@ def generate(
             help="Where to run. Default: LDMRT_DEVICE, or a GPU if there is one.",
         ),
     ] = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The most memory to take, such as 6GB: parts of the model then come and go, large pictures are decoded in tiles.",
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -209,7 +229,12 @@ def generate(
         dtype=None if dtype is Dtype.auto else dtype.value,
         fallback=fallback,
         weight_budget=None if weight_budget is None else weight_budget << 20,
+        memory_budget=memory_budget,
     )
+    if refiner is not None and memory_budget is not None:
+        raise BadRequest(
+            "--memory-budget is kept by one model, and --refiner brings another; leave one of them out", param="refiner"
+        )
     with shown_warnings():
         refining = _refining(open_bundle, refiner, refiner_start)
         pipe = open_bundle(engines)
@@ -235,6 +260,9 @@ def generate(
             long_prompt=long_prompt.value,
             has_image="image" in given,
             strength=strength,
+            emphasis=emphasis,
+            variation_seed=variation_seed,
+            variation_strength=variation_strength,
         ),
         pipe.defaults,
     )
@@ -256,6 +284,7 @@ def generate(
                 "images": pictures,
                 "timings": {stage: round(seconds, 4) for stage, seconds in timings.items()},
                 "settings": _settings(pipe, job, given, refining),
+                **_memory(pipe, job, given),
             }
         )
         return
@@ -356,9 +385,15 @@ def _draw(
                 "height": job.height,
                 "guidance_rescale": job.guidance_rescale,
                 "long_prompt": job.long_prompt,
+                "emphasis": job.emphasis,
                 "on_step": lambda step, latents: update(advance=len(latents)),
             }
-            own = {"clip_skip": job.clip_skip, **given}
+            own = {
+                "clip_skip": job.clip_skip,
+                "variation_seed": job.variation_seeds[first] if job.variation_seeds else None,
+                "variation_strength": job.variation_strength,
+                **given,
+            }
             if refining is None:
                 result = pipe(**asked, **own, seed=seeds[0], num_images_per_prompt=len(seeds))
             else:
@@ -390,6 +425,9 @@ def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int, re
         extra["Guidance rescale"] = f"{job.guidance_rescale:g}"
     if job.clip_skip:
         extra["Clip skip"] = job.clip_skip + 1  # AUTOMATIC1111 counts from 1
+    if job.variation_seeds:  # the names of AUTOMATIC1111
+        extra["Variation seed"] = job.variation_seeds[number]
+        extra["Variation seed strength"] = f"{job.variation_strength:g}"
     if pipe.loras:
         extra["LoRAs"] = ", ".join(f"{name}: {scale:g}" for name, scale in pipe.loras.items())
     if pipe.textual_inversions:
@@ -423,6 +461,11 @@ def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int, re
     )
 
 
+def _memory(pipe: Pipeline, job: Job, given: dict[str, Any]) -> dict[str, Any]:
+    plan = pipe.memory_plan(job.width, job.height, picture="image" in given)
+    return {} if plan is None else {"memory_plan": plan.to_dict()}
+
+
 def _settings(pipe: Pipeline, job: Job, given: dict[str, Any], refining: Refining | None) -> dict[str, Any]:
     refined: dict[str, Any] = {}
     if refining is not None:
@@ -441,6 +484,9 @@ def _settings(pipe: Pipeline, job: Job, given: dict[str, Any], refining: Refinin
         "height": job.height,
         "clip_skip": job.clip_skip,
         "long_prompt": job.long_prompt,
+        "emphasis": job.emphasis,
+        "variation_seed": job.variation_seeds[0] if job.variation_seeds else None,
+        "variation_strength": job.variation_strength,
         "loras": pipe.loras,
         "embeddings": pipe.textual_inversions,
         "controlnets": [record.name for record in pipe.bundle.manifest.controlnets] if "control_image" in given else [],
