@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ldmrt.bulk import Album, Order, read_orders
 from ldmrt.cli.options import (
     Dtype,
     EngineChoice,
@@ -45,7 +46,15 @@ class LongPromptChoice(StrEnum):
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the picture shows.")],
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What the picture shows.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='Instead of PROMPT: lines of JSON, each with "prompt" and perhaps "negative_prompt" and "seed". Pictures go into the folder '
+            "--out, which is gone on with where it was stopped.",
+        ),
+    ] = None,
     engines: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A bundle made by build-engines. Default: the built-in model.")
     ] = None,
@@ -156,7 +165,14 @@ def generate(
 
     config = from_env(os.environ)
     destination = Destination.of(out, several=num_images > 1)
-    destination.check()
+    orders = None
+    if prompts is not None:
+        _check_bulk(prompt, out, variation_strength)
+        orders = read_orders(prompts, negative_prompt=negative_prompt or "", seed=seed, per_prompt=num_images)
+    elif prompt is None:
+        raise BadRequest("there is no prompt; give PROMPT, or --prompts FILE", param="prompt")
+    else:
+        destination.check()
 
     import torch
 
@@ -175,7 +191,7 @@ def generate(
     )
     job = resolve(
         Request(
-            prompt=prompt,
+            prompt=prompt or "",
             negative_prompt=negative_prompt,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
@@ -198,19 +214,25 @@ def generate(
         pipe.load_lora(path, scale)
     timings = {"load": time.perf_counter() - started}
     with shown_warnings():
-        pictures = _draw(pipe, job, given, destination, timings)
+        if orders is not None:
+            album = Album(Path(out or "."), _common(pipe, job, given))
+            pictures = _draw_all(pipe, job, given, orders, album, timings)
+        else:
+            pictures = _draw(pipe, job, given, destination, timings)
     timings["total"] = time.perf_counter() - started
     if json:
         print_json(
             {
                 "images": pictures,
                 "timings": {stage: round(seconds, 4) for stage, seconds in timings.items()},
-                "settings": _settings(pipe, job, given),
+                "settings": _settings(pipe, job, given) if orders is None else _common(pipe, job, given),
                 **_memory(pipe, job),
             }
         )
         return
-    for picture in pictures:
+    if orders is not None:
+        typer.echo(f"{len(pictures)} pictures made, {len(orders) - len(pictures)} were there: {out}")
+    for picture in pictures if orders is None else ():
         typer.echo(f"{picture['path']}  {picture['width']}x{picture['height']}  seed {picture['seed']}")
     stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in timings.items() if stage != "total")
     typer.echo(f"{timings['total']:.2f} s: {stages}")
@@ -269,18 +291,9 @@ def _draw(
             result = pipe(
                 job.prompts[0],
                 job.negative_prompts[0],
-                job.num_inference_steps,
-                job.guidance_scale,
-                job.sampler,
-                job.eta,
-                seeds[0],
-                len(seeds),
-                job.width,
-                job.height,
-                guidance_rescale=job.guidance_rescale,
-                clip_skip=job.clip_skip,
-                long_prompt=job.long_prompt,
-                emphasis=job.emphasis,
+                seed=seeds[0],
+                num_images_per_prompt=len(seeds),
+                **_arguments(job),
                 variation_seed=job.variation_seeds[first] if job.variation_seeds else None,
                 variation_strength=job.variation_strength,
                 **given,
@@ -302,6 +315,89 @@ def _draw(
             for stage, seconds in {**result.timings, "save": time.perf_counter() - saving}.items():
                 timings[stage] = timings.get(stage, 0.0) + seconds
     return pictures
+
+
+def _draw_all(
+    pipe: Pipeline, job: Job, given: dict[str, Any], orders: list[Order], album: Album, timings: dict[str, float]
+) -> list[dict[str, Any]]:
+    """Make the pictures of many prompts that are not there yet, as many at a time as an engine takes. Adds to `timings`."""
+    import hashlib
+
+    import torch
+
+    from ldmrt.image import save
+
+    left = album.missing(orders)
+    at_a_time = pipe.images_at_a_time(job.width, job.height, guidance=job.do_cfg)
+    pictures = []
+    with progress_bar("pictures") as update:
+        update(total=len(orders), completed=len(orders) - len(left))
+        started = time.perf_counter()
+        for first in range(0, len(left), at_a_time):
+            batch = left[first : first + at_a_time]
+            result = pipe(
+                [order.prompt for order in batch],
+                [order.negative_prompt for order in batch],
+                generator=[torch.Generator("cpu").manual_seed(order.seed) for order in batch],
+                **_arguments(job),
+                **given,
+            )
+            saving = time.perf_counter()
+            for order, image in zip(batch, result.images, strict=True):
+                own = replace(
+                    job, prompts=(order.prompt,), negative_prompts=(order.negative_prompt,), seeds=(order.seed,)
+                )
+                path = album.folder / order.file_name
+                save(image, path, parameters=_parameters(pipe, own, given, 0))
+                digest = hashlib.sha256(image.tobytes()).hexdigest()
+                album.add(order, digest)
+                sides = {"width": job.width, "height": job.height}
+                pictures.append({"path": str(path), "seed": order.seed, **sides, "sha256": digest})
+            for stage, seconds in {**result.timings, "save": time.perf_counter() - saving}.items():
+                timings[stage] = timings.get(stage, 0.0) + seconds
+            rate = len(pictures) / (time.perf_counter() - started)
+            rest = round((len(left) - len(pictures)) / rate)
+            shown = f"{rate:.2f} images/s, {rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d} left"
+            update(advance=len(batch), description=shown)
+    return pictures
+
+
+def _arguments(job: Job) -> dict[str, Any]:
+    """What a call is told of a job besides prompts and seeds."""
+    names = ("num_inference_steps", "guidance_scale", "guidance_rescale", "sampler", "eta", "width", "height")
+    return {name: getattr(job, name) for name in (*names, "clip_skip", "long_prompt", "emphasis")}
+
+
+def _check_bulk(prompt: str | None, out: str | None, variation_strength: float) -> None:
+    """Refuse what does not go with a file of prompts.
+
+    Raises:
+        BadRequest: see the messages.
+    """
+    if prompt is not None:
+        raise BadRequest("prompts are given twice, as PROMPT and as --prompts; leave one of them out", param="prompts")
+    if out is None or Path(out).is_file():
+        raise BadRequest("the pictures of --prompts need a folder; give --out DIR", param="out")
+    if variation_strength:
+        raise BadRequest(
+            f"variation_strength is {variation_strength:g}, and variations are of one picture; leave it out with --prompts",
+            param="variation_strength",
+        )
+
+
+def _common(pipe: Pipeline, job: Job, given: dict[str, Any]) -> dict[str, Any]:
+    """What pictures of many prompts have in common, and what must be the same for going on with them."""
+    own = (
+        "prompt",
+        "negative_prompt",
+        "seed",
+        "num_images",
+        "variation_seed",
+        "variation_strength",
+        "bundle",
+        "device",
+    )
+    return {name: value for name, value in _settings(pipe, job, given).items() if name not in own}
 
 
 def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int) -> str:
