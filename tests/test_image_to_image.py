@@ -298,6 +298,17 @@ def test_generate(
         assert np.array_equal(np.asarray(found), np.asarray(expected))
         assert "Refiner: tiny-refiner, Refiner switch at: 0.7" in found.info["parameters"]
 
+    lines = ['{"prompt": "a blue square", "seed": 9}', '{"prompt": "a circle", "seed": 1}']
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    bulk = ["generate", "--prompts", tmp_path / "prompts.jsonl", *engines, "--refiner", tiny_bundle_refiner]
+    bulk += ["--refiner-start", 0.7, "--steps", 10, "--device", "cpu", "--out", tmp_path / "all"]
+    assert run(*bulk) == 0
+    assert run(*bulk) == 0
+    assert "0 pictures made, 2 were there" in capsys.readouterr().out
+    with Image.open(tmp_path / "all" / "000002-0.png") as found:
+        # Two at a time: sums may be taken in another order.
+        assert np.allclose(np.asarray(found, dtype=int), np.asarray(expected, dtype=int), atol=1)
+
     # Both models learn a word.
     word = tmp_path / "w.safetensors"
     save_file({"clip_l": 3 * torch.ones(1, 32), "clip_g": 3 * torch.ones(1, 40)}, word)
