@@ -73,9 +73,9 @@ def tokens(source: Source) -> int:
     return int(source.configs[next(iter(source.kind.tokenizers))]["max_position_embeddings"])
 
 
-def components(source: Source, sizes: Sequence[tuple[int, int]]) -> Iterator[Plan]:
+def components(source: Source, sizes: Sequence[tuple[int, int]], decoder_tile: int | None = None) -> Iterator[Plan]:
     """The components of a model, each with the size it is made for and the inputs to try it on: `random` and `real` ones, which it is
-    verified on, and `extreme` ones for `export.audit`.
+    verified on, and `extreme` ones for `export.audit`. With `decoder_tile` a decoder of that size, each way, comes last.
     """
     for folder in source.kind.tokenizers:
         yield None, text_encoder(source, folder), partial(_text_trials, source, folder)
@@ -88,6 +88,10 @@ def components(source: Source, sizes: Sequence[tuple[int, int]]) -> Iterator[Pla
         encoded = cache(partial(_encoded_picture, source, size))
         yield size, decoder(source, size), partial(_decoder_trials, source, size, encoded)
         yield size, encoder(source, size), partial(_encoder_trials, size, encoded)
+    if decoder_tile is not None:
+        tile = decoder_tile, decoder_tile
+        encoded = cache(partial(_encoded_picture, source, tile))
+        yield tile, decoder(source, tile), partial(_decoder_trials, source, tile, encoded)
 
 
 def text_encoder(source: Source, folder: str) -> Component:

@@ -87,6 +87,7 @@ def build_engines(
     controlnets: Sequence[str | Path] = (),
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    decoder_tile: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Bundle:
     """Compile a model into a bundle, or add engines to the bundle that is there.
@@ -117,6 +118,8 @@ def build_engines(
             the bundle has.
         config: the YAML file of a model of the original code of latent diffusion, where the model is not a known one.
         tokenizer: the folder of its tokenizer, where it reads text.
+        decoder_tile: side in pixels of the square tiles that larger pictures can be decoded in where memory is scarce
+            (`Pipeline.from_bundle(memory_budget=...)`); a decoder of that size is made besides.
         on_progress: called with (what is being done, steps done, steps in all).
 
     Returns:
@@ -154,6 +157,7 @@ def build_engines(
         workspace=workspace,
         refit=refit,
         weight_streaming=weight_streaming,
+        decoder_tile=decoder_tile,
     )
     if options.kernel_targets:
         _require("triton")
@@ -201,7 +205,7 @@ class _Build:
     def run(self) -> Bundle:
         """Build all components."""
         with self.folder.open():
-            components = list(architectures.components(self.source, self.options.sizes))
+            components = list(architectures.components(self.source, self.options.sizes, self.options.decoder_tile))
             self.total = 2 * len(components) + (3 if self.options.kernel_targets else 2)
             self.progress("reading the model")
             if self.source.loras and self.in_place:

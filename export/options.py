@@ -35,6 +35,7 @@ class Options:
         workspace: the most memory in bytes that a layer of a TensorRT plan may use besides its tensors; no limit if None.
         refit: whether the weights of a TensorRT plan can be changed.
         weight_streaming: whether a TensorRT plan can leave weights in the host's memory.
+        decoder_tile: side in pixels of a square decoder for tiles of larger pictures, or None.
     """
 
     engine: str
@@ -46,6 +47,7 @@ class Options:
     workspace: int | None = None
     refit: bool = False
     weight_streaming: bool = False
+    decoder_tile: int | None = None
 
     @property
     def is_tensorrt(self) -> bool:
@@ -71,6 +73,7 @@ class Options:
         workspace: int | None = None,
         refit: bool = False,
         weight_streaming: bool = False,
+        decoder_tile: int | None = None,
     ) -> Options:
         """Check what was asked and fill in what was not.
 
@@ -106,6 +109,7 @@ class Options:
                 )
             if max(width, height) > _LARGEST_SIDE:
                 raise BuildError(f"size {width}x{height} is too large, expected at most {_LARGEST_SIDE} each way")
+        _check_tile(decoder_tile, step, sizes)
         if not batch_sizes or not all(1 <= batch <= _LARGEST_BATCH for batch in batch_sizes):
             raise BuildError(f"batch sizes are {list(batch_sizes)}, expected at least one, from 1 to {_LARGEST_BATCH}")
         return cls(
@@ -118,7 +122,21 @@ class Options:
             workspace,
             refit,
             weight_streaming,
+            decoder_tile,
         )
+
+
+def _check_tile(tile: int | None, step: int, sizes: Sequence[tuple[int, int]]) -> None:
+    """Check that a decoder for tiles has whole latents, and is smaller than a picture."""
+    if tile is None:
+        return
+    if tile < step or tile % step:
+        raise BuildError(
+            f"decoder tile is {tile} pixels, expected a multiple of {step}; use {max(1, round(tile / step)) * step}"
+        )
+    if not any(tile <= min(size) and tile < max(size) for size in sizes):
+        shown = ", ".join(f"{width}x{height}" for width, height in sizes)
+        raise BuildError(f"decoder tile is {tile} pixels, and no size is larger ({shown}); use a smaller tile")
 
 
 def _check_plan_options(

@@ -291,7 +291,7 @@ class Bundle:
         self.manifest = manifest
         self._checked: set[str] = set()
         self._registered = False
-        self._parameters: dict[tuple[str, torch.device], Parameters] = {}
+        self._parameters: dict[tuple[str, torch.device], tuple[Parameters, WeightFile]] = {}
         self._memories: dict[torch.device, ActivationMemory] = {}
 
     @classmethod
@@ -526,8 +526,15 @@ class Bundle:
                     )
                 return file[spec.name].to(device=device, dtype=spec.dtype)
 
-            self._parameters[key] = Parameters(load, device, lambda spec: file.release(spec.name))
-        return self._parameters[key]
+            self._parameters[key] = Parameters(load, device, lambda spec: file.release(spec.name)), file
+        return self._parameters[key][0]
+
+    def unload(self, weights: str, device: torch.device) -> None:
+        """Let go of the weights of a file on a device, which no engine uses any more. Changes of them stay."""
+        parameters, file = self._parameters.get((weights, device), (None, None))
+        if parameters is not None and file is not None:
+            parameters.unload()
+            file.unmap()
 
 
 def _as_agreed(record: EngineRecord, engine: Engine) -> Engine:

@@ -27,6 +27,11 @@ def runs_once(component: str) -> bool:
     return component.rpartition(".")[2] in ("context", "schedule")
 
 
+def in_network(component: str) -> bool:
+    """Whether it is a part of a denoising network."""
+    return is_step(component) or runs_once(component)
+
+
 def parts(step: str) -> tuple[str, str, str]:
     """The components of the network that a step belongs to: context, schedule, and the step itself."""
     owner = step.removesuffix("step")

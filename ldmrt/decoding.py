@@ -7,6 +7,7 @@ import torch
 from ldmrt.engines.protocol import Engine
 from ldmrt.errors import EngineMismatch
 from ldmrt.loader import EngineLoader
+from ldmrt.tiling import Tiling
 
 
 class Decoding:
@@ -46,7 +47,7 @@ class Decoding:
 
 
 def decode(loader: EngineLoader, latents: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Pictures of latents, as many at a time as the bundle's decoders of that size take.
+    """Pictures of latents, as many at a time as the bundle's decoders of that size take; in tiles, if memory is planned so.
 
     Args:
         loader: gives the decoders.
@@ -59,6 +60,11 @@ def decode(loader: EngineLoader, latents: torch.Tensor, size: tuple[int, int]) -
     Raises:
         EngineMismatch: there is no decoder.
     """
+    if loader.plan is not None and loader.plan.tile not in (None, size):
+        tile = loader.plan.tile
+        cells = latents.shape[-1], latents.shape[-2]
+        tiling = Tiling(cells, (tile[0] * cells[0] // size[0], tile[1] * cells[1] // size[1]))
+        return torch.stack([tiling.blend(decode(loader, tiling.cut(one), tile)) for one in latents])
     records = loader.records("decoder", size)
     decoded = []
     done = 0

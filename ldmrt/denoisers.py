@@ -32,6 +32,11 @@ class _Key:
         return self.size == other.size and bool(self.controls) == bool(other.controls)
 
 
+def room_for(evaluations: int) -> int:
+    """The evaluations that a denoiser is made for, where an image has so many: one of few different numbers."""
+    return max(_LEAST_EVALUATIONS, 1 << (evaluations - 1).bit_length())
+
+
 class Denoisers:
     """Makes denoisers over a bundle's engines, and keeps them.
 
@@ -47,12 +52,12 @@ class Denoisers:
 
     def images_at_a_time(self, size: tuple[int, int], *, guidance: bool) -> int:
         """The largest batch that the step engines of a size run at once."""
-        rows = max(self._steps(size, ()))
+        rows = max(self.steps(size, ()))
         return max(1, rows // (2 if guidance else 1))
 
     def row_counts(self, size: tuple[int, int]) -> list[int]:
         """The rows of the step engines of a size, fewest first."""
-        return list(self._steps(size, ()))
+        return list(self.steps(size, ()))
 
     def groups(self, job: Job, tokens: Sequence[int], controls: Sequence[str] = ()) -> Iterator[list[int]]:
         """Image numbers that run together: as many as the largest step engine takes, with equally long text.
@@ -66,7 +71,7 @@ class Denoisers:
             EngineMismatch: guidance takes two rows an image, and no step engine has two; or a ControlNet is not built for the size.
         """
         per_image = 2 if job.do_cfg else 1
-        steps = self._steps((job.width, job.height), controls)
+        steps = self.steps((job.width, job.height), controls)
         available = sorted({rows // per_image for rows in steps} - {0})
         if not available:
             raise EngineMismatch(
@@ -99,21 +104,28 @@ class Denoisers:
             BadRequest: the engines are made for prompts of another length.
             EngineMismatch: a ControlNet is not built for the size.
         """
-        rows, records = next((r, steps) for r, steps in self._steps(size, controls).items() if r >= rows)
+        rows, records = next((r, steps) for r, steps in self.steps(size, controls).items() if r >= rows)
         check_tokens(self._loader.load(records[0]), tokens)
         key = _Key(size, tokens, tuple(controls))
         kept = self._denoisers.get(key)
         if kept is None or kept.rows < rows or kept.evaluations < evaluations:
-            # Few different numbers, and never fewer than before: who goes back and forth has nothing captured anew.
-            evaluations = max(_LEAST_EVALUATIONS, 1 << (evaluations - 1).bit_length())
+            # Never fewer than before: who goes back and forth has nothing captured anew.
+            evaluations = room_for(evaluations)
             most = (rows, evaluations) if kept is None else (max(rows, kept.rows), max(evaluations, kept.evaluations))
             # A step engine is bound to one set of buffers: whoever had it before gives it up.
             self._denoisers = {other: d for other, d in self._denoisers.items() if not key.shares_engines(other)}
             self._decodings = {of: d for of, d in self._decodings.items() if of[0] in self._denoisers.values()}
+            if self._loader.plan is not None:  # which has room for one
+                self.clear()
             kept = self._denoisers[key] = self._make(records, *most, tokens)
         if rows not in kept.batches:
             kept.add([self._loader.load(record) for record in records])
         return kept
+
+    def clear(self) -> None:
+        """Give up all denoisers, and with them the engines that they hold."""
+        self._denoisers.clear()
+        self._decodings.clear()
 
     def decoding(self, denoiser: Denoiser, size: tuple[int, int], images: int) -> Decoding | None:
         """The decoder behind the loop of a denoiser with so many images, if a whole image is one graph."""
@@ -140,7 +152,7 @@ class Denoisers:
             controlnets=controlnets,
         )
 
-    def _steps(self, size: tuple[int, int], controls: Sequence[str]) -> dict[int, list[EngineRecord]]:
+    def steps(self, size: tuple[int, int], controls: Sequence[str]) -> dict[int, list[EngineRecord]]:
         """By row count, fewest first, the step engines that run together: the U-Net's, then each ControlNet's.
 
         Raises:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
+
 import torch
 
 from ldmrt.bundle import Bundle, EngineRecord
 from ldmrt.capture import Recorder
-from ldmrt.components import STEP, is_step, parts, runs_once
+from ldmrt.components import STEP, in_network, is_step, parts, runs_once
 from ldmrt.engines.captured import CapturedEngine
 from ldmrt.engines.protocol import Engine
+from ldmrt.engines.staged import StagedEngine
 from ldmrt.engines.tensorrt import LIBRARIES
 from ldmrt.errors import EngineMismatch
+from ldmrt.memory_plan import MemoryPlan
 
 # float16 is emulated on a CPU, bfloat16 on one without instructions for it.
 _CPU = ("float32", "bfloat16", "float16")
@@ -28,6 +32,7 @@ class EngineLoader:
         device: where the engines run.
         kind: the engine kind.
         recorder: what captures CUDA graphs, or None where the engine kind cannot be captured.
+        plan: what there is room for; None if there is room for everything.
 
     Args:
         bundle: the opened bundle.
@@ -37,6 +42,7 @@ class EngineLoader:
         recorder: captures what runs once per request as CUDA graphs; None to launch kernel by kernel. The steps are captured
             by who runs them, `ldmrt.denoise.Denoiser`.
         weight_budget: see `ldmrt.engines.plan.TensorRtEngine`.
+        staged: whether engines are to be unloaded again.
 
     Raises:
         EngineMismatch: the bundle has no engine of this kind.
@@ -50,13 +56,18 @@ class EngineLoader:
         dtype: str | None,
         recorder: Recorder | None = None,
         weight_budget: int | None = None,
+        *,
+        staged: bool = False,
     ) -> None:
         kinds = kinds_of(bundle)
         self.bundle, self.device, self._dtype, self._weight_budget = bundle, device, dtype, weight_budget
         self.kind = kind or ("torch" if "torch" in kinds or not kinds else min(kinds))
         steps = [r for r in bundle.manifest.engines if is_step(r.component) and r.kind == self.kind]
         self.recorder = recorder if all(record.can_be_captured for record in steps) else None
+        self.plan: MemoryPlan | None = None
+        self._staged = staged
         self._engines: dict[str, Engine] = {}
+        self._weights: dict[str, str] = {}
         if self.kind not in kinds:
             raise EngineMismatch(
                 f"{bundle.path} has no {self.kind} engine, it has {', '.join(kinds) or 'none'}; "
@@ -72,6 +83,7 @@ class EngineLoader:
         # What runs once per request is on the torch engine, whatever runs the steps.
         kind = "torch" if runs_once(component) else self.kind
         found = self.bundle.find(component, kind=kind, dtype=self._dtype, size=size)
+        found = [record for record in found if self.plan is None or self.plan.allows(record)]
         if not found:
             raise EngineMismatch(
                 f"{self.bundle.path} has no {component} engine ({kind}{', ' + self._dtype if self._dtype else ''}); "
@@ -82,13 +94,38 @@ class EngineLoader:
         return [record for record in found if record.dtype == chosen]
 
     def load(self, record: EngineRecord) -> Engine:
-        """An engine, loaded once."""
+        """An engine, loaded once, or once between two calls of `unload`."""
         if record.key not in self._engines:
-            engine = self.bundle.load(record, self.device, weight_budget=self._weight_budget)
-            if self.recorder is not None and record.kind == "torch" and not is_step(record.component):
-                engine = CapturedEngine(engine, self.recorder)
-            self._engines[record.key] = engine
+            once = self._staged and not in_network(record.component)
+            self._engines[record.key] = StagedEngine(lambda: self._open(record)) if once else self._open(record)
+            self._weights[record.key] = record.weights
         return self._engines[record.key]
+
+    def _open(self, record: EngineRecord) -> Engine:
+        engine = self.bundle.load(record, self.device, weight_budget=self._weight_budget)
+        if self.recorder is None or record.kind != "torch" or is_step(record.component):
+            return engine
+        # Capturing takes as long as several runs: too long for what is unloaded after one.
+        stays = self.plan is None or record.weights in self.plan.resident
+        return CapturedEngine(engine, self.recorder) if stays else engine
+
+    def unload(self, *, except_for: AbstractSet[str]) -> None:
+        """Let engines go, and the weights that they read; who has them must have given them up.
+
+        Args:
+            except_for: the weight files that stay.
+        """
+        gone = {key: weights for key, weights in self._weights.items() if weights not in except_for}
+        for key in gone:
+            match self._engines[key]:
+                case StagedEngine() as staged:
+                    staged.unload()
+                case _:
+                    del self._engines[key], self._weights[key]
+        for weights in set(gone.values()):
+            self.bundle.unload(weights, self.device)
+        if gone and self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def generation(self, component: str) -> int:
         """How often the weights of a component have been changed since they were loaded."""

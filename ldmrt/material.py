@@ -62,6 +62,11 @@ class Material:
     classes: Classes
     segmentation: Tensors
 
+    @property
+    def is_encoded(self) -> bool:
+        """Whether there is a picture for the VAE's encoder."""
+        return self.beginning.picture is not None or self.inpainting is not None
+
     def of(self, image: int) -> Material:
         """The part that concerns one image, which counts from 0."""
         begun, part = self.beginning.latents, slice(image, image + 1)
@@ -106,6 +111,8 @@ class Material:
             latents=self.beginning.latents if self.beginning.begun else self.latents,
             encoding=self.inpainting is not None,
             picture=self.beginning.picture is not None,
+            variations=job.variation_seeds,
+            variation_strength=job.variation_strength,
         )
         latents, table = self.beginning.start(noise, table, encode)
         if self.inpainting is not None and noise.encoding is not None:

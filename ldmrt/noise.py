@@ -38,6 +38,8 @@ def draw(
     latents: torch.Tensor | None = None,
     encoding: bool = False,
     picture: bool = False,
+    variations: Sequence[int] = (),
+    variation_strength: float = 0.0,
 ) -> Noise:
     """Draw all the noise of a call, float32.
 
@@ -53,6 +55,8 @@ def draw(
         latents: (n, C, h, w), instead of drawing them.
         encoding: whether a picture is encoded that an inpainting model is shown.
         picture: whether a picture is encoded that is begun from.
+        variations: for each image the seed of another noise, towards which its initial latents are turned; none for leaving them.
+        variation_strength: how far, 0 to 1.
 
     Raises:
         BadRequest: the generators or the latents do not fit the images.
@@ -74,8 +78,35 @@ def draw(
             drawn = [torch.randn(block, generator=one) if d else torch.zeros(block) for d in table.draws_noise.tolist()]
             noises.append(torch.stack(drawn, dim=1))
     start = torch.cat(starts) if latents is None else latents.detach().to("cpu", torch.float32)
+    if variations:
+        others = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in variations]
+        pairs = zip(start, others, strict=True)
+        start = torch.stack([slerp(one, other, variation_strength) for one, other in pairs])
     steps, shown, begun = (torch.cat(drawn) if drawn else None for drawn in (noises, encodings, pictures))
     return Noise(start, steps, shown, begun)
+
+
+def slerp(start: torch.Tensor, end: torch.Tensor, strength: float) -> torch.Tensor:
+    """The point at a share of the way from one tensor to another, on the arc between them (Shoemake 1985, "Animating rotation with
+    quaternion curves"); on the line, where they point the same way or opposite ways.
+
+    A weighted mean of two noises has less variance than they; on the arc between vectors that are nearly at right angles, as noises are,
+    it stays.
+
+    Args:
+        start: float32, any shape; taken as one vector.
+        end: the same.
+        strength: 0 gives `start`, 1 gives `end`.
+
+    Returns:
+        float32, computed in float64.
+    """
+    first, second = start.double(), end.double()
+    cosine = (first * second).sum() / (first.norm() * second.norm()).clamp(min=1e-300)
+    angle = torch.acos(cosine.clamp(-1, 1))
+    if angle.sin() < 1e-6:
+        return torch.lerp(first, second, strength).float()
+    return ((torch.sin((1 - strength) * angle) * first + torch.sin(strength * angle) * second) / angle.sin()).float()
 
 
 def draw_once(count: int, shape: tuple[int, int, int], generator: Generators) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,6 +104,23 @@ class Parameters:
             self._derived[key] = _Derived(value, make, tuple(reads))
             self._let_go(value, reads, tensors)
         return self._derived[key].value
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is held: weights, and what was made of them; what lies in the same place counts once."""
+        found: dict[Any, int] = {}
+        for tensor in (*self._held.values(), *(derived.value for derived in self._derived.values())):
+            # An opaque tensor has no storage that could be asked for, and shares none.
+            place = id(tensor) if tensor.is_mkldnn else (tensor.untyped_storage()._cdata, tensor.storage_offset())
+            found[place] = max(found.get(place, 0), tensor.numel() * tensor.element_size())
+        return sum(found.values())
+
+    def unload(self) -> None:
+        """Let go of everything that is held; no engine may use it any more. The next engine has it made again, with the changes and
+        adjustments that were made.
+        """
+        self._held.clear()
+        self._derived.clear()
 
     @torch.inference_mode()
     def update(self, changes: Mapping[str, Tensor]) -> None:

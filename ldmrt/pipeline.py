@@ -26,15 +26,18 @@ from ldmrt.conditioning import Picture, encode
 from ldmrt.config import parse_device
 from ldmrt.decoding import Decoding, decode
 from ldmrt.denoise import Denoiser
-from ldmrt.denoisers import Denoisers
+from ldmrt.denoisers import Denoisers, room_for
 from ldmrt.errors import BadRequest, EngineMismatch, NumericalError, Unavailable
 from ldmrt.guidance import embedding
 from ldmrt.loader import EngineLoader, kinds_of
 from ldmrt.lora import Lora
 from ldmrt.material import Material, Start, resolve as resolve_material
+from ldmrt.memory_plan import MemoryPlan, Stage, parse_bytes
+from ldmrt.needs import Workload
 from ldmrt.noise import Generators
 from ldmrt.parameters import Parameters
 from ldmrt.request import Defaults, Job, LongPrompt, Request, resolve
+from ldmrt.residency import Residency
 from ldmrt.samplers.make import sampler_table
 from ldmrt.samplers.table import SamplerTable
 from ldmrt.schedule import NoiseSchedule
@@ -46,6 +49,9 @@ OutputType = Literal["pil", "np", "latent"]
 Capture = Literal["step", "loop", "image", "off"]
 OnStep = Callable[[int, torch.Tensor], None]
 Text = tuple[Embedding, Embedding | None]
+
+# When a part of the VAE works.
+_STAGES: dict[str, Stage] = {"encoder": "picture", "decoder": "decode"}
 
 
 @dataclass(frozen=True)
@@ -78,20 +84,25 @@ class Pipeline:
         exact_timings: wait for the GPU after every stage, so that `Result.timings` holds what each takes; calls are slower by it.
     """
 
-    def __init__(self, loader: EngineLoader, *, capture: Capture = "step") -> None:
+    def __init__(self, loader: EngineLoader, *, capture: Capture = "step", memory_budget: int | None = None) -> None:
         self._loader = loader
         self.bundle, self.device = loader.bundle, loader.device
         model = self.bundle.manifest.model
         self.schedule = NoiseSchedule.from_dict(model.schedule)
+        sizes = tuple(dict.fromkeys(record.size for record in loader.records("step") if record.size))
+        size = (model.defaults.width, model.defaults.height)
+        width, height = size if size in sizes else sizes[0]
+        self._denoisers = Denoisers(loader, capture)
+        guided = bool(model.tokenizers) or model.null_class is not None
+        guided = guided and model.guidance_embedding is None and model.defaults.guidance_scale > 1
+        self._residency = Residency(loader, self._denoisers, memory_budget, least_rows=2 if guided else 1)
+        self._residency.begin(Workload((width, height), picture=model.inpainting))
         texts = {
             encoder: TextModel.open(folder, loader.only(encoder))
             for encoder, folder in self.bundle.check_tokenizers().items()
         }
         self.tokenizer = next((text.tokenizer for text in texts.values()), None)
         self._prompts = PromptEncoder(list(texts.values()), self.device, zero_empty_negative=model.zero_empty_negative)
-        sizes = tuple(dict.fromkeys(record.size for record in loader.records("step") if record.size))
-        size = (model.defaults.width, model.defaults.height)
-        width, height = size if size in sizes else sizes[0]
         self.defaults = Defaults(
             width=width,
             height=height,
@@ -107,7 +118,6 @@ class Pipeline:
             refines=model.kind == REFINER,
             takes_aesthetic_scores=model.requires_aesthetics_score,
         )
-        self._denoisers = Denoisers(loader, capture)
         self._adapters = Adapters(self._weights)
         self._words = Words({e: text.tokenizer for e, text in texts.items()}, self._weights, self._token_table)
         self.exact_timings = False
@@ -125,6 +135,7 @@ class Pipeline:
         capture: Capture = "step",
         fallback: bool = False,
         weight_budget: int | None = None,
+        memory_budget: int | str | None = None,
     ) -> Pipeline:
         """Open a bundle and load its engines.
 
@@ -138,17 +149,25 @@ class Pipeline:
                 Without meaning on a CPU.
             fallback: whether another engine kind of the bundle may run where this one cannot, in the order tensorrt, tensorrt-rtx, torch,
                 onnxruntime, with a warning that says which failed and why. Without `engine` the first of them is tried first. It is decided
-                here: engines of the default size are loaded at once.
+                here: engines of the default size are loaded at once, but for those of a memory budget.
             weight_budget: for TensorRT plans that were built with weight streaming: the most memory in bytes that the weights of each may
                 take on the GPU; None for what TensorRT proposes. Not yet run on a GPU.
+            memory_budget: the most memory to take, in bytes or as `6GB` (10^9 bytes each) or `6GiB` (2^30): on a GPU all of it, on a CPU
+                that of weights and tensors. Engines then come and go as far as they must, and pictures too large for that are decoded
+                in tiles (`memory_plan` tells). Originals of weights that a LoRA changes come on top. Only for torch engines.
 
         Raises:
-            BadRequest: `capture` is none of these, or the device is not there.
+            BadRequest: `capture` is none of these, the device is not there, or the model does not run within the budget.
             BundleError: there is no bundle, or it is damaged.
             EngineMismatch: it has no engine for this device, kind or precision.
         """
         if capture not in ("step", "loop", "image", "off"):
             raise BadRequest(f"capture is {capture!r}, expected step, loop, image or off", param="capture")
+        budget = None if memory_budget is None else parse_bytes(memory_budget, param="memory_budget")
+        if budget is not None and capture == "image":
+            raise BadRequest(
+                'capture is "image", which keeps the decoder in memory; with memory_budget use step', param="capture"
+            )
         bundle = Bundle.open(builtin_bundle() if path is None else path)
         place = _device(device)
         if place.type == "cuda":
@@ -156,7 +175,8 @@ class Pipeline:
         recorder = Recorder(place) if place.type == "cuda" and capture != "off" else None
 
         def load(kind: str | None) -> Pipeline:
-            return cls(EngineLoader(bundle, place, kind, dtype, recorder, weight_budget), capture=capture)
+            loader = EngineLoader(bundle, place, kind, dtype, recorder, weight_budget, staged=budget is not None)
+            return cls(loader, capture=capture, memory_budget=budget)
 
         return _first_that_loads(load, bundle, engine) if fallback else load(engine)
 
@@ -182,6 +202,9 @@ class Pipeline:
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         clip_skip: int | None = None,
         long_prompt: LongPrompt = "chunk",
+        emphasis: bool = False,
+        variation_seed: int | None = None,
+        variation_strength: float = 0.0,
         image: Picture | torch.Tensor | None = None,
         strength: float | None = None,
         mask_image: Picture | None = None,
@@ -224,6 +247,10 @@ class Pipeline:
             clip_skip: how many of the text encoder's last layers to leave out.
             long_prompt: `chunk` encodes a prompt longer than the text encoder's window in several windows, as AUTOMATIC1111 does;
                 `cut` drops the rest, with a warning.
+            emphasis: whether `(word)`, `(word:1.3)` and `[word]` in prompts weigh the word, as in AUTOMATIC1111's web UI (`ldmrt.emphasis`).
+            variation_seed: of another noise, towards which the images' own is turned; all images then have the same seed, and image i has this
+                plus i. Drawn, and reported in the result's job, if not given.
+            variation_strength: how far, from 0, the picture of `seed`, to 1, that of `variation_seed`.
             image: the picture to begin from, a PIL image or an array of uint8 (H, W, 3), which is resized, or its latents (1 or n, C, h, w);
                 for an inpainting model the picture to draw into, for an upscaling model the one to draw larger: a pixel of it for each latent
                 cell.
@@ -267,6 +294,9 @@ class Pipeline:
                 height=height,
                 clip_skip=clip_skip,
                 long_prompt=long_prompt,
+                emphasis=emphasis,
+                variation_seed=variation_seed,
+                variation_strength=variation_strength,
                 has_image=image is not None,
                 strength=strength,
                 denoising_start=denoising_start,
@@ -302,15 +332,20 @@ class Pipeline:
         given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         self._check_text(job, given)
         clock = _Clock(self._synchronize if self.exact_timings else lambda: None)
+        workload = Workload(size, tuple(names), material.is_encoded, room_for(table.evaluations))
         with self._engines(for_pictures=True), torch.inference_mode():
+            self._residency.begin(workload)
             with clock("tokenize"):
                 windows = self._prompts.tokenize(job)
             with clock("encode"):
+                self._residency.enter("encode")
                 texts = self._prompts.embed(job, windows, given)
             with clock("prepare"):
                 starts = material.starts(job, table, partial(self._encoded, size), self.device, generator)
             finals = torch.stack([start.latents for start in starts])
             decoded: dict[int, torch.Tensor] = {}
+            with clock("prepare"):
+                self._residency.enter("denoise")
             for group in self._denoisers.groups(job, [len(cond.states) for cond, _ in texts], names):
                 with clock("prepare"):
                     denoiser = self._denoisers.get(
@@ -336,12 +371,14 @@ class Pipeline:
                 finally:
                     for slot in range(len(group)):
                         denoiser.release(slot)
+                    del denoiser  # whose engines may be unloaded next
             if not finals.isfinite().all():
                 raise NumericalError(
                     f"the latents hold {int((~finals.isfinite()).sum())} NaN or infinite values out of {finals.numel()}:"
                     " use a wider dtype (float32), or a smaller guidance scale"
                 )
             with clock("decode"):
+                self._residency.enter("decode")
                 if output_type == "latent":
                     tensors = None
                 elif decoded:
@@ -486,6 +523,7 @@ class Pipeline:
             raise EngineMismatch(
                 f"{self.kind} engines hold weights of their own, which cannot be changed in place: use the torch engine"
             )
+        self._residency.enter("denoise" if _is_network(component) else _STAGES.get(component, "encode"))
         for part in needed:
             self._loader.load(self._loader.records(part)[0])
         return self._weights(component)
@@ -515,8 +553,36 @@ class Pipeline:
         """
         return self._loader.records(component, size)
 
+    @property
+    def memory_budget(self) -> int | None:
+        """The most memory to take, in bytes; None without a budget."""
+        return self._residency.budget
+
+    def memory_plan(
+        self, width: int | None = None, height: int | None = None, *, picture: bool = False
+    ) -> MemoryPlan | None:
+        """How pictures of a size are made within the memory budget; None without one.
+
+        Args:
+            width: in pixels, by default the model's.
+            height: likewise.
+            picture: whether they begin from a picture, which is encoded, as an inpainting model's is.
+
+        Raises:
+            BadRequest: the budget does not hold that size.
+            EngineMismatch: the bundle has no engine for it.
+        """
+        if self.memory_budget is None:
+            return None
+        model = self.bundle.manifest.model
+        size = width or self.defaults.width, height or self.defaults.height
+        workload = Workload(size, picture=model.inpainting or (picture and model.upscaling is None))
+        with self._engines(for_pictures=True):
+            return self._residency.begin(workload)
+
     def images_at_a_time(self, width: int, height: int, *, guidance: bool) -> int:
-        """The largest batch that the bundle's step engines run at once."""
+        """The largest batch that the bundle's step engines run at once, as far as there is room for it."""
+        self.memory_plan(width, height)
         return self._denoisers.images_at_a_time((width, height), guidance=guidance)
 
     # ------------------------------------------------------------------------------------------------ for ldmrt.serving
@@ -657,6 +723,7 @@ class Pipeline:
 
     def _encoded(self, size: tuple[int, int], picture: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """A picture's latents: see `ldmrt.conditioning.encode`."""
+        self._residency.enter("picture")
         encoder = self._loader.load(self._loader.records("encoder", size)[0])
         return encode(encoder, self.bundle.manifest.model, picture, noise, self.device)
 
@@ -757,7 +824,8 @@ def _first_that_loads(load: Callable[[str | None], Pipeline], bundle: Bundle, en
     for kind, following in pairwise([*order, None]):
         try:
             pipe = load(kind)
-            pipe._loader.load_all((pipe.defaults.width, pipe.defaults.height))
+            if pipe.memory_budget is None:  # within which engines come and go, and are torch's, which run everywhere
+                pipe._loader.load_all((pipe.defaults.width, pipe.defaults.height))
         except EngineMismatch as error:
             if following is None:
                 raise

@@ -57,7 +57,7 @@ class Refining:
 
         Args:
             base: the model that begins them.
-            seeds: one for each image, in a row; a generator of each serves both models, so that no noise is drawn twice.
+            seeds: one for each image; a generator of each serves both models, so that no noise is drawn twice.
             own: arguments for the base model alone, such as `image` and `control_image`.
             arguments: for both; see `ldmrt.pipeline.Pipeline`.
 
@@ -66,9 +66,11 @@ class Refining:
             NumericalError: a model made NaN or infinity.
         """
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        asked = {**arguments, "seed": seeds[0], "num_images_per_prompt": len(seeds), "generator": generators}
+        prompt = arguments.get("prompt", "")
+        each = len(seeds) if isinstance(prompt, str) else len(seeds) // len(prompt)
+        asked = {**arguments, "num_images_per_prompt": each, "generator": generators}
         begun = base(**{**asked, **own, "denoising_end": self.start, "output_type": "latent"})
         finished = self.refiner(**asked, image=begun.latents, denoising_start=self.start)
         stages = {**begun.timings, **finished.timings}
         timings = {stage: begun.timings.get(stage, 0.0) + finished.timings.get(stage, 0.0) for stage in stages}
-        return replace(finished, timings=timings)
+        return replace(finished, seeds=tuple(seeds), timings=timings)

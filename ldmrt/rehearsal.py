@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,16 +17,33 @@ from ldmrt.parameters import Parameters
 _META = torch.device("meta")
 
 
-def rehearse(graph: Graph, sizes: Mapping[str, int]) -> None:
+def weightless() -> Parameters:
+    """Weights without contents."""
+    return Parameters(lambda spec: _empty(spec, {}), _META)
+
+
+def rehearse(
+    graph: Graph,
+    sizes: Mapping[str, int],
+    parameters: Parameters | None = None,
+    watching: AbstractContextManager[object] | None = None,
+) -> dict[str, torch.Tensor]:
     """Call the operators of a graph's torch engine in order, on tensors without contents.
 
     Args:
         graph: the engine's graph.
         sizes: of the free dimensions by name.
+        parameters: `weightless`, for engines that share their weights; None for some of its own.
+        watching: what is to see the calls of a run.
+
+    Returns:
+        The outputs.
     """
     with torch.inference_mode(), _Convolutions():  # type: ignore[no-untyped-call]
-        engine = TorchEngine(graph, Parameters(lambda spec: _empty(spec, {}), _META), _META)
-        engine.run({spec.name: _empty(spec, sizes) for spec in graph.inputs})
+        engine = TorchEngine(graph, parameters or weightless(), _META)
+        inputs = {spec.name: _empty(spec, sizes) for spec in graph.inputs}
+        with watching or nullcontext():
+            return engine.run(inputs)
 
 
 class _Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]

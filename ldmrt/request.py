@@ -50,6 +50,9 @@ class Request:
         denoising_end: the share of the schedule after which the latents are left to another model.
         aesthetic_score: for a model that takes one, as refiners do, that of the prompt's pictures; 6 if None.
         negative_aesthetic_score: that of the negative prompt's; 2.5 if None.
+        emphasis: whether brackets in prompts weigh what is in them (`ldmrt.emphasis`); else they are characters like others.
+        variation_seed: of another noise, towards which the first image's is turned; image i has this plus i, and all have the same seed.
+        variation_strength: how far, 0, not at all, to 1.
     """
 
     prompt: str | Sequence[str]
@@ -71,6 +74,9 @@ class Request:
     denoising_end: float | None = None
     aesthetic_score: float | None = None
     negative_aesthetic_score: float | None = None
+    emphasis: bool = False
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +124,7 @@ class Job:
         prompts: at least one.
         negative_prompts: one for each prompt.
         seeds: one for each image.
+        variation_seeds: likewise; none without variation.
         sampler: its name in `ldmrt.samplers.registry`, with its noise levels.
         num_images_per_prompt: see `Request`, as are the others.
         seed_was_drawn: no seed was given; whoever wants the images again needs `seeds`.
@@ -130,6 +137,8 @@ class Job:
     negative_prompts: tuple[str, ...]
     num_images_per_prompt: int
     seeds: tuple[int, ...]
+    variation_seeds: tuple[int, ...]
+    variation_strength: float
     seed_was_drawn: bool
     num_inference_steps: int
     guidance_scale: float
@@ -140,6 +149,7 @@ class Job:
     height: int
     clip_skip: int
     long_prompt: LongPrompt
+    emphasis: bool
     guidance_embedded: bool
     span: Span
     aesthetic_score: float
@@ -175,6 +185,7 @@ def resolve(request: Request, defaults: Defaults) -> Job:
     if seed is None:
         seed = secrets.randbelow(_DRAWN_SEED_LIMIT)
     seed = _whole("seed", seed, low=0, high=_SEED_LIMIT - images)
+    strength, variations = _variation(request, images)
     width, height = _size(request, defaults)
     sampler = _sampler(_either(request.sampler, defaults.sampler))
     eta = _number("eta", request.eta, low=0.0, high=1.0)
@@ -183,7 +194,9 @@ def resolve(request: Request, defaults: Defaults) -> Job:
         prompts=prompts,
         negative_prompts=_negative_prompts(request.negative_prompt, len(prompts)),
         num_images_per_prompt=per_prompt,
-        seeds=tuple(range(seed, seed + images)),
+        seeds=(seed,) * images if variations else tuple(range(seed, seed + images)),
+        variation_seeds=variations,
+        variation_strength=strength,
         seed_was_drawn=request.seed is None,
         num_inference_steps=_whole(
             "num_inference_steps",
@@ -199,6 +212,7 @@ def resolve(request: Request, defaults: Defaults) -> Job:
         height=height,
         clip_skip=_whole("clip_skip", _either(request.clip_skip, 0), low=0, high=defaults.max_clip_skip),
         long_prompt=_one_of("long_prompt", request.long_prompt, get_args(LongPrompt)),
+        emphasis=bool(request.emphasis),
         guidance_embedded=defaults.guidance_embedded,
         span=_span(request, defaults),
         aesthetic_score=_score("aesthetic_score", request.aesthetic_score, defaults, 6.0),
@@ -243,6 +257,25 @@ def _score(name: str, value: float | None, defaults: Defaults, default: float) -
     if value is not None and not defaults.takes_aesthetic_scores:
         raise BadRequest(f"{name} was given, and this model takes none; leave it out", param=name)
     return _number(name, _either(value, default), low=0.0)
+
+
+def _variation(request: Request, images: int) -> tuple[float, tuple[int, ...]]:
+    """How far each image's noise is turned, and the seeds of the noises towards which it is."""
+    strength = _number("variation_strength", request.variation_strength, low=0.0, high=1.0)
+    if strength == 0:
+        if request.variation_seed is not None:
+            raise BadRequest(
+                "variation_strength is 0, at which variation_seed says nothing; give both", param="variation_strength"
+            )
+        return 0.0, ()
+    if request.denoising_start:
+        raise BadRequest(
+            "variation_strength turns the noise that is begun from, and with denoising_start there is none; vary what the other model begins",
+            param="variation_strength",
+        )
+    seed = secrets.randbelow(_DRAWN_SEED_LIMIT) if request.variation_seed is None else request.variation_seed
+    seed = _whole("variation_seed", seed, low=0, high=_SEED_LIMIT - images)
+    return strength, tuple(range(seed, seed + images))
 
 
 def _sampler(value: object) -> Choice:

@@ -9,19 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from ldmrt.emphasis import emphasized, parse
 from ldmrt.engines.protocol import Engine
 from ldmrt.errors import BadRequest
 from ldmrt.request import Job
 from ldmrt.rows import run_rows
-from ldmrt.tokenizer import Tokenizer
+from ldmrt.tokenizer import Tokenizer, TokenWindows
 
-Ids = NDArray[np.int64]
-# Of a prompt and of its negative prompt, for each text encoder (windows, tokens).
-Windows = tuple[tuple[Ids, ...], tuple[Ids, ...]]
+# Of a prompt and of its negative prompt, for each text encoder.
+Windows = tuple[tuple[TokenWindows, ...], tuple[TokenWindows, ...]]
 # What is embedded: windows of tokens for each text encoder, and how many of its last layers are left out.
-_Asked = tuple[tuple[Ids, ...], int]
+_Asked = tuple[tuple[TokenWindows, ...], int]
+# What tells one prompt's windows from another's.
+_Key = tuple[bytes, ...]
 
 # Windows that go through an encoder at once, at most: few different numbers, since each is captured by itself.
 _MOST_WINDOWS = 8
@@ -104,15 +105,16 @@ class PromptEncoder:
         self.pooled_width = next((model.pooled_width for model in models if model.pooled_width), None)
 
     def tokenize(self, job: Job) -> list[Windows]:
-        """For each prompt its windows, int64 (windows, tokens) for each text encoder, and those of its negative prompt: as many
+        """For each prompt its windows for each text encoder, and those of its negative prompt: as many
         of the one as of the other, since guidance compares the two. Warns of what `long_prompt="cut"` drops.
         """
         most = 1 if job.long_prompt == "cut" else None
         pairs = []
         for texts in zip(job.prompts, job.negative_prompts, strict=True):
             count = 1
+            fragments = [parse(text) if job.emphasis else text for text in texts]
             for model in self._models:
-                for what, text in zip(("prompt", "negative prompt"), texts, strict=True):
+                for what, text in zip(("prompt", "negative prompt"), fragments, strict=True):
                     windows = model.tokenizer.windows(text, most)
                     count = max(count, len(windows.ids))
                     if windows.dropped and model is self._models[0]:
@@ -122,8 +124,8 @@ class PromptEncoder:
                             stacklevel=4,
                         )
             ours, theirs = (
-                tuple(model.tokenizer.windows(text, most, min_windows=count).ids for model in self._models)
-                for text in texts
+                tuple(model.tokenizer.windows(text, most, min_windows=count) for model in self._models)
+                for text in fragments
             )
             pairs.append((ours, theirs))
         return pairs
@@ -134,12 +136,12 @@ class PromptEncoder:
         Raises:
             BadRequest: embeddings that were given do not fit the model, the prompts, or each other.
         """
-        known: dict[tuple[bytes, ...], Embedding] = {}
+        known: dict[_Key, Embedding] = {}
 
-        def encode(ids: tuple[Ids, ...]) -> Embedding:
-            key = tuple(one.tobytes() for one in ids)
+        def encode(ours: tuple[TokenWindows, ...]) -> Embedding:
+            key = _key(ours)
             if key not in known:
-                known[key] = self._encode(ids, job.clip_skip)
+                known[key] = self._encode(ours, job.clip_skip)
             return known[key]
 
         prompts = len(job.prompts)
@@ -171,11 +173,11 @@ class PromptEncoder:
         Args:
             images: for each image a job of one prompt, and its windows.
         """
-        asked: dict[tuple[bytes, int], _Asked] = {}
+        asked: dict[tuple[_Key, int], _Asked] = {}
 
-        def key(ids: tuple[Ids, ...], clip_skip: int) -> tuple[bytes, int]:
-            found = b"".join(one.tobytes() for one in ids), clip_skip
-            asked.setdefault(found, (ids, clip_skip))
+        def key(windows: tuple[TokenWindows, ...], clip_skip: int) -> tuple[_Key, int]:
+            found = _key(windows), clip_skip
+            asked.setdefault(found, (windows, clip_skip))
             return found
 
         keys = []
@@ -191,37 +193,44 @@ class PromptEncoder:
 
     def _encode_together(self, asked: Sequence[_Asked]) -> list[Embedding]:
         """Windows of several prompts through each encoder."""
-        counts = [len(ids[0]) if ids else 0 for ids, _ in asked]
+        counts = [len(windows[0].ids) if windows else 0 for windows, _ in asked]
         states: list[list[torch.Tensor]] = [[] for _ in asked]
         pooled: list[torch.Tensor | None] = [None] * len(asked)
         if not self._models:
-            return [self._encode(ids, clip_skip) for ids, clip_skip in asked]
+            return [self._encode(windows, clip_skip) for windows, clip_skip in asked]
         for index, model in enumerate(self._models):
-            windows = torch.from_numpy(np.concatenate([ids[index] for ids, _ in asked])).to(self._device)
+            ids = torch.from_numpy(np.concatenate([windows[index].ids for windows, _ in asked])).to(self._device)
             rows = model.engine.inputs["input_ids"].shape[0]
-            together = min(_MOST_WINDOWS, 1 << (len(windows) - 1).bit_length())
-            found = run_rows(model.engine.run, {"input_ids": windows}, rows if isinstance(rows, int) else together)
+            together = min(_MOST_WINDOWS, 1 << (len(ids) - 1).bit_length())
+            found = run_rows(model.engine.run, {"input_ids": ids}, rows if isinstance(rows, int) else together)
             first = 0
-            for number, ((_, clip_skip), count) in enumerate(zip(asked, counts, strict=True)):
-                states[number].append(found["hidden_states"][clip_skip, first : first + count].flatten(0, 1))
+            for number, ((windows, clip_skip), count) in enumerate(zip(asked, counts, strict=True)):
+                one = found["hidden_states"][clip_skip, first : first + count]
+                states[number].append(self._weighted(one, windows[index]))
                 if "text_embeds" in found:
                     pooled[number] = found["text_embeds"][first]
                 first += count
         return [Embedding(torch.cat(one, dim=-1), vector) for one, vector in zip(states, pooled, strict=True)]
 
-    def _encode(self, ids: tuple[Ids, ...], clip_skip: int) -> Embedding:
+    def _encode(self, ours: tuple[TokenWindows, ...], clip_skip: int) -> Embedding:
         """Windows through each encoder; the pooled embedding is the first window's."""
         states, pooled = [], None
         if not self._models:
             return Embedding(torch.zeros((0, 0), device=self._device))
-        for model, windows in zip(self._models, ids, strict=True):
-            inputs = {"input_ids": torch.from_numpy(windows).to(self._device)}
+        for model, windows in zip(self._models, ours, strict=True):
+            inputs = {"input_ids": torch.from_numpy(windows.ids).to(self._device)}
             rows = model.engine.inputs["input_ids"].shape[0]
             found = run_rows(model.engine.run, inputs, rows if isinstance(rows, int) else None)
-            states.append(found["hidden_states"][clip_skip].flatten(0, 1))
+            states.append(self._weighted(found["hidden_states"][clip_skip], windows))
             if "text_embeds" in found:
                 pooled = found["text_embeds"][0]
         return Embedding(torch.cat(states, dim=-1), pooled)
+
+    def _weighted(self, states: torch.Tensor, windows: TokenWindows) -> torch.Tensor:
+        """States (windows, tokens, width) with the weights of their tokens, one window after the other: (windows * tokens, width)."""
+        if (windows.weights != 1).any():
+            states = emphasized(states, torch.from_numpy(windows.weights).to(self._device))
+        return states.flatten(0, 1)
 
     def _given(self, states: torch.Tensor, pooled: torch.Tensor | None, prefix: str, prompts: int) -> list[Embedding]:
         """Embeddings as given, one for each prompt."""
@@ -247,6 +256,10 @@ class PromptEncoder:
             )
             for i in range(prompts)
         ]
+
+
+def _key(windows: tuple[TokenWindows, ...]) -> _Key:
+    return tuple(each.tobytes() for one in windows for each in (one.ids, one.weights))
 
 
 def _zeros(like: Embedding) -> Embedding:

@@ -2,7 +2,7 @@
 
 It gives the ids of transformers' CLIPTokenizer without transformers: NFC, whitespace runs to one space, lower case, a
 split into letters, single digits and the rest, then byte-level pairs with `</w>` at the end of a word. Weights such as
-`(word:1.2)` have no meaning here; their characters are tokens like any others.
+`(word:1.2)` have no meaning here: `ldmrt.emphasis` takes them out of a prompt first, where that is asked for.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer as Backend, models, normalizers, pre_tokenizers
 
 from ldmrt import wordpiece
+from ldmrt.emphasis import Fragment
 from ldmrt.errors import BadRequest, BundleError
 
 _PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -44,10 +45,12 @@ class TokenWindows:
 
     Attributes:
         ids: int64 (windows, model_max_length), each row bos, up to model_max_length - 2 tokens, eos, then padding.
+        weights: float32 (windows, model_max_length), what the states of each token are multiplied by; 1 but for emphasis.
         dropped: the end of the prompt that found no room, as the user wrote it; empty when everything is in `ids`.
     """
 
     ids: NDArray[np.int64]
+    weights: NDArray[np.float32]
     dropped: str
 
 
@@ -181,7 +184,9 @@ class Tokenizer:
         """
         return self._encode(prompt)[0]
 
-    def windows(self, prompt: str, max_windows: int | None = None, *, min_windows: int = 1) -> TokenWindows:
+    def windows(
+        self, prompt: str | Sequence[Fragment], max_windows: int | None = None, *, min_windows: int = 1
+    ) -> TokenWindows:
         """Cut a prompt into windows of model_max_length - 2 tokens, between bos and eos each.
 
         A window that overflows ends at its last comma instead, if that is among its last 20 tokens, so that what a comma
@@ -189,7 +194,7 @@ class Tokenizer:
         the brim instead, as nothing follows it: `max_windows=1` cuts where diffusers does.
 
         Args:
-            prompt: the text; empty is one empty window.
+            prompt: the text, empty is one empty window; or its fragments, each made into tokens by itself, with the weight of those.
             max_windows: at most this many windows; what does not fit is in `dropped`. None for all that are needed.
             min_windows: at least this many, the last ones empty: a negative prompt needs as many as its prompt.
 
@@ -198,7 +203,17 @@ class Tokenizer:
         """
         if max_windows is not None and max_windows < 1:
             raise BadRequest(f"max_windows is {max_windows}, expected 1 or more", param="max_windows")
-        ids, starts = self._encode(prompt)
+        fragments = [Fragment(prompt, 1.0)] if isinstance(prompt, str) else prompt
+        ids: list[int] = []
+        starts: list[int] = []
+        scales: list[float] = []
+        text = ""
+        for fragment in fragments:
+            more, places = self._encode(fragment.text)
+            ids += more
+            starts += [len(text) + place for place in places]
+            scales += [fragment.weight] * len(more)
+            text += fragment.text
         room = self.model_max_length - 2
         own = set(self.spare_ids)
         within = {i for i in range(1, len(ids)) if ids[i] in own and starts[i] == starts[i - 1]}
@@ -207,16 +222,18 @@ class Tokenizer:
         if max_windows is not None and len(ends) > max_windows:
             end = (ends[max_windows - 2] if max_windows > 1 else 0) + room
             ends = [*ends[: max_windows - 1], end]
-            dropped = prompt[starts[end] :]
+            dropped = text[starts[end] :]
         rows = np.full((max(len(ends), min_windows), self.model_max_length), self.pad_id, dtype=np.int64)
         rows[:, 0] = self.bos_id
         rows[len(ends) :, 1] = self.eos_id
+        weights = np.ones(rows.shape, dtype=np.float32)
         begin = 0
-        for row, end in zip(rows, ends, strict=False):
+        for row, scale, end in zip(rows, weights, ends, strict=False):
             row[1 : end - begin + 1] = ids[begin:end]
+            scale[1 : end - begin + 1] = scales[begin:end]
             row[end - begin + 1] = self.eos_id
             begin = end
-        return TokenWindows(rows, dropped)
+        return TokenWindows(rows, weights, dropped)
 
     def _encode(self, prompt: str) -> tuple[list[int], list[int]]:
         """The ids, and for each the index in `prompt` of the character it begins in."""

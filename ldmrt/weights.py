@@ -93,6 +93,10 @@ class WeightFile(Mapping[str, torch.Tensor]):
         if self._mapped is not None and last > first:
             self._mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
+    def unmap(self) -> None:
+        """Leave the file; tensors that are still in use keep what they have. Read again, a tensor is what the file says."""
+        self._mapped = self._memory = None
+
     def _map(self) -> torch.Tensor:
         if self._memory is None:
             with self.path.open("rb") as file:

@@ -114,13 +114,13 @@ def test_version(run: Run) -> None:
 
 
 def test_a_prompt_is_for_models_that_read_one(
-    run: Run, tiny_bundle: Path, write_model_ldm: Callable[..., None], tmp_path: Path
+    run: Run, tiny_bundle: Path, tiny_model_ldm: Path, tmp_path: Path
 ) -> None:
     code, _, error = run("generate", "--engines", tiny_bundle, "--device", "cpu")
     assert code == 2
-    assert "it is missing, and tiny draws what a text says; give one" in " ".join(error.replace("│", " ").split())
-    write_model_ldm(tmp_path / "ldm", seed=5, codebook=False)
-    ldmrt.build_engines(tmp_path / "ldm", tmp_path / "b", dtype="float32")
+    wanted = 'it is missing, and tiny draws what a text says; give one, "" for none, or --prompts FILE'
+    assert wanted in " ".join(error.replace("│", " ").split())
+    ldmrt.build_engines(tiny_model_ldm, tmp_path / "b", dtype="float32")
     out = tmp_path / "o.png"
     assert run("generate", "--engines", tmp_path / "b", "--steps", 1, "--out", out, "--device", "cpu").code == 0
     assert out.is_file()
@@ -272,9 +272,89 @@ def test_generate_json(generate: Run, tiny_bundle: Path) -> None:
     }
 
 
+def test_variations_go_on_over_batches(generate: Run) -> None:
+    """Three pictures, two at a time."""
+    ended = generate(
+        "--seed", 7, "--variation-seed", 70, "--variation-strength", 0.2, "--num-images", 3, "--out", "v.png", "--json"
+    )
+    document = json.loads(ended.out)
+    assert [image["seed"] for image in document["images"]] == [7, 7, 7]
+    assert len({image["sha256"] for image in document["images"]}) == 3
+    assert (document["settings"]["variation_seed"], document["settings"]["variation_strength"]) == (70, 0.2)
+    settings = [parse_parameters(read_parameters(f"v-{number}.png") or "").settings for number in range(3)]
+    assert [one["Variation seed"] for one in settings] == ["70", "71", "72"]
+    assert {one["Variation seed strength"] for one in settings} == {"0.2"}
+
+
+def test_prompts_of_a_file(run: Run, generate: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five pictures, two at a time, stopped after three: the rest is made later, each as it would be alone."""
+    Path("prompts.jsonl").write_text(
+        '{"prompt": "a red circle", "seed": 7}\n\n{"prompt": "a blue square"}\n'
+        '{"prompt": "the big circle", "negative_prompt": "blue", "seed": 3}\n{"prompt": "a photo"}\n{"prompt": "on"}\n'
+    )
+
+    def bulk(*args: object) -> Ended:
+        common = ("--engines", tiny_bundle, "--steps", 2, "--device", "cpu", "--seed", 40)
+        return run("generate", "--prompts", "prompts.jsonl", "--out", "all", *common, *args)
+
+    with monkeypatch.context() as patch:
+        saved: list[Path] = []
+
+        def stop(image: Any, path: Path, **options: Any) -> None:
+            if len(saved) == 3:
+                raise KeyboardInterrupt
+            saved.append(path)
+            save(image, path, **options)
+
+        save = ldmrt.image.save
+        patch.setattr(ldmrt.image, "save", stop)
+        assert bulk().code == 130
+    with Path("all/metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "0000')  # and killed while it wrote
+    names = ["000001-0.png", "000003-0.png", "000004-0.png", "000005-0.png", "000006-0.png"]
+    document = json.loads(bulk("--json").out)
+    assert [Path(image["path"]).name for image in document["images"]] == names[3:]
+    assert bulk().out.startswith("0 pictures made, 5 were there: all\n")
+    records = [json.loads(line) for line in Path("all/metadata.jsonl").read_text().splitlines()]
+    assert (
+        [record["file_name"] for record in records] == names == sorted(path.name for path in Path("all").glob("*.png"))
+    )
+    # A line that says no seed counts on from --seed.
+    assert [record["seed"] for record in records] == [7, 41, 3, 43, 44]
+    assert [record["negative_prompt"] for record in records] == ["", "", "blue", "", ""]
+    for record in records:
+        pixels = content(Path("all") / record["file_name"])
+        assert hashlib.sha256(pixels.tobytes()).hexdigest() == record["sha256"]
+        text = ("--negative-prompt", record["negative_prompt"], "--seed", record["seed"], "--out", "one.png")
+        assert run("generate", record["prompt"], "--engines", tiny_bundle, "--steps", 2, *text).code == 0
+        assert np.allclose(pixels.astype(int), content(Path("one.png")), atol=1)
+        parameters = [read_parameters(path) for path in (Path("all") / record["file_name"], Path("one.png"))]
+        assert parameters[0] == parameters[1]
+    Path("all/000004-0.png").unlink()
+    assert bulk().out.startswith("1 pictures made, 4 were there")
+    refused(
+        bulk("--guidance-scale", 3), "000001-0.png was made with guidance_scale '7.5', now it is '3.0'; choose another"
+    )
+    refused(generate("--prompts", "prompts.jsonl", "--out", "all"), "given twice")
+    refused(run("generate", "--prompts", "prompts.jsonl", "--engines", tiny_bundle), "give --out DIR")
+    refused(bulk("--variation-strength", 0.5), "variations are of one picture")
+
+
+def test_generate_within_a_memory_budget(generate: Run) -> None:
+    plain, tight = (
+        json.loads(generate("--seed", 3, "--json", *more).out) for more in ([], ["--memory-budget", "1 GB"])
+    )
+    assert tight["images"][0]["sha256"] == plain["images"][0]["sha256"]
+    assert "memory_plan" not in plain
+    assert tight["memory_plan"]["budget"] == 10**9 > tight["memory_plan"]["needed"] > 0
+    assert tight["memory_plan"]["staged"] == []
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (["--memory-budget", "much"], ["--memory-budget is 'much', expected", "6GB"]),
+        (["--memory-budget", "1KB"], ["--memory-budget is 0.0 MB, and the stage", "raise it"]),
         (["--steps", "0"], ["--steps is 0, expected"]),
         (["--steps", "100000"], ["--steps is 100000, expected"]),
         (["--guidance-scale", "-1"], ["--guidance-scale is -1", "expected"]),
@@ -387,6 +467,8 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         "m.yaml",
         "--tokenizer",
         "t",
+        "--decoder-tile",
+        256,
         "--json",
     )
     assert given == {
@@ -408,6 +490,7 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         "controlnets": [Path("edges")],
         "config": Path("m.yaml"),
         "tokenizer": Path("t"),
+        "decoder_tile": 256,
     }
     assert ended.err == ""
     document = json.loads(ended.out)

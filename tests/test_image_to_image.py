@@ -179,6 +179,18 @@ def test_latents_in_the_place_of_a_picture(tiny_bundle: Path, tiny_model: Path) 
         pipe(PROMPT, image=latents.expand(3, 4, 8, 8), **QUICK)
 
 
+def test_variations_turn_the_noise_that_a_picture_is_given(tiny_bundle: Path) -> None:
+    """All of the way there is the other seed's picture; the picture itself is not turned."""
+    pipe = Pipeline.from_bundle(tiny_bundle)
+    asked: dict[str, Any] = {**QUICK, "image": torch.randn(1, 4, 8, 8, generator=generator(2)), "strength": 0.5}
+    plain, other = (pipe(PROMPT, **{**asked, "seed": seed}).latents for seed in (3, 9))
+    there, near = (
+        pipe(PROMPT, **asked, variation_seed=9, variation_strength=strength).latents for strength in (1.0, 0.1)
+    )
+    assert relative(there, other) < LATENTS
+    assert 100 * LATENTS < relative(near, plain) < relative(other, plain)
+
+
 def test_with_a_controlnet(tiny_bundle_controlled: Path, tiny_model: Path, tiny_controlnets: list[Path]) -> None:
     from diffusers import ControlNetModel, StableDiffusionControlNetImg2ImgPipeline
 
@@ -231,6 +243,10 @@ def test_without_strength_it_is_the_models(tiny_bundle: Path, refiner: Pipeline)
             {"image": torch.zeros(1, 4, 8, 8), "denoising_start": 0.7, "latents": torch.zeros(1, 4, 8, 8)},
             "latents stands for noise",
         ),
+        (
+            {"image": torch.zeros(1, 4, 8, 8), "denoising_start": 0.7, "variation_strength": 0.5},
+            "with denoising_start there is none; vary what the other model begins",
+        ),
         ({"image": np.zeros((64, 64, 3))}, "image is an array of float64"),
     ],
 )
@@ -276,6 +292,17 @@ def test_generate(
         assert np.array_equal(np.asarray(found), np.asarray(expected))
         assert "Refiner: tiny-refiner, Refiner switch at: 0.7" in found.info["parameters"]
 
+    lines = ['{"prompt": "a blue square", "seed": 9}', '{"prompt": "a circle", "seed": 1}']
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    bulk = ["generate", "--prompts", tmp_path / "prompts.jsonl", *engines, "--refiner", tiny_bundle_refiner]
+    bulk += ["--refiner-start", 0.7, "--steps", 10, "--device", "cpu", "--out", tmp_path / "all"]
+    assert run(*bulk) == 0
+    assert run(*bulk) == 0
+    assert "0 pictures made, 2 were there" in capsys.readouterr().out
+    with Image.open(tmp_path / "all" / "000002-0.png") as found:
+        # Two at a time: sums may be taken in another order.
+        assert np.allclose(np.asarray(found, dtype=int), np.asarray(expected, dtype=int), atol=1)
+
     # Both models learn a word.
     word = tmp_path / "w.safetensors"
     save_file({"clip_l": 3 * torch.ones(1, 32), "clip_g": 3 * torch.ones(1, 40)}, word)
@@ -293,6 +320,10 @@ def test_generate(
         ([*engines, "--refiner-start", 0.7], "--refiner-start says nothing without --refiner"),
         ([*engines, "--refiner", tiny_bundle_refiner, "--refiner-start", 0.01], "is no step at all"),
         ([*engines, "--refiner", tmp_path], "is not a bundle"),
+        (
+            [*engines, "--refiner", tiny_bundle_refiner, "--memory-budget", "1GB"],
+            "--memory-budget is kept by one model",
+        ),
     ):
         assert run(*command, *wrong) in (1, 2)
         error = capsys.readouterr().err

@@ -67,6 +67,16 @@ def test_a_seed_that_was_drawn_is_reported(pipe: Pipeline) -> None:
     assert torch.equal(pipe(PROMPT, seed=first.seeds[0], **QUICK).latents, first.latents)
 
 
+def test_a_variation_goes_from_one_seeds_picture_to_anothers(pipe: Pipeline) -> None:
+    here, there = (pipe(PROMPT, seed=seed, **QUICK).latents for seed in (5, 9))
+    varied = pipe(PROMPT, seed=5, variation_seed=9, variation_strength=0.1, num_images_per_prompt=3, **QUICK)
+    assert (varied.seeds, varied.job.variation_seeds) == ((5, 5, 5), (9, 10, 11))
+    assert torch.equal(pipe(PROMPT, seed=5, variation_seed=9, variation_strength=1.0, **QUICK).latents, there)
+    alone = pipe(PROMPT, seed=5, variation_seed=11, variation_strength=0.1, **QUICK)
+    assert relative(alone.latents[0], varied.latents[2]) < 1e-5
+    assert all(0 < relative(one, here[0]) < relative(there[0], here[0]) for one in varied.latents)
+
+
 def test_the_callers_random_state_is_left_alone(pipe: Pipeline) -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)

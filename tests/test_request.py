@@ -32,6 +32,8 @@ def test_defaults_of_the_model() -> None:
         negative_prompts=("",),
         num_images_per_prompt=1,
         seeds=(5,),
+        variation_seeds=(),
+        variation_strength=0.0,
         seed_was_drawn=False,
         num_inference_steps=50,
         guidance_scale=7.5,
@@ -42,6 +44,7 @@ def test_defaults_of_the_model() -> None:
         height=512,
         clip_skip=0,
         long_prompt="chunk",
+        emphasis=False,
         guidance_embedded=False,
         span=WHOLE,
         aesthetic_score=6.0,
@@ -96,6 +99,12 @@ def test_a_seed_is_drawn_and_reported() -> None:
         assert job.seeds[1] == job.seeds[0] + 1
 
 
+def test_variations_of_a_picture_have_its_seed() -> None:
+    job = ask(seed=5, variation_seed=70, variation_strength=0.25, num_images_per_prompt=3)
+    assert (job.seeds, job.variation_seeds, job.variation_strength) == ((5, 5, 5), (70, 71, 72), 0.25)
+    assert len({ask(seed=5, variation_strength=1).variation_seeds for _ in range(20)}) == 20
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
@@ -137,6 +146,9 @@ def test_a_seed_is_drawn_and_reported() -> None:
         ({"width": 64}, "width", "there is no engine for 64x512, this bundle has: 512x512, 512x768;"),
         ({"height": 64}, "height", "ldmrt build-engines MODEL --out DIR --size 512x64"),
         ({"clip_skip": -1}, "clip_skip", "clip_skip is -1, expected 0 to 11"),
+        ({"variation_strength": 1.1}, "variation_strength", "is 1.1, expected a number from 0 to 1"),
+        ({"variation_seed": 3}, "variation_strength", "at which variation_seed says nothing; give both"),
+        ({"variation_seed": -3, "variation_strength": 1}, "variation_seed", "is -3, expected 0 to"),
         ({"long_prompt": "wrap"}, "long_prompt", "long_prompt is 'wrap', expected one of: chunk, cut"),
     ],
 )

@@ -73,22 +73,22 @@ def job(prompt: str | list[str], **fields: object) -> Job:
 def test_a_prompt_and_its_negative_have_as_many_windows(encoder: PromptEncoder) -> None:
     long = "a b c " * 60
     (((ours,), (theirs,)),) = encoder.tokenize(job(long, negative_prompt="x"))
-    assert len(ours) == len(theirs) > 1
+    assert len(ours.ids) == len(theirs.ids) > 1
     (((ours,), (theirs,)),) = encoder.tokenize(job("x", negative_prompt=long))
-    assert len(ours) == len(theirs) > 1
+    assert len(ours.ids) == len(theirs.ids) > 1
 
 
 def test_cutting_warns(encoder: PromptEncoder) -> None:
     with pytest.warns(UserWarning, match="the prompt is longer than the text encoder"):
         (((ours,), _),) = encoder.tokenize(job("a b c " * 60, long_prompt="cut"))
-    assert len(ours) == 1
+    assert len(ours.ids) == 1
 
 
 def test_windows_follow_one_another(encoder: PromptEncoder) -> None:
     asked = job("a b c " * 60)
     windows = encoder.tokenize(asked)
     ((cond, uncond),) = encoder.embed(asked, windows, NOTHING)
-    assert cond.states[:, 0].tolist() == windows[0][0][0].flatten().tolist()
+    assert cond.states[:, 0].tolist() == windows[0][0][0].ids.flatten().tolist()
     assert uncond is not None
     assert uncond.states.shape == cond.states.shape
 
@@ -100,7 +100,7 @@ def test_an_engine_of_one_row_takes_the_windows_one_by_one(tiny_model: Path, enc
     windows = narrow.tokenize(asked)
     (one,), (all_at_once,) = (each.embed(asked, windows, NOTHING) for each in (narrow, encoder))
     assert torch.equal(one[0].states, all_at_once[0].states)
-    assert engine.runs == sum(len(ids) for ids in (windows[0][0][0], windows[0][1][0]))
+    assert engine.runs == sum(len(one.ids) for one in (windows[0][0][0], windows[0][1][0]))
 
 
 def test_clip_skip_is_a_layer(encoder: PromptEncoder) -> None:
@@ -201,6 +201,24 @@ def test_prompts_of_several_requests_are_encoded_together(encoder: PromptEncoder
         assert (uncond is None) == (negative is None)
         if uncond is not None and negative is not None:
             assert torch.equal(uncond.states, negative.states)
+
+
+def test_emphasis_is_each_requests_own(encoder: PromptEncoder) -> None:
+    """Of the same tokens; the mean that a window is scaled to is of its own prompt."""
+    jobs = [
+        job("a (red:1.5) circle", emphasis=True),
+        job("a red circle"),
+        job("a (red:0.5) circle", negative_prompt="[blue]", emphasis=True),
+    ]
+    images = [(one, encoder.tokenize(one)[0]) for one in jobs]
+    assert len({windows[0][0].ids.tobytes() for _, windows in images}) == 1
+    found = encoder.embed_together(images)
+    for (one, windows), pair in zip(images, found, strict=True):
+        for state, expected in zip(pair, encoder.embed(one, [windows], NOTHING)[0], strict=True):
+            assert state is not None
+            assert expected is not None
+            assert torch.equal(state.states, expected.states)
+    assert len({cond.states.numpy().tobytes() for cond, _ in found}) == 3
 
 
 def test_an_empty_negative_prompt_is_zeros_for_several_too(encoder_xl: PromptEncoder) -> None:

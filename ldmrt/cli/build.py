@@ -91,6 +91,13 @@ def build_engines(
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of BERT's vocabulary, for such a model that reads text.")
     ] = None,
+    decoder_tile: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            help="Make a decoder of PIXELS x PIXELS too, for larger pictures where memory is scarce (generate --memory-budget).",
+        ),
+    ] = None,
     json: Json = False,
     _verbose: Verbose = False,
 ) -> None:
@@ -120,6 +127,7 @@ def build_engines(
             controlnets=controlnet or (),
             config=config,
             tokenizer=tokenizer,
+            decoder_tile=decoder_tile,
             on_progress=lambda what, done, total: update(description=what, completed=done, total=total),
         )
     seconds = time.perf_counter() - started

@@ -22,11 +22,14 @@ _FLAGS = {
     "eta": "--eta",
     "guidance_rescale": "--guidance-rescale",
     "guidance_scale": "--guidance-scale",
+    "memory_budget": "--memory-budget",
     "num_images_per_prompt": "--num-images",
     "num_inference_steps": "--steps",
     "sampler": "--sampler",
     "seed": "--seed",
     "strength": "--strength",
+    "variation_seed": "--variation-seed",
+    "variation_strength": "--variation-strength",
 }
 
 

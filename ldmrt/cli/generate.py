@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ldmrt.bulk import Album, Order, read_orders
 from ldmrt.cli.options import (
     Dtype,
     EmbeddingChoice,
@@ -53,6 +54,14 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="What the picture shows; not for a model that reads no text.")
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='Instead of PROMPT: lines of JSON, each with "prompt" and perhaps "negative_prompt" and "seed". Pictures go into the folder '
+            "--out, which is gone on with where it was stopped.",
+        ),
+    ] = None,
     engines: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A bundle made by build-engines. Default: the built-in model.")
     ] = None,
@@ -70,6 +79,15 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Image i is drawn from seed N + i. Default: drawn, and reported.")
     ] = None,
+    variation_seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Turn the noise of all pictures, which is that of --seed, towards that of seed N + i."
+        ),
+    ] = None,
+    variation_strength: Annotated[
+        float, typer.Option(metavar="F", help="How far, 0 (not at all) to 1 (the picture of the other seed).")
+    ] = 0.0,
     num_images: Annotated[int, typer.Option(metavar="N", help="How many pictures.")] = 1,
     size: Annotated[
         Size | None,
@@ -81,6 +99,10 @@ def generate(
     long_prompt: Annotated[
         LongPromptChoice, typer.Option(help="A prompt beyond the text encoder's window: in several windows, or cut.")
     ] = LongPromptChoice.chunk,
+    emphasis: Annotated[
+        bool,
+        typer.Option("--emphasis", help="(word), (word:1.3) and [word] weigh the word, as in AUTOMATIC1111's web UI."),
+    ] = False,
     lora: Annotated[list[LoraChoice] | None, lora_option("LoRA to add to the weights")] = None,
     embedding: Annotated[
         list[EmbeddingChoice] | None,
@@ -172,6 +194,13 @@ def generate(
             help="Where to run. Default: LDMRT_DEVICE, or a GPU if there is one.",
         ),
     ] = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The most memory to take, such as 6GB: parts of the model then come and go, large pictures are decoded in tiles.",
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -188,7 +217,12 @@ def generate(
 
     config = from_env(os.environ)
     destination = Destination.of(out, several=num_images > 1)
-    destination.check()
+    orders = None
+    if prompts is not None:
+        _check_bulk(prompt, out, variation_strength)
+        orders = read_orders(prompts, negative_prompt=negative_prompt or "", seed=seed, per_prompt=num_images)
+    else:
+        destination.check()
 
     import torch
 
@@ -209,14 +243,16 @@ def generate(
         dtype=None if dtype is Dtype.auto else dtype.value,
         fallback=fallback,
         weight_budget=None if weight_budget is None else weight_budget << 20,
+        memory_budget=memory_budget,
     )
     with shown_warnings():
-        refining = _refining(open_bundle, refiner, refiner_start)
+        refining = _refining(open_bundle, refiner, refiner_start, memory_budget)
         pipe = open_bundle(engines)
-    if prompt is None and pipe.bundle.manifest.model.tokenizers:
+    if prompt is None and orders is None and pipe.bundle.manifest.model.tokenizers:
         name = pipe.bundle.manifest.model.name
         raise typer.BadParameter(
-            f'it is missing, and {name} draws what a text says; give one, "" for none', param_hint="PROMPT"
+            f'it is missing, and {name} draws what a text says; give one, "" for none, or --prompts FILE',
+            param_hint="PROMPT",
         )
     job = resolve(
         Request(
@@ -235,6 +271,9 @@ def generate(
             long_prompt=long_prompt.value,
             has_image="image" in given,
             strength=strength,
+            emphasis=emphasis,
+            variation_seed=variation_seed,
+            variation_strength=variation_strength,
         ),
         pipe.defaults,
     )
@@ -248,28 +287,37 @@ def generate(
             model.load_textual_inversion(path, token)
     timings = {"load": time.perf_counter() - started}
     with shown_warnings():
-        pictures = _draw(pipe, job, given, destination, timings, planned, refining)
+        if orders is not None:
+            album = Album(Path(out or "."), _common(pipe, job, given, refining))
+            pictures = _draw_all(pipe, job, given, orders, album, timings, refining)
+        else:
+            pictures = _draw(pipe, job, given, destination, timings, planned, refining)
     timings["total"] = time.perf_counter() - started
     if json:
         print_json(
             {
                 "images": pictures,
                 "timings": {stage: round(seconds, 4) for stage, seconds in timings.items()},
-                "settings": _settings(pipe, job, given, refining),
+                "settings": (_settings if orders is None else _common)(pipe, job, given, refining),
+                **_memory(pipe, job, given),
             }
         )
         return
-    for picture in pictures:
+    if orders is not None:
+        typer.echo(f"{len(pictures)} pictures made, {len(orders) - len(pictures)} were there: {out}")
+    for picture in pictures if orders is None else ():
         typer.echo(f"{picture['path']}  {picture['width']}x{picture['height']}  seed {picture['seed']}")
     stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in timings.items() if stage != "total")
     typer.echo(f"{timings['total']:.2f} s: {stages}")
 
 
-def _refining(open_bundle: Callable[[Path], Pipeline], refiner: Path | None, start: float | None) -> Refining | None:
+def _refining(
+    open_bundle: Callable[[Path], Pipeline], refiner: Path | None, start: float | None, memory_budget: str | None
+) -> Refining | None:
     """The refiner that finishes the pictures, if there is one.
 
     Raises:
-        BadRequest: there is none, and a start was given.
+        BadRequest: there is none, and a start was given; there is one, and a memory budget.
         LdmrtError: its bundle cannot be used.
     """
     from ldmrt.refining import START, Refining
@@ -280,6 +328,10 @@ def _refining(open_bundle: Callable[[Path], Pipeline], refiner: Path | None, sta
                 "--refiner-start says nothing without --refiner; give --refiner DIR", param="refiner_start"
             )
         return None
+    if memory_budget is not None:
+        raise BadRequest(
+            "--memory-budget is kept by one model, and --refiner brings another; leave one of them out", param="refiner"
+        )
     return Refining(open_bundle(refiner), START if start is None else start)
 
 
@@ -348,17 +400,15 @@ def _draw(
             asked: dict[str, Any] = {
                 "prompt": job.prompts[0],
                 "negative_prompt": job.negative_prompts[0],
-                "num_inference_steps": job.num_inference_steps,
-                "guidance_scale": job.guidance_scale,
-                "sampler": job.sampler,
-                "eta": job.eta,
-                "width": job.width,
-                "height": job.height,
-                "guidance_rescale": job.guidance_rescale,
-                "long_prompt": job.long_prompt,
+                **_arguments(job),
                 "on_step": lambda step, latents: update(advance=len(latents)),
             }
-            own = {"clip_skip": job.clip_skip, **given}
+            own = {
+                "clip_skip": job.clip_skip,
+                "variation_seed": job.variation_seeds[first] if job.variation_seeds else None,
+                "variation_strength": job.variation_strength,
+                **given,
+            }
             if refining is None:
                 result = pipe(**asked, **own, seed=seeds[0], num_images_per_prompt=len(seeds))
             else:
@@ -381,6 +431,100 @@ def _draw(
     return pictures
 
 
+def _draw_all(
+    pipe: Pipeline,
+    job: Job,
+    given: dict[str, Any],
+    orders: list[Order],
+    album: Album,
+    timings: dict[str, float],
+    refining: Refining | None,
+) -> list[dict[str, Any]]:
+    """Make the pictures of many prompts that are not there yet, as many at a time as an engine takes. Adds to `timings`."""
+    import hashlib
+
+    import torch
+
+    from ldmrt.image import save
+
+    left = album.missing(orders)
+    at_a_time = pipe.images_at_a_time(job.width, job.height, guidance=job.do_cfg)
+    pictures = []
+    with progress_bar("pictures") as update:
+        update(total=len(orders), completed=len(orders) - len(left))
+        started = time.perf_counter()
+        for first in range(0, len(left), at_a_time):
+            batch = left[first : first + at_a_time]
+            seeds = [order.seed for order in batch]
+            asked: dict[str, Any] = {
+                "prompt": [order.prompt for order in batch],
+                "negative_prompt": [order.negative_prompt for order in batch],
+                **_arguments(job),
+            }
+            own = {"clip_skip": job.clip_skip, **given}
+            if refining is None:
+                generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+                result = pipe(**asked, **own, generator=generators)
+            else:
+                result = refining.draw(pipe, seeds, own, **asked)
+            saving = time.perf_counter()
+            for order, image in zip(batch, result.images, strict=True):
+                one = replace(
+                    job, prompts=(order.prompt,), negative_prompts=(order.negative_prompt,), seeds=(order.seed,)
+                )
+                path = album.folder / order.file_name
+                save(image, path, parameters=_parameters(pipe, one, given, 0, refining))
+                digest = hashlib.sha256(image.tobytes()).hexdigest()
+                album.add(order, digest)
+                sides = {"width": job.width, "height": job.height}
+                pictures.append({"path": str(path), "seed": order.seed, **sides, "sha256": digest})
+            for stage, seconds in {**result.timings, "save": time.perf_counter() - saving}.items():
+                timings[stage] = timings.get(stage, 0.0) + seconds
+            rate = len(pictures) / (time.perf_counter() - started)
+            rest = round((len(left) - len(pictures)) / rate)
+            shown = f"{rate:.2f} images/s, {rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d} left"
+            update(advance=len(batch), description=shown)
+    return pictures
+
+
+def _arguments(job: Job) -> dict[str, Any]:
+    """What calls are told of a job, the base model's and a refiner's, besides prompts and seeds."""
+    names = ("num_inference_steps", "guidance_scale", "guidance_rescale", "sampler", "eta", "width", "height")
+    return {name: getattr(job, name) for name in (*names, "long_prompt", "emphasis")}
+
+
+def _check_bulk(prompt: str | None, out: str | None, variation_strength: float) -> None:
+    """Refuse what does not go with a file of prompts.
+
+    Raises:
+        BadRequest: see the messages.
+    """
+    if prompt is not None:
+        raise BadRequest("prompts are given twice, as PROMPT and as --prompts; leave one of them out", param="prompts")
+    if out is None or Path(out).is_file():
+        raise BadRequest("the pictures of --prompts need a folder; give --out DIR", param="out")
+    if variation_strength:
+        raise BadRequest(
+            f"variation_strength is {variation_strength:g}, and variations are of one picture; leave it out with --prompts",
+            param="variation_strength",
+        )
+
+
+def _common(pipe: Pipeline, job: Job, given: dict[str, Any], refining: Refining | None) -> dict[str, Any]:
+    """What pictures of many prompts have in common, and what must be the same for going on with them."""
+    own = (
+        "prompt",
+        "negative_prompt",
+        "seed",
+        "num_images",
+        "variation_seed",
+        "variation_strength",
+        "bundle",
+        "device",
+    )
+    return {name: value for name, value in _settings(pipe, job, given, refining).items() if name not in own}
+
+
 def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int, refining: Refining | None) -> str:
     import ldmrt
     from ldmrt.image import parameters_text
@@ -390,6 +534,9 @@ def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int, re
         extra["Guidance rescale"] = f"{job.guidance_rescale:g}"
     if job.clip_skip:
         extra["Clip skip"] = job.clip_skip + 1  # AUTOMATIC1111 counts from 1
+    if job.variation_seeds:  # the names of AUTOMATIC1111
+        extra["Variation seed"] = job.variation_seeds[number]
+        extra["Variation seed strength"] = f"{job.variation_strength:g}"
     if pipe.loras:
         extra["LoRAs"] = ", ".join(f"{name}: {scale:g}" for name, scale in pipe.loras.items())
     if pipe.textual_inversions:
@@ -423,6 +570,11 @@ def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int, re
     )
 
 
+def _memory(pipe: Pipeline, job: Job, given: dict[str, Any]) -> dict[str, Any]:
+    plan = pipe.memory_plan(job.width, job.height, picture="image" in given)
+    return {} if plan is None else {"memory_plan": plan.to_dict()}
+
+
 def _settings(pipe: Pipeline, job: Job, given: dict[str, Any], refining: Refining | None) -> dict[str, Any]:
     refined: dict[str, Any] = {}
     if refining is not None:
@@ -441,8 +593,11 @@ def _settings(pipe: Pipeline, job: Job, given: dict[str, Any], refining: Refinin
         "height": job.height,
         "clip_skip": job.clip_skip,
         "long_prompt": job.long_prompt,
+        "emphasis": job.emphasis,
+        "variation_seed": job.variation_seeds[0] if job.variation_seeds else None,
+        "variation_strength": job.variation_strength,
         "loras": pipe.loras,
-        "embeddings": pipe.textual_inversions,
+        "embeddings": list(pipe.textual_inversions),
         "controlnets": [record.name for record in pipe.bundle.manifest.controlnets] if "control_image" in given else [],
         **{name: value for name, value in given.items() if not name.endswith(("image", "segmentation"))},
         **refined,

@@ -8,6 +8,7 @@ once, under CUDA graph capture; on a CPU it runs as it is.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -410,6 +411,23 @@ def _packed(graph: Graph) -> dict[str, Node]:
             packed[node.name] = node
             static.add(node.name)
     return packed
+
+
+def packing(graph: Graph) -> int:
+    """Bytes that a graph's weights take on a CPU beyond their own size: those of convolutions in float32 are kept at the points of minimal
+    filtering (`ldmrt.kernels.winograd`); what else is packed stays as large as it is.
+    """
+    shapes: dict[str, tuple[Any, ...]] = {name: spec.shape for name, spec in graph.weights.items()}
+    shapes |= {node.name: node.shape for node in graph.nodes}
+    more: dict[tuple[str, int], int] = {}
+    for node in graph.nodes:
+        if node.op == "ldmrt.conv2d.default" and isinstance(node.args[1], Ref):
+            weight = node.args[1].name
+            side = _of_convolution(node, shapes[weight])[2]
+            if side is not None:
+                one_point = math.prod(shapes[weight][:2]) * node.dtype.itemsize
+                more[weight, side] = one_point * ((side + 2) ** 2 - 9)
+    return sum(more.values())
 
 
 def has_dim(argument: Argument) -> bool:

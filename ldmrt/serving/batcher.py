@@ -42,13 +42,19 @@ class Batcher:
             and changes a picture by rounding.
 
     Raises:
-        BadRequest: the bundle has no such batch, or `max_waiting` is less than 1.
+        BadRequest: the bundle has no such batch, `max_waiting` is less than 1, or the pipeline has a memory budget.
         Unavailable: the pipeline is lent already.
     """
 
     def __init__(self, pipeline: Pipeline, *, max_waiting: int = 64, rows: int | None = None) -> None:
         if max_waiting < 1:
             raise BadRequest(f"max_waiting is {max_waiting}, expected 1 or more", param="max_waiting")
+        if pipeline.memory_budget is not None:
+            raise BadRequest(
+                "the pipeline has a memory budget, and a batcher encodes, denoises and decodes side by side, with all engines in memory: "
+                "open the bundle without memory_budget, or call the pipeline itself",
+                param="memory_budget",
+            )
         self._pipeline = pipeline
         self._register = Register(max_waiting)
         self._batches = {size: Batch(pipeline, size, rows) for size in pipeline.defaults.sizes}

@@ -100,7 +100,7 @@ class Image:
     def tokens(self) -> int:
         """The length of its text."""
         ours, _ = self.windows
-        return ours[0].size if ours else 0
+        return ours[0].ids.size if ours else 0
 
     def job(self) -> Job:
         """The part of the request that concerns this image."""
@@ -112,4 +112,5 @@ class Image:
             negative_prompts=job.negative_prompts[prompt : prompt + 1],
             num_images_per_prompt=1,
             seeds=job.seeds[self.number : self.number + 1],
+            variation_seeds=job.variation_seeds[self.number : self.number + 1],
         )

@@ -62,7 +62,7 @@ def test_stages_begin_where_the_last_one_ended() -> None:
 
 def test_a_ratio_has_its_interval() -> None:
     axes = draw(report(against=(PEER,))).axes[2]
-    [segment] = list(axes.collections[0].get_segments())
+    [segment] = list(axes.collections[0].get_segments())  # type: ignore[attr-defined]
     assert sorted(segment[:, 0]) == pytest.approx([1.4, 1.7])
 
 

@@ -52,8 +52,14 @@ def request(number: int = 0, **fields: Any) -> Request:
         {"prompt": "green", "sampler": "heun", "num_inference_steps": 4, "negative_prompt": "white"},
         {"prompt": "big", "num_inference_steps": 6, "guidance_rescale": 0.7, "clip_skip": 1},
         {"prompt": "small", "sampler": "dpm++ 2m karras", "num_inference_steps": 2},
+        {"prompt": "a (red:1.4) circle", "emphasis": True, "variation_seed": 9, "variation_strength": 0.3},
     ]
     return Request(**{**ways[number % len(ways)], "seed": 100 + number, **fields})
+
+
+def arguments(one: Request) -> dict[str, Any]:
+    """A request as a call is given it."""
+    return {name: value for name, value in vars(one).items() if value is not None and name != "has_image"}
 
 
 class Gate:
@@ -124,11 +130,8 @@ def test_a_picture_has_the_same_bits_alone_and_in_a_crowd(pipe: Pipeline) -> Non
 
 def test_it_is_the_picture_of_a_call(pipe: Pipeline) -> None:
     """To the bit where the call runs on engines of as many rows; else sums may be taken in another order."""
-    requests = [request(number) for number in range(6)]
-    fields = [
-        {name: value for name, value in vars(one).items() if value is not None} | {"output_type": "np"}
-        for one in requests
-    ]
+    requests = [request(number) for number in range(7)]
+    fields = [{**arguments(one), "output_type": "np"} for one in requests]
     expected = [pipe(**one) for one in fields]
     with Batcher(pipe, rows=2) as batcher:
         exact = [batcher.submit(one, output_type="np") for one in requests]
@@ -169,8 +172,7 @@ def test_texts_of_another_length_and_more_evaluations_than_there_is_room_for(pip
     with Batcher(pipe) as batcher, held(batcher):
         handles = [batcher.submit(one) for one in (request(1), long_text, request(2), many, request(3))]
     for handle, one in zip(handles, (request(1), long_text, request(2), many, request(3)), strict=True):
-        fields = {name: value for name, value in vars(one).items() if value is not None}
-        assert close_to(handle.result(0).latents, pipe(**fields, output_type="latent").latents)
+        assert close_to(handle.result(0).latents, pipe(**arguments(one), output_type="latent").latents)
 
 
 def test_inpainting(tiny_bundle_inpainting: Path) -> None:
@@ -467,7 +469,7 @@ def test_what_fails_for_one_request(pipe: Pipeline, monkeypatch: pytest.MonkeyPa
         ({"timeout": float("nan")}, "timeout"),
         ({"previews": 2}, "previews"),
         ({"previews": -1, "on_progress": print}, "previews"),
-        ({"image": Image.new("RGB", (8, 8))}, "image"),
+        ({"image": np.zeros((8, 8, 3))}, "image"),
     ],
 )
 def test_values_that_cannot_be_used(pipe: Pipeline, options: dict[str, Any], param: str) -> None:
@@ -486,6 +488,8 @@ def test_batches_that_are_not_there(pipe: Pipeline) -> None:
         Batcher(pipe, rows=3)
     with pytest.raises(BadRequest, match="max_waiting is 0"):
         Batcher(pipe, max_waiting=0)
+    with pytest.raises(BadRequest, match=r"a memory budget, and a batcher .* open the bundle without memory_budget"):
+        Batcher(Pipeline.from_bundle(pipe.bundle.path, "cpu", memory_budget="1GB"))
     with Batcher(pipe, rows=1) as batcher:
         with pytest.raises(EngineMismatch, match="guidance takes 2 rows an image, and the batch has 1"):
             batcher.submit(request())
@@ -513,8 +517,7 @@ def test_the_pipeline_is_lent(
             batcher.call(lambda pipe: pipe("a")).result(PATIENCE)
         batcher.call(lambda pipe: pipe.unload_lora("style")).result(PATIENCE)
         assert torch.equal(batcher.submit(asked).result(PATIENCE).latents, before)
-    fields = {name: value for name, value in vars(asked).items() if value is not None}
-    assert torch.equal(pipe(**fields).latents, before)
+    assert torch.equal(pipe(**arguments(asked)).latents, before)
 
 
 def test_submitting_from_many_threads(pipe: Pipeline) -> None:

@@ -16,6 +16,7 @@ from ldmrt.samplers.make import sampler_table
 from ldmrt.schedule import NoiseSchedule
 from ldmrt.serving.handle import Handle
 from ldmrt.serving.ticket import Ticket
+from ldmrt.tokenizer import TokenWindows
 
 DEFAULTS = Defaults(width=64, height=64, num_inference_steps=8, guidance_scale=5.0, sizes=((64, 64),))
 SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -26,9 +27,13 @@ def shapes() -> ModelRecord:
     return Bundle.open(builtin_bundle()).manifest.model
 
 
+def _windows(count: int) -> TokenWindows:
+    return TokenWindows(np.zeros((count, 77), np.int64), np.ones((count, 77), np.float32), "")
+
+
 def ticket(previews: int = 0, **fields: Any) -> Ticket:
     job = resolve(Request(**{"prompt": "a", "seed": 5, "sampler": "heun", **fields}), DEFAULTS)
-    windows = [((np.zeros((1 + number, 77), np.int64),), (np.zeros((1, 77), np.int64),)) for number in range(2)]
+    windows = [((_windows(1 + number),), (_windows(1),)) for number in range(2)]
     return Ticket(
         handle=Handle(job, lambda: False),
         job=job,
@@ -56,6 +61,16 @@ def test_every_image_is_a_job_of_its_own() -> None:
     assert {job.num_images for job in jobs} == {1}
     assert [image.tokens for image in made.images()] == [77, 77, 154, 154]
     assert {image.evaluations for image in made.images()} == {15}
+
+
+def test_every_image_has_its_own_variation() -> None:
+    made = ticket(num_images_per_prompt=3, variation_seed=9, variation_strength=0.2)
+    jobs = [image.job() for image in made.images()]
+    assert [(job.seeds, job.variation_seeds, job.variation_strength) for job in jobs] == [
+        ((5,), (9,), 0.2),
+        ((5,), (10,), 0.2),
+        ((5,), (11,), 0.2),
+    ]
 
 
 @pytest.mark.parametrize(("guidance", "rows"), [(5.0, 2), (1.0, 1)])
