@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,7 @@ def main() -> None:
         model, bundle, picture = work / args.architecture, work / f"bundle-{args.engine}", work / "picture.png"
         if not model.is_dir():
             write_checkpoint(args.architecture, model, dtype=dtype_of("float16"))
+        shutil.rmtree(bundle, ignore_errors=True)  # what is there already is not built again
         ldmrt = [sys.executable, "-P", "-m", "ldmrt"]
         build = [
             *ldmrt,

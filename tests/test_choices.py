@@ -286,7 +286,7 @@ def test_a_pipeline_on_a_gpu_takes_the_choices(gpu: torch.device, monkeypatch: p
     choices.keep(choices.folder(os.environ), choices.machine_with(gpu), [geglu_entry()])
     monkeypatch.setattr(pipeline, "_device", torch.device)
 
-    def stop(*_: object) -> NoReturn:
+    def stop(*_: object, **__: object) -> NoReturn:
         raise InterruptedError
 
     monkeypatch.setattr(pipeline, "EngineLoader", stop)
