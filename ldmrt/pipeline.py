@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -307,8 +307,7 @@ class Pipeline:
             self.defaults,
         )
         model, size = self.bundle.manifest.model, (job.width, job.height)
-        if output_type not in ("pil", "np", "latent"):
-            raise BadRequest(f"output_type is {output_type!r}, expected pil, np or latent", param="output_type")
+        check_output_type(output_type)
         controls = control.resolve(
             [record.name for record in self.bundle.manifest.controlnets],
             size,
@@ -833,6 +832,16 @@ def _first_that_loads(load: Callable[[str | None], Pipeline], bundle: Bundle, en
         else:
             return pipe
     return load(engine)  # there is none, and this says so
+
+
+def check_output_type(output_type: object) -> None:
+    """Check how pictures are to be delivered.
+
+    Raises:
+        BadRequest: it is none of the ways.
+    """
+    if output_type not in get_args(OutputType):
+        raise BadRequest(f"output_type is {output_type!r}, expected pil, np or latent", param="output_type")
 
 
 def delivered(images: torch.Tensor, output_type: OutputType) -> Any:

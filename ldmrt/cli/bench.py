@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ldmrt.cli.options import Dtype, EngineChoice, Json, Size, Verbose, parse_device, parse_size
+from ldmrt.cli.options import Device, Dtype, EngineChoice, Json, Size, Verbose, parse_size
 from ldmrt.cli.output import print_json, progress_bar, rich_table, shown_warnings
 from ldmrt.errors import BadRequest
 
@@ -74,14 +74,7 @@ def bench(
     dtype: Annotated[
         Dtype, typer.Option(help="Precision. auto: the best one here that the bundle has or can be built in.")
     ] = Dtype.auto,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="cpu|cuda[:N]",
-            parser=parse_device,
-            help="Where to run. Default: LDMRT_DEVICE, or a GPU if there is one.",
-        ),
-    ] = None,
+    device: Device = None,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Write every time that was taken, for bench-compare.")
     ] = None,

@@ -15,6 +15,7 @@ import typer
 
 from ldmrt.bulk import Album, Order, read_orders
 from ldmrt.cli.options import (
+    Device,
     Dtype,
     EmbeddingChoice,
     EngineChoice,
@@ -23,7 +24,6 @@ from ldmrt.cli.options import (
     Size,
     Verbose,
     lora_option,
-    parse_device,
     parse_embedding,
     parse_size,
 )
@@ -186,14 +186,7 @@ def generate(
             help="The most memory that the weights of a plan built with --weight-streaming take on the GPU. Default: TensorRT's choice.",
         ),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="cpu|cuda[:N]",
-            parser=parse_device,
-            help="Where to run. Default: LDMRT_DEVICE, or a GPU if there is one.",
-        ),
-    ] = None,
+    device: Device = None,
     memory_budget: Annotated[
         str | None,
         typer.Option(

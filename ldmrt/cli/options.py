@@ -92,6 +92,16 @@ def parse_device(text: str) -> str:
         raise typer.BadParameter(str(error)) from error
 
 
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="cpu|cuda[:N]",
+        parser=parse_device,
+        help="Where to run. Default: LDMRT_DEVICE, or a GPU if there is one.",
+    ),
+]
+
+
 class Dtype(StrEnum):
     """Precisions."""
 

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeVar, get_args
+from typing import Self, TypeVar
 
 import torch
 
 from ldmrt.classes import ClassLabels
 from ldmrt.conditioning import Picture
 from ldmrt.errors import BadRequest, Cancelled, LdmrtError
-from ldmrt.pipeline import OutputType, Pipeline
+from ldmrt.pipeline import OutputType, Pipeline, check_output_type
 from ldmrt.request import Request
 from ldmrt.segmentation import SemanticMap
 from ldmrt.serving.batch import Batch
@@ -105,8 +105,7 @@ class Batcher:
         """
         self._register.count(received=1)
         try:
-            if output_type not in get_args(OutputType):
-                raise BadRequest(f"output_type is {output_type!r}, expected pil, np or latent", param="output_type")
+            check_output_type(output_type)
             if timeout is not None and not timeout > 0:
                 raise BadRequest(f"timeout is {timeout}, expected seconds, more than 0", param="timeout")
             if previews < 0 or (previews and on_progress is None):

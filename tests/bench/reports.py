@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldmrt.bench.report import STAGES, Case, Cold, Machine, Place, Report, Series, Settings, Work
+from ldmrt.bench.intervals import Ratio
+from ldmrt.bench.report import STAGES, Case, Cold, Machine, Peer, Place, Report, Series, Settings, Work
 
 SCALES = (1, 1.01, 0.99, 1, 1)
 
 
 def series(*samples: float) -> Series:
     return Series(samples=samples)
+
+
+PEER = Peer(
+    name="another <program>",
+    label="torch 64x64, 2 images, guidance",
+    dtype="float32",
+    psnr=50.0,
+    setup_seconds=2.0,
+    peak_resident_bytes=None,
+    ours_seconds=series(1.0),
+    theirs_seconds=series(1.5),
+    times_faster=Ratio(value=1.5, low=1.4, high=1.7),
+)
 
 
 def machine(gemm: float = 1e11, **changes: Any) -> Machine:

@@ -11,25 +11,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ldmrt.bench.intervals import Ratio
 from ldmrt.bench.plot import check_plot, draw, write_plot
-from ldmrt.bench.report import Peer
 from ldmrt.errors import BadRequest
-from tests.bench.reports import case, report, series
+from tests.bench.reports import PEER, case, report
 
 pytest.importorskip("matplotlib", reason="matplotlib is in the extra `bench`")
-
-PEER = Peer(
-    name="another <program>",
-    label="torch 64x64, 2 images, guidance",
-    dtype="float32",
-    psnr=50.0,
-    setup_seconds=2.0,
-    peak_resident_bytes=None,
-    ours_seconds=series(1.0),
-    theirs_seconds=series(1.5),
-    times_faster=Ratio(value=1.5, low=1.4, high=1.7),
-)
 
 
 def titles(**changes: Any) -> list[str]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from ldmrt.bench.compare import compare
-from ldmrt.bench.intervals import Ratio
 from ldmrt.bench.nvml import GpuReading
-from ldmrt.bench.report import Build, Peer
+from ldmrt.bench.report import Build
 from ldmrt.bench.tables import comparison_table, headline, tables
-from tests.bench.reports import case, machine, report, series
+from tests.bench.reports import PEER, case, machine, report
 
 GPU = GpuReading(
     driver="580.1",
@@ -52,20 +51,11 @@ def test_what_was_built_and_a_gpu_are_told() -> None:
 
 
 def test_other_programs_are_beside_ours() -> None:
-    peer = Peer(
-        name="other",
-        label="a case",
-        dtype="float32",
-        psnr=50.0,
-        setup_seconds=2.0,
-        peak_resident_bytes=None,
-        ours_seconds=series(1.0),
-        theirs_seconds=series(1.5),
-        times_faster=Ratio(value=1.5, low=1.4, high=1.7),
-    )
-    *_, beside = tables(report(against=(peer,)))
-    assert "a case" in beside.title
-    assert beside.rows == [["other, float32", "1000.0", "1500.0", "1.500 (1.400 to 1.700)", "50.0 dB", "2.0 s", "-"]]
+    *_, beside = tables(report(against=(PEER,)))
+    assert "torch 64x64, 2 images, guidance" in beside.title
+    assert beside.rows == [
+        ["another <program>, float32", "1000.0", "1500.0", "1.500 (1.400 to 1.700)", "50.0 dB", "2.0 s", "-"]
+    ]
 
 
 def test_two_reports_in_a_table() -> None:
