@@ -58,7 +58,15 @@ def certified(
         reference += f", on {gpu_at_hand()}"
     made = [expected[number] for number in tried]
     certificates = {
-        record.key: certify(record.label, record.dtype, shown, found[record.key], made, reference)
+        record.key: certify(
+            record.label,
+            "onnxruntime" if _is_foreign(record) else record.kind,
+            record.dtype,
+            shown,
+            found[record.key],
+            made,
+            reference,
+        )
         for record in records
         if record.key in found
     }

@@ -23,6 +23,9 @@ from ldmrt.weights import WeightFile, write
 
 # float32: sums in another order. bfloat16 keeps 8 bits and float16 11, and rounding piles up over a hundred layers.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
+# What an engine kind's float32 is by itself. ONNX Runtime adds up the values of a group norm in single numbers, one after the other: a norm
+# over 4 x 1024 x 1024 values is off by 1e-4, a decoder with thirty of them by 5e-4. TensorRT multiplies float32 as TF32, which has float16's bits.
+FLOAT32_TOLERANCE = {"onnxruntime": 2e-3, "tensorrt": TOLERANCE["float16"], "tensorrt-rtx": TOLERANCE["float16"]}
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -53,8 +56,14 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm()) / (scale if scale > 0 else 1.0)
 
 
+def tolerance(kind: str, dtype: str) -> float:
+    """The largest relative error of an engine of a kind and precision that is accepted."""
+    return FLOAT32_TOLERANCE.get(kind, TOLERANCE[dtype]) if dtype == "float32" else TOLERANCE[dtype]
+
+
 def certify(
     label: str,
+    engine: str,
     dtype: str,
     trials: Sequence[Trial],
     found: Sequence[Tensors],
@@ -80,12 +89,12 @@ def certify(
             )
         worst = max(relative_error(ours[name], theirs[name]) for name in theirs)
         errors[trial.kind] = max(errors.get(trial.kind, 0.0), worst)
-    limit = TOLERANCE[dtype]
+    limit = tolerance(engine, dtype)
     for kind, error in errors.items():
         if not error <= limit:
             raise BuildError(
                 f"{label} does not agree with the original model: relative error {error:.2e} on {kind} inputs, at most {limit:.0e} "
-                f"is accepted in {dtype}; build with --dtype float32, and report this if it persists"
+                f"is accepted in {dtype}; {'report this' if dtype == 'float32' else 'build with --dtype float32, and report this if it persists'}"
             )
     return Certificate(
         status="verified",
@@ -185,7 +194,7 @@ def complete(
         trials, expected = read_trials(bundle.checked(kept))
         found = run_trials(record, trials, partial(_load, bundle, record, device), device)
         reference = f"{record.certificate.reference}, on {architecture}"
-        certificate = certify(record.label, record.dtype, trials, found, expected, reference)
+        certificate = certify(record.label, record.kind, record.dtype, trials, found, expected, reference)
         done.append(record.model_copy(update={"certificate": certificate}))
     changed = {record.key: record for record in done}
     engines = tuple(changed.get(record.key, record) for record in bundle.manifest.engines)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import ldmrt
 from ldmrt.errors import BuildError
 from ldmrt.export.verify import sample_picture
-from ldmrt.verify import TOLERANCE, Trial, certify, relative_error
+from ldmrt.verify import TOLERANCE, Trial, certify, relative_error, tolerance
 
 
 def test_relative_error() -> None:
@@ -46,19 +46,19 @@ TRIAL = [Trial("random", {})]
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_limit_is_the_dtypes(dtype: str) -> None:
     limit = TOLERANCE[dtype]
-    certificate = certify("decoder", dtype, TRIAL, outputs(1 + 0.9 * limit), outputs(1.0), "somebody")
+    certificate = certify("decoder", "torch", dtype, TRIAL, outputs(1 + 0.9 * limit), outputs(1.0), "somebody")
     assert certificate.status == "verified"
     assert certificate.reference == "somebody"
     assert certificate.tolerance == limit
     assert certificate.relative_error["random"] == pytest.approx(0.9 * limit, rel=0.01)
     with pytest.raises(BuildError, match=f"decoder does not agree .* on random inputs, .* in {dtype}"):
-        certify("decoder", dtype, TRIAL, outputs(1 + 1.1 * limit), outputs(1.0), "somebody")
+        certify("decoder", "torch", dtype, TRIAL, outputs(1 + 1.1 * limit), outputs(1.0), "somebody")
 
 
 def test_the_worst_output_of_the_worst_trial_counts() -> None:
     trials = [Trial("random", {}), Trial("random", {}), Trial("real", {})]
     found = outputs(1.0, b=1.0) + outputs(1.0, b=1.00005) + outputs(1.0, b=1.0)
-    certificate = certify("x", "float32", trials, found, 3 * outputs(1.0, b=1.0), "")
+    certificate = certify("x", "torch", "float32", trials, found, 3 * outputs(1.0, b=1.0), "")
     assert certificate.relative_error == {"random": pytest.approx(5e-5, rel=0.01), "real": 0.0}
 
 
@@ -68,12 +68,12 @@ def test_the_worst_output_of_the_worst_trial_counts() -> None:
 )
 def test_nan_and_infinity_do_not_pass(bad: float, dtype: str, cure: str) -> None:
     with pytest.raises(BuildError, match=f"^x gives NaN or infinity on random inputs, .* --dtype {cure}$"):
-        certify("x", dtype, TRIAL, outputs(bad), outputs(1.0), "")
+        certify("x", "torch", dtype, TRIAL, outputs(bad), outputs(1.0), "")
 
 
 def test_an_original_of_nan_certifies_nothing() -> None:
     with pytest.raises(BuildError, match=r"the original model itself gives NaN or infinity .* copy the model again"):
-        certify("x", "float32", TRIAL, outputs(math.nan), outputs(math.nan), "")
+        certify("x", "torch", "float32", TRIAL, outputs(math.nan), outputs(math.nan), "")
 
 
 def test_the_sample_picture_is_a_picture() -> None:
@@ -127,3 +127,14 @@ def test_a_model_that_makes_nan_is_not_built(tiny_model: Path, tmp_path: Path) -
 
 def test_tolerances_are_ordered_by_precision() -> None:
     assert TOLERANCE["float32"] < TOLERANCE["float16"] < TOLERANCE["bfloat16"] <= 3e-2
+
+
+def test_float32_of_an_engine_kind_is_as_exact_as_it_can_be() -> None:
+    """What adds up in single numbers, or multiplies in ten bits, is not held to what torch's float32 gives."""
+    assert tolerance("torch", "float32") < tolerance("onnxruntime", "float32") < tolerance("tensorrt", "float32")
+    for kind in ("onnxruntime", "tensorrt", "tensorrt-rtx"):
+        assert tolerance(kind, "bfloat16") == TOLERANCE["bfloat16"]
+        limit = tolerance(kind, "float32")
+        assert certify("x", kind, "float32", TRIAL, outputs(1 + 0.9 * limit), outputs(1.0), "").tolerance == limit
+        with pytest.raises(BuildError, match="report this"):
+            certify("x", kind, "float32", TRIAL, outputs(1 + 1.1 * limit), outputs(1.0), "")
