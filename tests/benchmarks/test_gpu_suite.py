@@ -13,20 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-if str(BENCHMARKS) not in sys.path:
-    sys.path.append(str(BENCHMARKS))
+import gpu
+from gpu_suite import ahead, breakdown, candidates, kernel_stages, table
+from gpu_suite.models import Model
+from gpu_suite.operator import Operator
+from gpu_suite.operators import OPERATORS
+from gpu_suite.results import Results
+from gpu_suite.session import Rates, Session
+from ldmrt import choices, tune
+from ldmrt.kernels import launch, ops
 
-import gpu  # noqa: E402
-from gpu_suite import ahead, breakdown, candidates, kernel_stages, table  # noqa: E402
-from gpu_suite.models import Model  # noqa: E402
-from gpu_suite.operator import Operator  # noqa: E402
-from gpu_suite.operators import OPERATORS  # noqa: E402
-from gpu_suite.results import Results  # noqa: E402
-from gpu_suite.session import Rates, Session  # noqa: E402
-from ldmrt import choices, tune  # noqa: E402
-from ldmrt.kernels import launch, ops  # noqa: E402
-
+BENCHMARKS = Path(gpu.__file__).parent
 CPU = torch.device("cpu")
 
 

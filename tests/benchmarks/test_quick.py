@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-if str(BENCHMARKS) not in sys.path:
-    sys.path.append(str(BENCHMARKS))
-
-import quick  # noqa: E402
+import quick
 
 
 def test_rows_are_those_of_like_processors(tmp_path: Path) -> None:
