@@ -48,6 +48,7 @@ from ldmrt.export.folder import BundleFolder
 from ldmrt.export.hub import is_id
 from ldmrt.export.options import Options
 from ldmrt.export.passes.widen import widen
+from ldmrt.export.plugins import Layer, layers, plugins_of, register
 from ldmrt.export.resolve import resolve
 from ldmrt.export.source import LOW_RES_SCHEDULER, Checkpoint, Source
 from ldmrt.export.verify import reference_outputs
@@ -79,6 +80,7 @@ def build_engines(
     workspace: int | None = None,
     refit: bool = False,
     weight_streaming: bool = False,
+    plugins: bool = False,
     loras: Sequence[tuple[str | Path, float]] = (),
     base: str | Path | None = None,
     vae: str | Path | None = None,
@@ -109,6 +111,7 @@ def build_engines(
             run on one.
         weight_streaming: build TensorRT plans that can leave weights in the host's memory (`Pipeline.from_bundle(weight_budget=...)`).
             They are not captured in CUDA graphs. Not yet run on a GPU.
+        plugins: have TensorRT plans run our kernels for attention and group norm (engine `tensorrt`). Needs the GPU; not yet run on one.
         loras: LoRA files to fuse into the weights, each with its scale. A bundle holds the weights of one set of LoRAs.
         base: the model that has what a file does not: folder, file or id on the Hub.
         vae: the VAE to take instead of the model's own: folder, file or id on the Hub.
@@ -158,6 +161,7 @@ def build_engines(
         refit=refit,
         weight_streaming=weight_streaming,
         decoder_tile=decoder_tile,
+        plugins=plugins,
     )
     if options.kernel_targets:
         _require("triton")
@@ -260,6 +264,7 @@ class _Build:
             component,
             dtype_of(precision),
             fused=self.options.engine == "torch",
+            plugins=self.options.plugins,
             prepare=lambda graph: _with_file_keys(_with_buffers(graph), checkpoint),
             fit=lambda graph: self.fit(_Draft(graph, size, None, precision), label, checkpoint, weights, trials),
         )
@@ -360,6 +365,7 @@ class _Build:
     def key(self, draft: _Draft, weights: str) -> str:
         """The engine's key."""
         kind = self.kind(draft.graph.name)
+        plugins = [plugin.name for plugin in plugins_of(self.layers(draft))]
         constants = hashlib.sha256()
         for name, tensor in sorted(draft.graph.constants.items()):
             constants.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -374,6 +380,7 @@ class _Build:
                 "rows": draft.rows,
                 "versions": self.versions(kind),
                 **self.plan_options(kind),
+                **({"plugins": plugins, "triton": importlib.metadata.version("triton")} if plugins else {}),
             }
         )
 
@@ -388,6 +395,12 @@ class _Build:
             "workspace": self.options.workspace,
             **{name: value for name, value in asked.items() if value},
         }
+
+    def layers(self, draft: _Draft) -> dict[str, tuple[Layer, ...]]:
+        """The layers of a plan that are our kernels, by node; none before its rows are fixed."""
+        if not self.options.plugins or draft.rows is None:
+            return {}
+        return layers(draft.graph, architecture(self.options.targets[0]))
 
     def made(self, draft: _Draft) -> EngineRecord | None:
         """The engine from this build that serves every size, if another size's component made it."""
@@ -423,7 +436,10 @@ class _Build:
 
             file = WeightFile(self.folder.path / self.weights[weights].file)
             held = dict.fromkeys(graph.weights, file)
-            files = [self.folder.write(f"{stem}.onnx", lambda path: write_onnx(graph, held, path))]
+            ours = self.layers(draft)
+            files = [self.folder.write(f"{stem}.onnx", lambda path: write_onnx(graph, held, path, ours))]
+            if ours:
+                register(LIBRARIES[kind], plugins_of(ours))
             if kind in LIBRARIES:
                 files.insert(0, self.write_plan(kind, stem, graph.name))
         return EngineRecord(

@@ -16,6 +16,7 @@ from ldmrt.export.passes.hoist import hoist
 from ldmrt.export.passes.layout import layout
 from ldmrt.export.passes.merge_linears import merge_linears
 from ldmrt.export.passes.promote import promote
+from ldmrt.export.plugins import PASSES as PLUGIN_PASSES
 from ldmrt.graph import Graph
 
 # Inputs that are no activations keep their precision.
@@ -43,6 +44,7 @@ def compile_component(
     fused: bool,
     prepare: Callable[[Graph], Graph] = lambda graph: graph,
     fit: Callable[[Graph], Graph] = lambda graph: graph,
+    plugins: bool = False,
 ) -> Compiled:
     """Capture a component and run the passes over it.
 
@@ -52,6 +54,7 @@ def compile_component(
         fused: for the torch engine: with the fused operators, channels last. ONNX Runtime fuses in its own way.
         prepare: a change to the captured graph before the passes.
         fit: a change to the fused graph before it is cut in three: what the precision does not hold, in another.
+        plugins: not for the torch engine, but with those fused operators that become layers of a TensorRT plan.
 
     Raises:
         BuildError: the module cannot be captured, or uses an operator that the runtime does not run.
@@ -59,12 +62,12 @@ def compile_component(
     captured = capture(component.name, component.module.to(dtype), _cast(component.inputs, dtype), component.outputs)
     graph = clean(promote(prepare(captured)))
     passes = {"captured": len(captured.nodes), "clean": len(graph.nodes)}
-    if fused:
-        result = fuse(graph)
+    if fused or plugins:
+        result = fuse(graph) if fused else fuse(graph, PLUGIN_PASSES)
         graph = result.graph
         for name in result.found:
             passes |= {f"{name}.found": result.found[name], f"{name}.fused": result.fused[name]}
-    elif component.kinds:
+    if component.kinds and not fused:
         # Merged for every engine, so that all of a bundle's engines take the same values from `context` and `schedule`.
         graph = merge_linears(graph).graph
     graph = fit(graph)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 
 from ldmrt.bundle import write_atomically
 from ldmrt.errors import BuildError
+from ldmrt.export.plugins import NAMESPACE, Layer
 from ldmrt.graph import Argument, Dim, Graph, Ref, substitute
 from ldmrt.operators import resolve
 from ldmrt.weights import WeightFile
@@ -28,13 +29,16 @@ _TYPES = {
 }
 
 
-def write_onnx(graph: Graph, weights: Mapping[str, WeightFile], path: Path) -> str:
+def write_onnx(
+    graph: Graph, weights: Mapping[str, WeightFile], path: Path, layers: Mapping[str, Sequence[Layer]] | None = None
+) -> str:
     """Write `graph` to `path` and check it with onnx.checker.
 
     Args:
         graph: every dimension fixed, or free where ONNX Runtime may choose it (`rows`, `tokens`).
         weights: per weight of the graph the file that holds it; it must lie in `path`'s folder or below, in the graph's dtypes.
         path: the .onnx file, in the bundle's root (a location with `..` would be refused).
+        layers: what stands in the file for some nodes (`export.plugins.layers`).
 
     Returns:
         The file's SHA-256.
@@ -42,7 +46,7 @@ def write_onnx(graph: Graph, weights: Mapping[str, WeightFile], path: Path) -> s
     Raises:
         BuildError: the graph cannot be translated.
     """
-    replay = _Replay(graph)
+    replay = _Replay(graph, layers or {})
     dims = {size: torch.export.Dim(size, min=2, max=63 if size == "rows" else 4096) for size in _free(graph)}
     examples = tuple(
         torch.empty([3 if isinstance(size, str) else size for size in spec.shape], dtype=spec.dtype, device="meta")
@@ -131,9 +135,9 @@ def _name_dimensions(model: onnx_ir.Model, graph: Graph) -> None:
 class _Replay(torch.nn.Module):
     """A graph as a module on the meta device, for torch.onnx to read."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, layers: Mapping[str, Sequence[Layer]]) -> None:
         super().__init__()
-        self.graph = graph
+        self.graph, self.layers = graph, layers
         self.names: dict[str, str] = {}  # our parameter -> value of the graph
         for name, spec in graph.weights.items():
             self._add(name, torch.empty([int(n) for n in spec.shape], dtype=spec.dtype, device="meta"))
@@ -163,10 +167,23 @@ class _Replay(torch.nn.Module):
             return [listed(item) for item in argument] if isinstance(argument, tuple) else argument
 
         for node in self.graph.nodes:
+            if node.name in self.layers:
+                for layer in self.layers[node.name]:
+                    values |= zip(layer.outputs, _made(layer, [values[name] for name in layer.inputs]), strict=True)
+                continue
             args = [listed(substitute(argument, load)) for argument in node.args]
             kwargs = {key: listed(substitute(argument, load)) for key, argument in node.kwargs.items()}
             values[node.name] = resolve(node.op)(*args, **kwargs)
         return tuple(values[name] for name in self.graph.outputs.values())
+
+
+def _made(layer: Layer, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """A layer's outputs. TensorRT's parser looks for a plugin of the node's name, and is told to take what was made ahead of time."""
+    shapes, dtypes = zip(*layer.plugin.outputs, strict=True)
+    attributes: dict[str, Any] = {"plugin_namespace": NAMESPACE, "plugin_version": "1", "aot": 1}
+    name = f"{NAMESPACE}::{layer.plugin.name}"
+    made = torch.onnx.ops.symbolic_multi_out(name, inputs, attributes, dtypes=dtypes, shapes=shapes, version=1)
+    return [tensor.to("meta") for tensor in made]  # they are made on the CPU
 
 
 def _place_weights(

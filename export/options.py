@@ -36,6 +36,7 @@ class Options:
         refit: whether the weights of a TensorRT plan can be changed.
         weight_streaming: whether a TensorRT plan can leave weights in the host's memory.
         decoder_tile: side in pixels of a square decoder for tiles of larger pictures, or None.
+        plugins: whether kernels of ours are layers of a TensorRT plan.
     """
 
     engine: str
@@ -48,6 +49,7 @@ class Options:
     refit: bool = False
     weight_streaming: bool = False
     decoder_tile: int | None = None
+    plugins: bool = False
 
     @property
     def is_tensorrt(self) -> bool:
@@ -74,6 +76,7 @@ class Options:
         refit: bool = False,
         weight_streaming: bool = False,
         decoder_tile: int | None = None,
+        plugins: bool = False,
     ) -> Options:
         """Check what was asked and fill in what was not.
 
@@ -94,6 +97,8 @@ class Options:
         _check_plan_options(engine, optimization_level, workspace, refit=refit, weight_streaming=weight_streaming)
         if refit:
             _check_refit(targets)
+        if plugins:
+            _check_plugins(engine, targets)
         dtype = _precision(engine, dtype, targets)
         if sizes is None:
             side = int(source.configs["unet"].get("sample_size") or 64) * downscale(source)
@@ -123,6 +128,7 @@ class Options:
             refit,
             weight_streaming,
             decoder_tile,
+            plugins,
         )
 
 
@@ -162,6 +168,21 @@ def _check_refit(targets: Sequence[str]) -> None:
             f"plans whose weights can be changed are built on their GPU, for that one alone; asked for is {', '.join(targets)}, "
             f"and {gpu_here(here)}: build there, or leave --refit out"
         )
+
+
+def _check_plugins(engine: str, targets: Sequence[str]) -> None:
+    """Check that plans can hold kernels of ours, and that those are compiled for their GPUs.
+
+    Raises:
+        BuildError: the engine kind has no plans, or a GPU is not one that kernels are compiled for.
+        EngineMismatch: the library takes no plugins.
+    """
+    if engine not in LIBRARIES:
+        able = ", ".join(library.kind for library in LIBRARIES.values() if library.plugins)
+        raise BuildError(f"plugins are layers of TensorRT plans, engine {engine} has none; use --engine {able}")
+    LIBRARIES[engine].load_plugins()
+    for target in targets:
+        architecture(target)
 
 
 def _plan_targets(library: Library, targets: Sequence[str]) -> list[str]:

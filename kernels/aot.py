@@ -7,6 +7,7 @@ cubin, named by the variant's key and the architecture, and `kernels.json`, whic
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -96,6 +97,23 @@ def runs_on(compiled: int, arch: int) -> bool:
     return arch == compiled or (compiled < 90 and compiled // 10 == arch // 10 and compiled < arch)
 
 
+@dataclass(frozen=True, slots=True)
+class Ptx:
+    """A variant as assembly for an architecture, for a library that launches kernels by itself.
+
+    Attributes:
+        symbol: the kernel's name in the text.
+        threads: of a block.
+        shared: bytes of dynamic shared memory of a block.
+        text: the assembly. The kernel has the variant's parameters and no others.
+    """
+
+    symbol: str
+    threads: int
+    shared: int
+    text: str
+
+
 def compile_variant(variant: Variant, arch: int) -> Cubin:
     """Compile with Triton, which keeps a cache of its own on disk.
 
@@ -103,6 +121,41 @@ def compile_variant(variant: Variant, arch: int) -> Cubin:
         ValueError: the kernel needs memory that only Triton's own launcher provides.
         RuntimeError: Triton is not installed, or it has been told to interpret.
     """
+    compiled = _compile(variant, arch)
+    code = compiled.asm["cubin"]
+    usage = elf.usage(code)
+    return Cubin(
+        variant=variant,
+        arch=arch,
+        triton=importlib.metadata.version("triton"),
+        source=source_hash(variant.kernel),
+        symbol=usage.symbol,
+        threads=usage.threads,
+        shared=compiled.metadata.shared,
+        parameters=usage.parameters,
+        registers=usage.registers,
+        stack=usage.stack,
+        code=code,
+    )
+
+
+def compile_to_ptx(variant: Variant, arch: int) -> Ptx:
+    """`compile_variant`, to assembly.
+
+    Raises:
+        ValueError: the kernel needs memory that only Triton's own launcher provides.
+        RuntimeError: Triton is not installed, or it has been told to interpret.
+    """
+    compiled = _compile(variant, arch)
+    symbol = compiled.metadata.name
+    text = _without_hidden(compiled.asm["ptx"], symbol, len(variant.types))
+    threads = re.search(r"^\.reqntid (\d+)", text, re.MULTILINE)
+    if threads is None:
+        raise ValueError(f"{variant.kernel} for sm_{arch} does not say how many threads a block has")
+    return Ptx(symbol, int(threads[1]), compiled.metadata.shared, text)
+
+
+def _compile(variant: Variant, arch: int) -> Any:
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("Triton is not installed, and compiling kernels needs it: pip install 'ldmrt[triton]'")
     import triton
@@ -114,17 +167,21 @@ def compile_variant(variant: Variant, arch: int) -> Cubin:
 
     kernel = function(variant.kernel)
     constants = dict(variant.constants)
-    arguments = kernel.arg_names[: len(variant.types)]
-    if set(kernel.arg_names[len(variant.types) :]) != constants.keys():
+    arguments = [name for name in kernel.arg_names if name not in constants]
+    if len(arguments) != len(variant.types) or not constants.keys() <= set(kernel.arg_names):
         raise ValueError(
-            f"{variant.kernel} takes {kernel.arg_names}; {len(variant.types)} arguments and then the constants "
+            f"{variant.kernel} takes {kernel.arg_names}; {len(variant.types)} arguments and the constants "
             f"{sorted(constants)} were given"
         )
     source = ASTSource(
         kernel,
         {**dict(zip(arguments, variant.types, strict=True)), **dict.fromkeys(constants, "constexpr")},
         {(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        {(index,): [["tt.divisibility", 16]] for index, aligned in enumerate(variant.aligned) if aligned},
+        {
+            (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+            for name, aligned in zip(arguments, variant.aligned, strict=True)
+            if aligned
+        },
     )
     options = {
         "num_warps": variant.num_warps,
@@ -133,26 +190,23 @@ def compile_variant(variant: Variant, arch: int) -> Cubin:
     }
     with _lock, _without_line_info():
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    metadata, code = compiled.metadata, compiled.asm["cubin"]
-    scratch = metadata.global_scratch_size + metadata.profile_scratch_size
+    scratch = compiled.metadata.global_scratch_size + compiled.metadata.profile_scratch_size
     if scratch > 0:
         raise ValueError(
             f"{variant.kernel} for sm_{arch} needs {scratch} bytes of scratch memory, which a launch has not"
         )
-    usage = elf.usage(code)
-    return Cubin(
-        variant=variant,
-        arch=arch,
-        triton=triton.__version__,
-        source=source_hash(variant.kernel),
-        symbol=usage.symbol,
-        threads=usage.threads,
-        shared=metadata.shared,
-        parameters=usage.parameters,
-        registers=usage.registers,
-        stack=usage.stack,
-        code=code,
-    )
+    return compiled
+
+
+def _without_hidden(text: str, symbol: str, count: int) -> str:
+    """Assembly without the parameters that Triton adds behind a kernel's own for its scratch memory, of which there is none."""
+    start = text.index("(", text.index(f".entry {symbol}(")) + 1
+    end = text.index(")", start)
+    parameters = text[start:end].split(",")
+    hidden = [parameter.split()[-1] for parameter in parameters[count:]]
+    if any(re.search(rf"\b{name}\b", text[end:]) for name in hidden):
+        raise ValueError(f"{symbol} reads memory that only Triton's launcher provides")
+    return text[:start] + ",".join(parameters[:count]).rstrip() + "\n" + text[end:]
 
 
 @contextmanager

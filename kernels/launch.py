@@ -35,6 +35,7 @@ __all__ = [
     "Argument",
     "Choice",
     "Constant",
+    "Launch",
     "Variant",
     "architecture",
     "choose",
@@ -43,6 +44,7 @@ __all__ = [
     "recording",
     "register",
     "run",
+    "tracing",
 ]
 
 # The architecture whose configurations are used where there is no GPU to ask, as in the interpreter.
@@ -54,6 +56,14 @@ _DEPENDENT = 90
 VARIABLE = "LDMRT_KERNELS"
 OVERLAP = "LDMRT_PDL"  # 0: kernels are launched one after the other all the same, to see what it is worth
 _CHOICES = ("auto", "cubin", "triton", "reference")
+
+
+class Launch(NamedTuple):
+    """What `run` was asked for on the meta device: the variant, programs along one to three axes, and the arguments."""
+
+    variant: Variant
+    grid: tuple[int, ...]
+    arguments: tuple[Argument, ...]
 
 
 class Choice(NamedTuple):
@@ -123,6 +133,7 @@ _store = _Store()
 class _Recording(threading.local):
     arch: int = DEFAULT_ARCH
     variants: dict[Variant, None] | None = None
+    launches: list[Launch] | None = None
 
 
 _recording = _Recording()
@@ -138,6 +149,17 @@ def recording(arch: int) -> Iterator[dict[Variant, None]]:
         yield variants
     finally:
         _recording.arch, _recording.variants = before
+
+
+@contextmanager
+def tracing(arch: int) -> Iterator[list[Launch]]:
+    """`recording` that collects whole launches, in order, each as often as it is made. The tensors are kept."""
+    before, _recording.launches = _recording.launches, []
+    try:
+        with recording(arch):
+            yield _recording.launches
+    finally:
+        _recording.launches = before
 
 
 def architecture(device: torch.device) -> int:
@@ -222,6 +244,8 @@ def run(
         if _recording.variants is not None:
             variant = Variant.of(kernel, arguments, constants, num_warps, num_stages, fp_fusion=fp_fusion)
             _recording.variants[variant] = None
+            if _recording.launches is not None:
+                _recording.launches.append(Launch(variant, grid, tuple(arguments)))
         return
     if interpreted:
         function(kernel)[grid](*arguments, **constants, num_warps=num_warps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from ldmrt.export.passes.convolution import convolution
@@ -49,14 +49,15 @@ class Fused:
     fused: Mapping[str, int]
 
 
-def fuse(graph: Graph) -> Fused:
+def fuse(graph: Graph, passes: Collection[str] = tuple(PASSES)) -> Fused:
     """The same function with the operators of `ldmrt.kernels`, and fewer matrix products.
 
     Args:
         graph: a cleaned graph, before it is cut by `hoist`. Its dimensions may be free.
+        passes: which; all of them by default.
     """
     found, fused = {}, {}
-    for name, run in PASSES.items():
-        result = run(graph)
+    for name in (name for name in PASSES if name in passes):
+        result = PASSES[name](graph)
         graph, found[name], fused[name] = result.graph, result.found, result.fused
     return Fused(graph, found, fused)

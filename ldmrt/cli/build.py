@@ -61,6 +61,12 @@ def build_engines(
         bool,
         typer.Option("--weight-streaming", help="TensorRT plans that can leave weights in the host's memory; slower."),
     ] = False,
+    plugins: Annotated[
+        bool,
+        typer.Option(
+            "--plugins", help="TensorRT plans with our own kernels in them. Needs the GPU here; not yet tried on one."
+        ),
+    ] = False,
     lora: Annotated[list[LoraChoice] | None, lora_option("LoRA to fuse into the weights")] = None,
     base: Annotated[
         Path | None,
@@ -119,6 +125,7 @@ def build_engines(
             workspace=None if workspace is None else workspace << 20,
             refit=refit,
             weight_streaming=weight_streaming,
+            plugins=plugins,
             loras=lora or (),
             base=base,
             vae=vae,

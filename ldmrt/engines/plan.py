@@ -17,20 +17,9 @@ import torch
 from ldmrt.engines.activation import ActivationMemory
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.engines.runtime_cache import RuntimeCache, cache_file
-from ldmrt.engines.tensorrt import Library, log, runtime
+from ldmrt.engines.tensorrt import DTYPES, NAMES, Library, log, runtime
 from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.parameters import Parameters, fitting
-
-_DTYPES = {
-    "FLOAT": torch.float32,
-    "HALF": torch.float16,
-    "BF16": torch.bfloat16,
-    "INT32": torch.int32,
-    "INT64": torch.int64,
-    "BOOL": torch.bool,
-}
-
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -157,7 +146,7 @@ class TensorRtEngine:
                     if name in values or name not in held:
                         raise self._failure(f"does not take the weight {name!r}")
                     value = values[name] = parameters.present(held[name]).contiguous()
-                    weights = trt.Weights(getattr(trt.DataType, _NAMES[value.dtype]), value.data_ptr(), value.numel())
+                    weights = trt.Weights(getattr(trt.DataType, NAMES[value.dtype]), value.data_ptr(), value.numel())
                     if not refitter.set_named_weights(name, weights, trt.TensorLocation.DEVICE):
                         raise self._failure(f"does not take the weight {name!r}")
                 needed = refitter.get_missing_weights()
@@ -277,11 +266,11 @@ def _specs(engine: Any, plan: Path) -> tuple[dict[str, TensorSpec], dict[str, Te
     for number in range(engine.num_io_tensors):
         name = engine.get_tensor_name(number)
         shape, dtype = tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name).name
-        if -1 in shape or dtype not in _DTYPES:
+        if -1 in shape or dtype not in DTYPES:
             raise BundleError(
-                f"{plan} has {name!r} of {shape} {dtype}, expected fixed sizes and one of {', '.join(_DTYPES)}; "
+                f"{plan} has {name!r} of {shape} {dtype}, expected fixed sizes and one of {', '.join(DTYPES)}; "
                 "build it again with `ldmrt build-engines`"
             )
         specs = inputs if engine.get_tensor_mode(name).name == "INPUT" else outputs
-        specs[name] = TensorSpec(name, shape, _DTYPES[dtype])
+        specs[name] = TensorSpec(name, shape, DTYPES[dtype])
     return inputs, outputs

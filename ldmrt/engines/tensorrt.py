@@ -19,6 +19,17 @@ import torch
 from ldmrt.engines.gpu import Gpu
 from ldmrt.errors import EngineMismatch
 
+# The library's names of the dtypes that tensors of a plan may have.
+DTYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 _log = logging.getLogger("ldmrt.tensorrt")
 
 # What the library calls information is for those who look for a fault in it.
@@ -43,6 +54,7 @@ class Library:
         targets: the architectures it builds for whatever GPU is there, or None if it builds for the GPU at hand alone.
         compiles_at_run_time: whether a plan is finished on the GPU that runs it, and what was compiled there is worth keeping (its
             runtime cache). Such a library also captures CUDA graphs by itself, and knows which plans cannot be captured.
+        plugins: whether a plan can hold kernels of others, made ahead of time.
     """
 
     kind: str
@@ -51,6 +63,7 @@ class Library:
     least: tuple[int, int]
     targets: tuple[str, ...] | None
     compiles_at_run_time: bool
+    plugins: bool = False
 
     def load(self) -> ModuleType:
         """Import the library.
@@ -78,6 +91,24 @@ class Library:
             )
         return module
 
+    def load_plugins(self) -> ModuleType:
+        """Import the library's module for kernels of others.
+
+        Raises:
+            EngineMismatch: the library has none, cannot be used here, or was installed without it.
+        """
+        if not self.plugins:
+            able = ", ".join(library.kind for library in LIBRARIES.values() if library.plugins)
+            raise EngineMismatch(f"engine {self.kind} takes no plugins; use --engine {able}, or leave --plugins out")
+        self.load()
+        try:
+            return importlib.import_module(f"{self.modules[0]}.plugin")
+        except ImportError as error:
+            raise EngineMismatch(
+                f"engine {self.kind}: {self.modules[0]}.plugin cannot be loaded ({' '.join(str(error).split())[:160]}); "
+                f"install it again: pip install 'ldmrt[{self.extra}]', or leave --plugins out"
+            ) from error
+
     @property
     def rebuild(self) -> str:
         """What cures a plan that does not fit."""
@@ -89,7 +120,7 @@ class Library:
 LIBRARIES = {
     library.kind: library
     for library in (
-        Library("tensorrt", ("tensorrt",), "tensorrt", (10, 13), None, compiles_at_run_time=False),
+        Library("tensorrt", ("tensorrt",), "tensorrt", (10, 13), None, compiles_at_run_time=False, plugins=True),
         Library(
             "tensorrt-rtx",
             ("tensorrt_rtx_bindings", "tensorrt_rtx"),

@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from ldmrt import original
 from ldmrt.original import Piece
+from tests.interpreted import pytest_configure, pytest_pyfunc_call, pytest_runtest_logreport
+
+__all__ = ["pytest_configure", "pytest_pyfunc_call", "pytest_runtest_logreport"]
 
 
 @pytest.fixture(scope="session")

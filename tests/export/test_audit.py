@@ -164,7 +164,7 @@ def compiled(model: Path, *, fused: bool, audited: bool = True) -> tuple[Graph, 
         found.update(too_large(ranges))
         return widen(captured, found)
 
-    (whole,) = compile_component(component, F16, fused=fused, **({"fit": fit} if audited else {})).graphs
+    (whole,) = compile_component(component, F16, fused=fused, fit=fit if audited else lambda graph: graph).graphs
     return specialize(whole, {"rows": 1}), found
 
 

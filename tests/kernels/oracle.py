@@ -1,6 +1,6 @@
 """What the tests of the kernels share: how far a result is from its float64 oracle, and the rounding of each dtype.
 
-Tests marked `interpreted` run in Triton's interpreter; tests/kernels/conftest.py says how.
+Tests marked `interpreted` run in Triton's interpreter; tests/interpreted.py says how.
 """
 
 from __future__ import annotations
