@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 
@@ -20,6 +20,24 @@ from ldmrt.segmentation import SemanticMap, resolve as resolve_segmentation
 from ldmrt.upscaling import Upscaling, resolve as resolve_upscaling
 
 Tensors = Mapping[str, torch.Tensor]
+
+
+class Brought(TypedDict, total=False):
+    """What a caller may bring besides a request's words and numbers; `ldmrt.Pipeline` says what each is.
+
+    Attributes:
+        image: the picture to begin from, to draw into or to draw larger, or its latents.
+        mask_image: for an inpainting model.
+        noise_level: for an upscaling model.
+        class_labels: for a class-conditional model.
+        segmentation: for a model of semantic maps.
+    """
+
+    image: Picture | torch.Tensor | None
+    mask_image: Picture | None
+    noise_level: int | None
+    class_labels: ClassLabels | None
+    segmentation: SemanticMap | None
 
 
 class Start(NamedTuple):
@@ -133,35 +151,27 @@ def resolve(
     model: ModelRecord,
     job: Job,
     *,
-    image: Picture | torch.Tensor | None = None,
-    mask_image: Picture | None = None,
     latents: torch.Tensor | None = None,
-    noise_level: int | None = None,
-    class_labels: ClassLabels | None = None,
-    segmentation: SemanticMap | None = None,
+    **brought: Unpack[Brought],
 ) -> Material:
     """Check what a request brings.
 
     Args:
         model: of the bundle.
         job: of the request.
-        image: see `ldmrt.Pipeline`, as the others.
-        mask_image: for an inpainting model.
         latents: instead of noise.
-        noise_level: for an upscaling model.
-        class_labels: for a class-conditional model.
-        segmentation: for a model of semantic maps.
+        brought: the rest.
 
     Raises:
         BadRequest: the model needs what is not there, has no use for what is, or it is no picture.
     """
-    size = (job.width, job.height)
+    size, image = (job.width, job.height), brought.get("image")
     return Material(
         model=model,
         beginning=resolve_beginning(model, job, image, latents),
         latents=latents,
-        inpainting=resolve_inpainting(model, size, image, mask_image),
-        upscaling=resolve_upscaling(model, size, image, noise_level),
-        classes=resolve_classes(model, job, class_labels),
-        segmentation=resolve_segmentation(model, size, segmentation),
+        inpainting=resolve_inpainting(model, size, image, brought.get("mask_image")),
+        upscaling=resolve_upscaling(model, size, image, brought.get("noise_level")),
+        classes=resolve_classes(model, job, brought.get("class_labels")),
+        segmentation=resolve_segmentation(model, size, brought.get("segmentation")),
     )

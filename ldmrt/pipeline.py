@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 
@@ -31,7 +31,7 @@ from ldmrt.errors import BadRequest, EngineMismatch, NumericalError, Unavailable
 from ldmrt.guidance import embedding
 from ldmrt.loader import EngineLoader, kinds_of
 from ldmrt.lora import Lora
-from ldmrt.material import Material, Start, resolve as resolve_material
+from ldmrt.material import Brought, Material, Start, resolve as resolve_material
 from ldmrt.memory_plan import MemoryPlan, Stage, parse_bytes
 from ldmrt.needs import Workload
 from ldmrt.noise import Generators
@@ -604,37 +604,20 @@ class Pipeline:
     def resolve(
         self,
         request: Request,
-        *,
-        image: Picture | None = None,
-        mask_image: Picture | None = None,
-        noise_level: int | None = None,
-        class_labels: ClassLabels | None = None,
-        segmentation: SemanticMap | None = None,
+        **brought: Unpack[Brought],
     ) -> tuple[Job, Material]:
         """What is to be done for a request, checked. Any thread may call it.
 
         Args:
             request: what is wanted.
-            image: as of `__call__`, like the others.
-            mask_image: see there.
-            noise_level: see there.
-            class_labels: see there.
-            segmentation: see there.
+            brought: as of `__call__`.
 
         Raises:
             BadRequest: a value cannot be used.
         """
-        job = resolve(replace(request, has_image=image is not None), self.defaults)
+        job = resolve(replace(request, has_image=brought.get("image") is not None), self.defaults)
         self._check_text(job, Given())
-        return job, resolve_material(
-            self.bundle.manifest.model,
-            job,
-            image=image,
-            mask_image=mask_image,
-            noise_level=noise_level,
-            class_labels=class_labels,
-            segmentation=segmentation,
-        )
+        return job, resolve_material(self.bundle.manifest.model, job, **brought)
 
     def tokenize(self, job: Job) -> list[Windows]:
         """For each prompt its windows of tokens: see `ldmrt.text.PromptEncoder.tokenize`. Any thread may call it."""
