@@ -45,7 +45,7 @@ class Beginning:
             latents = self.latents
         else:
             return noise.start, table
-        of_picture, of_noise = (1.0, 0.0) if self.begun else table.initial_mixture
+        of_picture, of_noise = (1.0, 0.0) if self.begun else table.levels[0].tolist()
         return of_picture * latents + of_noise * noise.start, replace(table, initial_noise_scale=1.0)
 
 
