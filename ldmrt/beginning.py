@@ -22,35 +22,51 @@ class Beginning:
         picture: (3, H, W) float32 in [-1, 1], which is encoded and gets the noise of its first step (Meng et al. 2021, arXiv 2108.01073).
         latents: (n, C, h, w) float32: a picture that is encoded already, or, if `begun`, what another model has denoised so far.
         begun: whether the latents are taken as they are.
+        covered: whether the picture or the latents are only there to be kept in part, and all that is drawn begins from noise.
     """
 
     picture: torch.Tensor | None = None
     latents: torch.Tensor | None = None
     begun: bool = False
+    covered: bool = False
 
-    def start(self, noise: Noise, table: SamplerTable, encode: Encode) -> tuple[torch.Tensor, SamplerTable]:
-        """The initial latents and the table that goes with them: it scales those that are noise, and no others.
+    def originals(self, noise: Noise, encode: Encode) -> torch.Tensor | None:
+        """The latents of the picture, (n, C, h, w) float32 on the CPU; None without one.
 
         Args:
             noise: see `ldmrt.noise.draw`.
-            table: the sampler.
             encode: from a picture and the noise of its encoding to latents.
+        """
+        if self.picture is not None and noise.picture is not None:
+            return encode(self.picture, noise.picture).cpu()
+        return self.latents
+
+    def start(
+        self, originals: torch.Tensor | None, noise: Noise, table: SamplerTable
+    ) -> tuple[torch.Tensor, SamplerTable]:
+        """The initial latents and the table that goes with them: it scales those that are noise, and no others.
+
+        Args:
+            originals: as `originals` gives them.
+            noise: see `ldmrt.noise.draw`.
+            table: the sampler.
 
         Returns:
             (n, C, h, w) float32 on the CPU, and the table.
         """
-        if self.picture is not None and noise.picture is not None:
-            latents = encode(self.picture, noise.picture).cpu()
-        elif self.latents is not None:
-            latents = self.latents
-        else:
+        if originals is None or self.covered:
             return noise.start, table
-        of_picture, of_noise = (1.0, 0.0) if self.begun else table.initial_mixture
-        return of_picture * latents + of_noise * noise.start, replace(table, initial_noise_scale=1.0)
+        of_picture, of_noise = (1.0, 0.0) if self.begun else table.levels[0].tolist()
+        return of_picture * originals + of_noise * noise.start, replace(table, initial_noise_scale=1.0)
 
 
 def resolve(
-    model: ModelRecord, job: Job, image: Picture | torch.Tensor | None, latents: torch.Tensor | None
+    model: ModelRecord,
+    job: Job,
+    image: Picture | torch.Tensor | None,
+    latents: torch.Tensor | None,
+    *,
+    keeps: bool = False,
 ) -> Beginning:
     """What a request begins from.
 
@@ -59,6 +75,7 @@ def resolve(
         job: what was asked.
         image: a picture, or latents (n, C, h, w) or (1, C, h, w) in its place.
         latents: what was given instead of noise.
+        keeps: whether a part of the picture is kept (`ldmrt.blending`).
 
     Raises:
         BadRequest: the image is none; or latents do not fit, or there is a picture where only latents do.
@@ -71,7 +88,8 @@ def resolve(
             )
         return Beginning()
     begun = job.span.denoising_start > 0
-    if image is None or (model.inpainting and job.span.strength == 1 and not begun):
+    whole = job.span.strength == 1 and not begun
+    if image is None or (model.inpainting and whole):
         return Beginning()
     if begun and latents is not None:
         raise BadRequest(
@@ -79,13 +97,14 @@ def resolve(
             param="latents",
         )
     if isinstance(image, torch.Tensor):
-        return Beginning(latents=_latents(model, job, image), begun=begun)
+        return Beginning(latents=_latents(model, job, image), begun=begun, covered=keeps and whole)
     if begun:
         raise BadRequest(
             "denoising_start goes with the latents of another model, and image is a picture; give strength for a picture",
             param="denoising_start",
         )
-    return Beginning(picture=rgb(image, (job.width, job.height), param="image") * 2 - 1)
+    picture = rgb(image, (job.width, job.height), param="image") * 2 - 1
+    return Beginning(picture=picture, covered=keeps and whole)
 
 
 def _latents(model: ModelRecord, job: Job, latents: torch.Tensor) -> torch.Tensor:

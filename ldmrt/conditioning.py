@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
 from ldmrt.bundle import ModelRecord
 from ldmrt.engines.protocol import Engine
@@ -55,19 +55,30 @@ def rgb(picture: Picture, size: tuple[int, int], *, param: str) -> torch.Tensor:
     Raises:
         BadRequest: it is no picture.
     """
-    return _pixels(picture, size, "RGB", param).permute(2, 0, 1).contiguous() / 255
+    pixels = np.array(_resized(picture, size, param), dtype=np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous() / 255
 
 
-def mask(picture: Picture, size: tuple[int, int], *, param: str) -> torch.Tensor:
-    """A mask as diffusers prepares one: resized like a picture, then grey, then 1 from half of white on, else 0.
+def mask(picture: Picture, size: tuple[int, int], *, param: str, blur: float | None = None) -> torch.Tensor:
+    """A mask, resized like a picture, then grey; by default as diffusers prepares one, 1 from half of white on, else 0.
+
+    Args:
+        picture: as of `rgb`.
+        size: (width, height) in pixels.
+        param: what to name in an error.
+        blur: the radius in pixels of a Gaussian blur, 0 for none, after which greys stay; None for none, and no greys.
 
     Returns:
-        (1, height, width) float32.
+        (1, height, width) float32 in [0, 1].
 
     Raises:
         BadRequest: it is no picture.
     """
-    return (_pixels(picture, size, "L", param).permute(2, 0, 1) / 255 >= 0.5).float()
+    grey = _resized(picture, size, param).convert("L")
+    if blur:
+        grey = grey.filter(ImageFilter.GaussianBlur(blur))
+    values = torch.from_numpy(np.array(grey, dtype=np.float32))[None] / 255
+    return (values >= 0.5).float() if blur is None else values
 
 
 def encode(
@@ -94,8 +105,8 @@ def encode(
     return (mean + variance.sqrt() * noise.to(device) - model.shift_factor) * model.scaling_factor
 
 
-def _pixels(picture: Picture, size: tuple[int, int], mode: str, param: str) -> torch.Tensor:
-    """A resized picture's pixels in a mode of Pillow, (height, width, channels) float32, 0 to 255."""
+def _resized(picture: Picture, size: tuple[int, int], param: str) -> Image.Image:
+    """A picture in RGB and of a size."""
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
         picture = Image.fromarray(picture)
     if not isinstance(picture, Image.Image):
@@ -105,5 +116,4 @@ def _pixels(picture: Picture, size: tuple[int, int], mode: str, param: str) -> t
             else type(picture).__name__
         )
         raise BadRequest(f"{param} is {form}, expected a PIL image or an array of uint8 (H, W, 3)", param=param)
-    resized = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS).convert(mode)
-    return torch.from_numpy(np.array(resized, dtype=np.float32)).reshape(size[1], size[0], -1)
+    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)

@@ -20,7 +20,7 @@ from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.errors import EngineMismatch
 from ldmrt.network import Conditioning, Network, Parts, rows_of, sizes
 from ldmrt.samplers.table import SamplerTable
-from ldmrt.slots import Adjustments, Slots
+from ldmrt.slots import Adjustments, Blend, Slots
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ class Denoiser:
         noise: torch.Tensor | None = None,
         guidance_rescale: float = 0.0,
         controls: Sequence[Conditioning] = (),
+        blend: Blend | None = None,
     ) -> None:
         """Put an image into a free slot, and into the first rows that are free.
 
@@ -168,6 +169,7 @@ class Denoiser:
             noise: (evaluations, C, h, w) float32 for a sampler that draws noise.
             guidance_rescale: how far to bring the deviation of the guided output back, 0 to 1; ignored without `uncond`.
             controls: for each ControlNet `controlnet_cond` (3, H, W) in [0, 1], and `conditioning_scale` (evaluations,).
+            blend: what the image keeps of a picture; None for nothing.
 
         Raises:
             EngineMismatch: there is no row left for it, or the ControlNets are not as many.
@@ -191,6 +193,7 @@ class Denoiser:
             uncond_row=None if uncond is None else rows[1],
             noise=noise,
             guidance_rescale=guidance_rescale,
+            blend=blend,
         )
         try:
             self._admitted[slot] = _Admitted(table, conditionings, tuple(controls))

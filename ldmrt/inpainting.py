@@ -45,17 +45,12 @@ def resolve(
     image: Picture | torch.Tensor | None,
     mask_image: Picture | None,
 ) -> Inpainting | None:
-    """The picture and the mask of a request, or None for a model that takes no mask.
+    """The picture and the mask of a request, or None for a model that is shown no mask (`ldmrt.blending` is for those).
 
     Raises:
-        BadRequest: the model needs them and they are not there, or they are latents; or it has no use for a mask.
+        BadRequest: the model needs them and they are not there, or they are latents.
     """
     if not model.inpainting:
-        if mask_image is not None:
-            raise BadRequest(
-                f"mask_image was given, and {model.name} is no inpainting model, which alone takes one",
-                param="mask_image",
-            )
         return None
     if isinstance(image, torch.Tensor):
         raise BadRequest(

@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 
 from ldmrt.beginning import Beginning, resolve as resolve_beginning
+from ldmrt.blending import Blending, resolve as resolve_blending
 from ldmrt.bundle import ModelRecord
 from ldmrt.classes import Classes, ClassLabels, resolve as resolve_classes
 from ldmrt.conditioning import Encode, Picture
 from ldmrt.inpainting import Inpainting, resolve as resolve_inpainting
 from ldmrt.noise import Generators, draw, seeded
+from ldmrt.overlay import Overlay, resolve as resolve_overlay
 from ldmrt.request import Job
 from ldmrt.samplers.table import SamplerTable
 from ldmrt.segmentation import SemanticMap, resolve as resolve_segmentation
+from ldmrt.slots import Blend
 from ldmrt.upscaling import Upscaling, resolve as resolve_upscaling
 
 Tensors = Mapping[str, torch.Tensor]
+
+
+class Brought(TypedDict, total=False):
+    """What a caller may bring besides a request's words and numbers; `ldmrt.Pipeline` says what each is.
+
+    Attributes:
+        image: the picture to begin from, to draw into or to draw larger, or its latents.
+        mask_image: what of the picture is drawn anew.
+        noise_level: for an upscaling model.
+        class_labels: for a class-conditional model.
+        segmentation: for a model of semantic maps.
+    """
+
+    image: Picture | torch.Tensor | None
+    mask_image: Picture | None
+    noise_level: int | None
+    class_labels: ClassLabels | None
+    segmentation: SemanticMap | None
 
 
 class Start(NamedTuple):
@@ -31,6 +52,7 @@ class Start(NamedTuple):
         table: the sampler, which scales latents that are noise, and no others.
         cond: the denoising network's inputs, besides those that text and guidance give.
         uncond: the same, for what the image is guided away from.
+        blend: what is kept of a picture at every step; None for nothing.
     """
 
     latents: torch.Tensor
@@ -38,6 +60,7 @@ class Start(NamedTuple):
     table: SamplerTable
     cond: Tensors
     uncond: Tensors
+    blend: Blend | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,19 +71,23 @@ class Material:
         model: what the latents are like.
         beginning: where they come from.
         latents: (n, C, h, w) float32, given instead of noise.
+        blending: what of it another model than one for inpainting leaves as it is; None for nothing.
         inpainting: the picture that an inpainting model draws into; None for another model.
         upscaling: the picture that an upscaling model draws larger; None for another model.
         classes: what a class-conditional model draws.
         segmentation: the input of a model of semantic maps; empty for another model.
+        overlay: what is laid over the pictures when they are drawn; None for nothing.
     """
 
     model: ModelRecord
     beginning: Beginning
     latents: torch.Tensor | None
+    blending: Blending | None
     inpainting: Inpainting | None
     upscaling: Upscaling | None
     classes: Classes
     segmentation: Tensors
+    overlay: Overlay | None
 
     @property
     def is_encoded(self) -> bool:
@@ -109,20 +136,29 @@ class Material:
             table,
             generator=generators,
             latents=self.beginning.latents if self.beginning.begun else self.latents,
-            encoding=self.inpainting is not None,
+            # Of an ordinary model it is not used, but diffusers draws it too.
+            encoding=self.inpainting is not None or self.blending is not None,
             picture=self.beginning.picture is not None,
             variations=job.variation_seeds,
             variation_strength=job.variation_strength,
         )
-        latents, table = self.beginning.start(noise, table, encode)
+        originals = self.beginning.originals(noise, encode)
+        latents, table = self.beginning.start(originals, noise, table)
+        blends: Sequence[Blend | None] = [None] * count
+        if self.blending is not None and originals is not None:
+            blends = self.blending.blends(originals, noise.start)
         if self.inpainting is not None and noise.encoding is not None:
             own = _joined(own, self.inpainting.conditionings(factor, noise.encoding, encode))
         steps = [None] * count if noise.steps is None else list(noise.steps)
         labels = [self.classes.conditionings(number, device) for number in range(count)]
         return [
-            Start(one, drawn, table, {**inputs, **label}, {**inputs, **null})
-            for one, drawn, inputs, (label, null) in zip(latents, steps, own, labels, strict=True)
+            Start(one, drawn, table, {**inputs, **label}, {**inputs, **null}, blend)
+            for one, drawn, inputs, (label, null), blend in zip(latents, steps, own, labels, blends, strict=True)
         ]
+
+    def finished(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures (n, 3, H, W) in [-1, 1] as they are delivered, of decoded ones."""
+        return images if self.overlay is None else self.overlay.over(images)
 
 
 def _joined(inputs: list[Tensors], more: list[dict[str, torch.Tensor]]) -> list[Tensors]:
@@ -133,35 +169,30 @@ def resolve(
     model: ModelRecord,
     job: Job,
     *,
-    image: Picture | torch.Tensor | None = None,
-    mask_image: Picture | None = None,
     latents: torch.Tensor | None = None,
-    noise_level: int | None = None,
-    class_labels: ClassLabels | None = None,
-    segmentation: SemanticMap | None = None,
+    **brought: Unpack[Brought],
 ) -> Material:
     """Check what a request brings.
 
     Args:
         model: of the bundle.
         job: of the request.
-        image: see `ldmrt.Pipeline`, as the others.
-        mask_image: for an inpainting model.
         latents: instead of noise.
-        noise_level: for an upscaling model.
-        class_labels: for a class-conditional model.
-        segmentation: for a model of semantic maps.
+        brought: the rest.
 
     Raises:
         BadRequest: the model needs what is not there, has no use for what is, or it is no picture.
     """
-    size = (job.width, job.height)
+    size, image, mask_image = (job.width, job.height), brought.get("image"), brought.get("mask_image")
+    blending = resolve_blending(model, job, image, mask_image)
     return Material(
         model=model,
-        beginning=resolve_beginning(model, job, image, latents),
+        beginning=resolve_beginning(model, job, image, latents, keeps=blending is not None),
         latents=latents,
+        blending=blending,
         inpainting=resolve_inpainting(model, size, image, mask_image),
-        upscaling=resolve_upscaling(model, size, image, noise_level),
-        classes=resolve_classes(model, job, class_labels),
-        segmentation=resolve_segmentation(model, size, segmentation),
+        upscaling=resolve_upscaling(model, size, image, brought.get("noise_level")),
+        classes=resolve_classes(model, job, brought.get("class_labels")),
+        segmentation=resolve_segmentation(model, size, brought.get("segmentation")),
+        overlay=resolve_overlay(job, image, mask_image),
     )

@@ -100,8 +100,9 @@ class Needs:
         entries = workload.evaluations + 1  # the last is where a finished slot rests
         model = self._loader.bundle.manifest.model
         latents = model.latent_channels * math.prod(side // model.downscale for side in workload.size)
-        # Of a slot, for each row: the latents, those that are kept, and noise for every entry (`ldmrt.slots`).
-        slot = (2 + HISTORY + entries) * latents * torch.float32.itemsize
+        # Of a slot, for each row: the latents, those that are kept, a picture, its noise and a mask, and noise for every entry (`ldmrt.slots`).
+        mask = latents // model.latent_channels
+        slot = ((4 + HISTORY + entries) * latents + mask) * torch.float32.itemsize
         for rows, steps in self._denoisers.steps(workload.size, workload.controls).items():
             buffers, most = rows * slot, 0
             for step in steps:

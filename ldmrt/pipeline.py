@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 
@@ -31,7 +31,7 @@ from ldmrt.errors import BadRequest, EngineMismatch, NumericalError, Unavailable
 from ldmrt.guidance import embedding
 from ldmrt.loader import EngineLoader, kinds_of
 from ldmrt.lora import Lora
-from ldmrt.material import Material, Start, resolve as resolve_material
+from ldmrt.material import Brought, Material, Start, resolve as resolve_material
 from ldmrt.memory_plan import MemoryPlan, Stage, parse_bytes
 from ldmrt.needs import Workload
 from ldmrt.noise import Generators
@@ -208,6 +208,8 @@ class Pipeline:
         image: Picture | torch.Tensor | None = None,
         strength: float | None = None,
         mask_image: Picture | None = None,
+        mask_blur: float | None = None,
+        apply_overlay: bool = False,
         denoising_start: float | None = None,
         denoising_end: float | None = None,
         aesthetic_score: float | None = None,
@@ -255,8 +257,12 @@ class Pipeline:
                 for an inpainting model the picture to draw into, for an upscaling model the one to draw larger: a pixel of it for each latent
                 cell.
             strength: how much of the picture is drawn anew, 0 to 1: that share of the steps is made, the last ones. Without it 0.8, 0.3
-                for SDXL, and for an inpainting model 1, which leaves nothing of what the mask covers.
-            mask_image: for an inpainting model, a picture that is white where the other is to be drawn anew.
+                for SDXL, and with a mask 1, which leaves nothing of what that covers.
+            mask_image: a picture that is white where the other is to be drawn anew. An inpainting model is shown it; with another one
+                the latents of the rest are put back after every step.
+            mask_blur: the radius in pixels by which the mask's edges are softened, 0 to keep its greys as they are. Without it grey counts
+                as black or white, as in diffusers; so it does to inpainting models, for which this is the edge of the overlay.
+            apply_overlay: give every pixel that the mask leaves out back as it was.
             denoising_start: the share of the schedule that another model has made, whose latents are `image`; nothing is added to them.
             denoising_end: the share of the schedule after which the latents are left to another model; see `ldmrt.refining`.
             aesthetic_score: of the prompt's pictures, for a model that takes one (the refiner of SDXL); 6 without.
@@ -298,6 +304,9 @@ class Pipeline:
                 variation_seed=variation_seed,
                 variation_strength=variation_strength,
                 has_image=image is not None,
+                has_mask=mask_image is not None,
+                mask_blur=mask_blur,
+                apply_overlay=apply_overlay,
                 strength=strength,
                 denoising_start=denoising_start,
                 denoising_end=denoising_end,
@@ -385,7 +394,7 @@ class Pipeline:
                 else:
                     tensors = decode(self._loader, finals, size)
             with clock("copy"):
-                images = None if tensors is None else delivered(tensors, output_type)
+                images = None if tensors is None else delivered(material.finished(tensors), output_type)
         # A tensor made in inference mode could not be used in a caller's own computation.
         finals = finals.clone()
         images = finals if output_type == "latent" else images
@@ -604,37 +613,21 @@ class Pipeline:
     def resolve(
         self,
         request: Request,
-        *,
-        image: Picture | None = None,
-        mask_image: Picture | None = None,
-        noise_level: int | None = None,
-        class_labels: ClassLabels | None = None,
-        segmentation: SemanticMap | None = None,
+        **brought: Unpack[Brought],
     ) -> tuple[Job, Material]:
         """What is to be done for a request, checked. Any thread may call it.
 
         Args:
             request: what is wanted.
-            image: as of `__call__`, like the others.
-            mask_image: see there.
-            noise_level: see there.
-            class_labels: see there.
-            segmentation: see there.
+            brought: as of `__call__`.
 
         Raises:
             BadRequest: a value cannot be used.
         """
-        job = resolve(replace(request, has_image=image is not None), self.defaults)
+        has_image, has_mask = (brought.get(key) is not None for key in ("image", "mask_image"))
+        job = resolve(replace(request, has_image=has_image, has_mask=has_mask), self.defaults)
         self._check_text(job, Given())
-        return job, resolve_material(
-            self.bundle.manifest.model,
-            job,
-            image=image,
-            mask_image=mask_image,
-            noise_level=noise_level,
-            class_labels=class_labels,
-            segmentation=segmentation,
-        )
+        return job, resolve_material(self.bundle.manifest.model, job, **brought)
 
     def tokenize(self, job: Job) -> list[Windows]:
         """For each prompt its windows of tokens: see `ldmrt.text.PromptEncoder.tokenize`. Any thread may call it."""
@@ -718,6 +711,7 @@ class Pipeline:
             noise=start.noise,
             guidance_rescale=job.guidance_rescale,
             controls=[one.conditioning(start.table.evaluations, self.device) for one in controls],
+            blend=start.blend,
         )
 
     def _encoded(self, size: tuple[int, int], picture: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,8 @@ LongPrompt = Literal["chunk", "cut"]
 _SEED_LIMIT = 2**63
 # Drawn seeds stay short enough for every tool that reads them back.
 _DRAWN_SEED_LIMIT = 2**32
+# In pixels; beyond it a mask is grey all over.
+_MOST_BLUR = 256.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,9 @@ class Request:
         clip_skip: how many of the text encoder's last layers are left out.
         long_prompt: what to do with a prompt longer than the text encoder takes: "chunk" it into windows, or "cut" it.
         has_image: whether there is a picture to begin from, or latents in its place.
+        has_mask: whether there is a mask of what is drawn anew.
+        mask_blur: the radius in pixels by which the mask's edges are softened, 0 to keep its greys; None for black and white alone.
+        apply_overlay: whether what the mask leaves out is given back as it was.
         strength: how much of the picture is drawn anew: the share of the steps that are made, 0 to 1.
         denoising_start: the share of the schedule that another model has made, whose latents are in the picture's place.
         denoising_end: the share of the schedule after which the latents are left to another model.
@@ -69,6 +74,9 @@ class Request:
     clip_skip: int | None = None
     long_prompt: LongPrompt = "chunk"
     has_image: bool = False
+    has_mask: bool = False
+    mask_blur: float | None = None
+    apply_overlay: bool = False
     strength: float | None = None
     denoising_start: float | None = None
     denoising_end: float | None = None
@@ -95,7 +103,7 @@ class Defaults:
         max_images: the most images of one call.
         max_clip_skip: the layers that can be left out.
         guidance_embedded: whether the model takes the guidance scale as an input, in the place of classifier-free guidance.
-        strength: how much of a picture is drawn anew.
+        strength: how much of a picture is drawn anew where there is no mask.
         refines: whether the model does nothing but finish pictures.
         takes_aesthetic_scores: whether the model takes aesthetic scores.
     """
@@ -130,6 +138,7 @@ class Job:
         seed_was_drawn: no seed was given; whoever wants the images again needs `seeds`.
         guidance_embedded: see `Defaults`.
         span: which of the steps are made.
+        soft_mask: whether the mask's greys stay.
         aesthetic_score: see `Request`, as the next.
     """
 
@@ -152,6 +161,9 @@ class Job:
     emphasis: bool
     guidance_embedded: bool
     span: Span
+    soft_mask: bool
+    mask_blur: float
+    apply_overlay: bool
     aesthetic_score: float
     negative_aesthetic_score: float
 
@@ -215,6 +227,9 @@ def resolve(request: Request, defaults: Defaults) -> Job:
         emphasis=bool(request.emphasis),
         guidance_embedded=defaults.guidance_embedded,
         span=_span(request, defaults),
+        soft_mask=request.mask_blur is not None,
+        mask_blur=_mask_blur(request),
+        apply_overlay=bool(request.apply_overlay),
         aesthetic_score=_score("aesthetic_score", request.aesthetic_score, defaults, 6.0),
         negative_aesthetic_score=_score("negative_aesthetic_score", request.negative_aesthetic_score, defaults, 2.5),
     )
@@ -241,6 +256,12 @@ def _span(request: Request, defaults: Defaults) -> Span:
             "model",
             param="strength",
         )
+    if request.has_mask and request.denoising_start is not None:
+        raise BadRequest(
+            "mask_image keeps a part of a picture, and with denoising_start there is none but another model's latents; give the mask to that "
+            "model",
+            param="mask_image",
+        )
     begins = request.has_image and request.denoising_start is None
     start = _number("denoising_start", _either(request.denoising_start, 0.0), low=0.0, high=1.0)
     end = _number("denoising_end", _either(request.denoising_end, 1.0), low=0.0, high=1.0)
@@ -249,8 +270,20 @@ def _span(request: Request, defaults: Defaults) -> Span:
             f"denoising is to begin at {start:g} and to end at {end:g} of the schedule, expected denoising_start < denoising_end",
             param="denoising_end",
         )
-    strength = _either(request.strength, defaults.strength) if begins else 1.0
+    usual = 1.0 if request.has_mask else defaults.strength
+    strength = _either(request.strength, usual) if begins else 1.0
     return Span(strength=_number("strength", strength, low=0.0, high=1.0), denoising_start=start, denoising_end=end)
+
+
+def _mask_blur(request: Request) -> float:
+    """The radius by which a mask is softened."""
+    if not request.has_mask:
+        for name, given in (("mask_blur", request.mask_blur is not None), ("apply_overlay", request.apply_overlay)):
+            if given:
+                raise BadRequest(
+                    f"{name} was given, and there is no mask; give mask_image, or leave out {name}", param=name
+                )
+    return _number("mask_blur", _either(request.mask_blur, 0.0), low=0.0, high=_MOST_BLUR)
 
 
 def _score(name: str, value: float | None, defaults: Defaults, default: float) -> float:

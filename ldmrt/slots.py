@@ -19,20 +19,37 @@ from torch import Tensor
 
 from ldmrt.errors import BadRequest
 from ldmrt.kernels.adjust import rescale_guidance, threshold
+from ldmrt.kernels.blend import blend
 from ldmrt.kernels.sampler import HISTORY, WIDTH, advance, sampler_step
 from ldmrt.samplers.table import SamplerTable, blank_rows
 
 
 class Adjustments(NamedTuple):
-    """What `ldmrt.kernels.adjust` has to do before an update.
+    """What `ldmrt.kernels.adjust` has to do before an update, and `ldmrt.kernels.blend` after it.
 
     Attributes:
         rescales: whether guidance is rescaled for some image.
         thresholds: whether some image's sampler thresholds.
+        blends: whether some image keeps a part of a picture.
     """
 
     rescales: bool = False
     thresholds: bool = False
+    blends: bool = False
+
+
+class Blend(NamedTuple):
+    """What an image keeps of a picture: see `ldmrt.kernels.blend`.
+
+    Attributes:
+        original: (C, H, W) float32, the picture's latents.
+        noise: (C, H, W) float32, standard normal.
+        mask: (1, H, W) float32, 1 for what is drawn anew, 0 for what stays.
+    """
+
+    original: Tensor
+    noise: Tensor
+    mask: Tensor
 
 
 class Slots:
@@ -47,6 +64,8 @@ class Slots:
         history: (3, capacity, C, H, W) float32, values of earlier evaluations.
         table: (entries, WIDTH) float32, see `ldmrt.kernels.sampler.Column`.
         noise: (entries, C, H, W) float32, parallel to `table`.
+        levels: (entries, 2) float32, parallel to `table`: what of a picture and of noise is kept behind each evaluation; zeros for nothing.
+        blends: (capacity, C, H, W), the same again, (capacity, 1, H, W) float32: what is kept, as of `Blend`.
         row: (capacity,) int64, the row of `table` that each slot is at.
         last_row: (capacity,) int64, the row where it stays: one that changes nothing, behind its sampler's rows.
         guidance_scale: (capacity,) float32.
@@ -98,6 +117,8 @@ class Slots:
         self.history = latents(HISTORY, capacity)
         self.model_input = latents(rows, dtype=model_dtype)
         self.noise = latents(entries)
+        self.blends = Blend(latents(capacity), latents(capacity), latents(capacity)[:, :1].clone())
+        self.levels = torch.zeros((entries, 2), dtype=torch.float32, device=device)
         self.table = torch.from_numpy(blank_rows(entries)).to(device=device, dtype=torch.float32)
         self.row = torch.arange(capacity, device=device) * self.entries_per_slot
         self.last_row = self.row.clone()
@@ -130,9 +151,7 @@ class Slots:
     @property
     def adjustments(self) -> Adjustments:
         """What the images that are here ask for."""
-        return Adjustments(
-            any(asked.rescales for asked in self._adjustments), any(asked.thresholds for asked in self._adjustments)
-        )
+        return Adjustments(*(any(asked) for asked in zip(*self._adjustments, strict=True)))
 
     def rows_of(self, slot: int) -> tuple[int, ...]:
         """The model rows of a slot: of its prompt and, with guidance, of its negative prompt; none if it is free."""
@@ -149,6 +168,7 @@ class Slots:
         uncond_row: int | None = None,
         noise: Tensor | None = None,
         guidance_rescale: float = 0.0,
+        blend: Blend | None = None,
     ) -> None:
         """Put an image into a free slot, ready for its first evaluation.
 
@@ -161,6 +181,7 @@ class Slots:
             uncond_row: the model row for the negative prompt; None without guidance.
             noise: (evaluations, C, H, W) float32, standard normal; what a table that `uses_noise` needs.
             guidance_rescale: see `ldmrt.kernels.adjust.rescale_guidance`; without meaning when uncond_row is None.
+            blend: what is kept of a picture, on any device; None for nothing.
 
         Raises:
             BadRequest: the table or the noise does not fit, a shape is wrong, or the slot or a row is taken.
@@ -175,6 +196,11 @@ class Slots:
         self.table[first : last + 1].copy_(torch.from_numpy(entries))
         if table.uses_noise and noise is not None:
             self.noise[first:last].copy_(noise)
+        self.levels[first : last + 1].zero_()
+        if blend is not None:
+            self.levels[first:last].copy_(torch.from_numpy(table.levels[1:].astype(np.float32)))
+            for buffers, one in zip(self.blends, blend, strict=True):
+                buffers[slot].copy_(one)
 
         self.x[slot].copy_(latents).mul_(table.initial_noise_scale)
         self.saved[slot].zero_()
@@ -190,7 +216,9 @@ class Slots:
         self._evaluations[slot] = table.evaluations
         self._made[slot] = 0
         self._rows_of[slot] = rows
-        self._adjustments[slot] = Adjustments(guidance_rescale > 0 and uncond_row is not None, table.thresholds)
+        self._adjustments[slot] = Adjustments(
+            guidance_rescale > 0 and uncond_row is not None, table.thresholds, blend is not None
+        )
 
     def move(self, slot: int, row: int, to: int) -> None:
         """Give a slot a free model row in the place of one of its own."""
@@ -240,6 +268,17 @@ class Slots:
             *guidance,
             self.model_input,
         )
+        if adjustments.blends:
+            blend(
+                self.x,
+                *self.blends,
+                self.levels,
+                self.table,
+                self.row,
+                self.cond_row,
+                self.uncond_row,
+                self.model_input,
+            )
         advance(self.row, self.last_row)
 
     def stepped(self) -> None:

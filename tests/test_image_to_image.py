@@ -62,6 +62,8 @@ def compare(pipe: Pipeline, theirs: Any, ours: dict[str, Any], other: dict[str, 
     result = pipe(**common, **ours, on_step=lambda _index, latents: found.append(latents), output_type="np")
     if len(expected) == 2 * len(found) - 1:  # they also call in the middle of a step of two evaluations
         expected = [*expected[1::2], expected[-1]]
+    elif len(expected) == len(found) + 1:  # and of the first step of PNDM, which is made twice
+        del expected[0]
     assert len(found) == len(expected)
     assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) < LATENTS
     assert min(psnr(a, b) for a, b in zip(result.images, images, strict=True)) > PSNR

@@ -47,6 +47,9 @@ def test_defaults_of_the_model() -> None:
         emphasis=False,
         guidance_embedded=False,
         span=WHOLE,
+        soft_mask=False,
+        mask_blur=0.0,
+        apply_overlay=False,
         aesthetic_score=6.0,
         negative_aesthetic_score=2.5,
     )
@@ -55,6 +58,24 @@ def test_defaults_of_the_model() -> None:
     assert None not in dataclasses.astuple(job)
     with pytest.raises(dataclasses.FrozenInstanceError):
         job.eta = 1.0  # type: ignore[misc]
+
+
+def test_masks() -> None:
+    for blur, found in ((None, (False, 0.0)), (0, (True, 0.0)), (4.5, (True, 4.5))):
+        job = ask(has_image=True, has_mask=True, mask_blur=blur)
+        assert (job.soft_mask, job.mask_blur) == found
+    assert ask(has_image=True, has_mask=True, apply_overlay=True).apply_overlay
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"mask_blur": 1.0}, "mask_blur"),
+        ({"apply_overlay": True}, "apply_overlay"),
+        ({"has_mask": True, "mask_blur": -1.0}, "mask_blur"),
+        ({"has_mask": True, "mask_blur": math.inf}, "mask_blur"),
+        ({"has_image": True, "has_mask": True, "denoising_start": 0.5}, "mask_image"),
+    ]
+    for asked, param in refused:
+        with pytest.raises(BadRequest) as caught:
+            ask(**asked)
+        assert caught.value.param == param
 
 
 def test_everything_given() -> None:
@@ -170,6 +191,8 @@ def test_the_part_of_the_steps() -> None:
     assert ask(has_image=True).span == Span(strength=0.8)
     assert ask(has_image=True, strength=0.25).span == Span(strength=0.25)
     # Another model's latents say where to begin.
+    assert ask(has_image=True, has_mask=True).span == WHOLE
+    assert ask(has_image=True, has_mask=True, strength=0.5).span == Span(strength=0.5)
     assert ask(has_image=True, denoising_start=0.7).span == Span(denoising_start=0.7)
     assert ask(denoising_end=0.7).span == Span(denoising_end=0.7)
     assert ask(has_image=True, strength=0.5, denoising_end=0.7).span == Span(strength=0.5, denoising_end=0.7)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ldmrt.errors import BadRequest
-from ldmrt.kernels.sampler import Basis, Column, advance, sampler_step
+from ldmrt.kernels.sampler import Basis, Column
 from ldmrt.samplers.ddim import ddim
 from ldmrt.samplers.table import SamplerTable, blank_rows
 from ldmrt.schedule import NoiseSchedule
-from ldmrt.slots import Adjustments, Slots
+from ldmrt.slots import Adjustments, Blend, Slots
 
 LATENT = (4, 3, 5)
 SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -46,6 +46,7 @@ def with_memory(evaluations: int) -> SamplerTable:
         coefficients=rows,
         steps=np.where(np.arange(evaluations) % 2, np.arange(evaluations) // 2, -1),
         draws_noise=np.zeros(evaluations, dtype=np.bool_),
+        levels=rng.uniform(0.1, 1.0, (evaluations + 1, 2)),
         initial_input_scale=0.3,
         initial_noise_scale=2.0,
     )
@@ -58,7 +59,16 @@ class Loop:
         self.slots = Slots(capacity, rows, LATENT, capacity * 32, "cpu", dtype)
         self.prompts = torch.zeros(rows)
 
-    def admit(self, slot: int, cond_row: int, uncond_row: int | None, *, image: int, table: SamplerTable) -> None:
+    def admit(
+        self,
+        slot: int,
+        cond_row: int,
+        uncond_row: int | None,
+        *,
+        image: int,
+        table: SamplerTable,
+        blend: Blend | None = None,
+    ) -> None:
         """Admit the image of that number: its latents, prompts, noise and guidance follow from it."""
         self.prompts[cond_row] = 0.1 * image
         if uncond_row is not None:
@@ -71,22 +81,31 @@ class Loop:
             cond_row=cond_row,
             uncond_row=uncond_row,
             noise=random_latents(100 + image, table.evaluations) if table.uses_noise else None,
+            blend=blend,
         )
 
     def step(self) -> None:
         s = self.slots
-        output = model(s.model_input, self.prompts)
-        sampler_step(
-            s.x, s.saved, s.history, output, s.table, s.row, s.noise, s.guidance_scale, s.cond_row, s.uncond_row,
-            s.model_input,
-        )  # fmt: skip
-        advance(s.row, s.last_row)
+        s.update(model(s.model_input, self.prompts), s.adjustments)
         s.stepped()
 
 
-def alone(image: int, table: SamplerTable, *, guided: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+def kept(seed: int) -> Blend:
+    """A picture under a soft mask."""
+    mask = torch.rand(1, *LATENT[1:], generator=torch.Generator().manual_seed(seed))
+    return Blend(random_latents(200 + seed), random_latents(300 + seed), mask)
+
+
+def alone(
+    image: int,
+    table: SamplerTable,
+    *,
+    guided: bool,
+    dtype: torch.dtype = torch.float32,
+    blend: Blend | None = None,
+) -> Tensor:
     loop = Loop(1, 2, dtype=dtype)
-    loop.admit(0, 0, 1 if guided else None, image=image, table=table)
+    loop.admit(0, 0, 1 if guided else None, image=image, table=table, blend=blend)
     while not loop.slots.done(0):
         loop.step()
     return loop.slots.x[0].clone()
@@ -173,15 +192,19 @@ def test_admission_writes_the_first_model_input_and_leaves_others_alone() -> Non
 
 def test_buffers_keep_their_addresses() -> None:
     loop = Loop(2, 4)
-    names = [name for name, value in vars(loop.slots).items() if isinstance(value, Tensor)]
-    assert len(names) == 12
-    before = {name: getattr(loop.slots, name).data_ptr() for name in names}
+
+    def addresses() -> list[int]:
+        buffers = [value for value in vars(loop.slots).values() if isinstance(value, Tensor)]
+        return [tensor.data_ptr() for tensor in (*buffers, *loop.slots.blends)]
+
+    before = addresses()
+    assert len(before) == 16
     for image in range(3):
-        loop.admit(0, 0, 1, image=image, table=ddim(SCHEDULE, 2, eta=1.0))
+        loop.admit(0, 0, 1, image=image, table=ddim(SCHEDULE, 2, eta=1.0), blend=kept(image))
         loop.step()
         loop.step()
         loop.slots.release(0)
-    assert {name: getattr(loop.slots, name).data_ptr() for name in names} == before
+    assert addresses() == before
 
 
 def test_free_and_active() -> None:
@@ -207,11 +230,33 @@ def test_adjustments_are_those_of_the_images_that_are_here() -> None:
             slot, latents=random_latents(slot), table=table, guidance_scale=2.0, cond_row=rows[0],
             uncond_row=rows[1] if len(rows) > 1 else None, guidance_rescale=rescale,
         )  # fmt: skip
-    assert slots.adjustments == (True, True)
+    slots.admit(2, latents=random_latents(2), table=ddim(SCHEDULE, 2), guidance_scale=1.0, cond_row=3, blend=kept(1))
+    assert slots.adjustments == (True, True, True)
     slots.release(0)
-    assert slots.adjustments == (False, True)  # without guidance there is nothing to rescale
+    assert slots.adjustments == (False, True, True)  # without guidance there is nothing to rescale
+    slots.release(2)
+    assert slots.adjustments == (False, True, False)
     slots.release(1)
-    assert slots.adjustments == (False, False)
+    assert slots.adjustments == (False, False, False)
+
+
+def test_a_picture_is_kept_beside_images_that_keep_none() -> None:
+    """Whatever runs beside it, and however long it is stepped on when it is finished: a soft mask is laid on once a step."""
+    table, expected = ddim(SCHEDULE, 3, eta=0.5), [alone(1, ddim(SCHEDULE, 3, eta=0.5), guided=True, blend=kept(1))]
+    expected.append(alone(2, with_memory(6), guided=False))
+    loop = Loop(2, 4)
+    loop.admit(0, 3, 1, image=1, table=table, blend=kept(1))
+    loop.admit(1, 0, None, image=2, table=with_memory(6))
+    for _ in range(6):
+        loop.step()
+    for slot, one in enumerate(expected):
+        assert torch.equal(loop.slots.x[slot], one)
+    # The slot's next image keeps nothing.
+    loop.slots.release(0)
+    loop.admit(0, 3, 1, image=1, table=table)
+    for _ in range(3):
+        loop.step()
+    assert torch.equal(loop.slots.x[0], alone(1, table, guided=True))
 
 
 def test_a_model_row_is_moved() -> None:
@@ -232,14 +277,14 @@ def test_a_model_row_is_moved() -> None:
 
 def test_nothing_moves_while_paused() -> None:
     loop = Loop(2, 4)
-    loop.admit(0, 0, 1, image=0, table=ddim(SCHEDULE, 4, eta=0.5))
+    loop.admit(0, 0, 1, image=0, table=ddim(SCHEDULE, 4, eta=0.5), blend=kept(0))
     loop.step()
     slots = loop.slots
     names = ("x", "saved", "history", "table", "row", "cond_row", "uncond_row", "model_input")
     before = {name: getattr(slots, name).clone() for name in names}
     with slots.paused():
         for _ in range(2):
-            slots.update(torch.ones_like(slots.model_input), Adjustments(rescales=True, thresholds=True))
+            slots.update(torch.ones_like(slots.model_input), Adjustments(rescales=True, thresholds=True, blends=True))
     for name in names:
         assert torch.equal(getattr(slots, name), before[name]), name
 

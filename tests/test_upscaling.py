@@ -138,7 +138,7 @@ def test_what_must_be_given(pipe: Pipeline, tiny_bundle: Path) -> None:
     quick: dict[str, Any] = {"num_inference_steps": 1}
     cases: list[tuple[dict[str, Any], str, str]] = [
         ({}, "image", "image is missing: tiny-x4 draws a small picture larger; give one of 16x16 pixels"),
-        ({"image": small, "mask_image": small}, "mask_image", "is no inpainting model"),
+        ({"image": small, "mask_image": small}, "mask_image", "draws a small picture larger, all of it"),
         ({"image": small, "noise_level": 351}, "noise_level", "noise_level is 351, expected a whole number, 0 to 350"),
         ({"image": small, "noise_level": 1.5}, "noise_level", "expected a whole number"),
         ({"image": small, "class_labels": 1}, "class_labels", "tiny-x4 draws no classes"),

@@ -122,13 +122,23 @@ def generate(
     strength: Annotated[
         float | None,
         typer.Option(
-            metavar="F", help="How much of --image is drawn anew, 0 to 1. Default: 0.8; 0.3 for SDXL; 1 for inpainting."
+            metavar="F", help="How much of --image is drawn anew, 0 to 1. Default: 0.8; 0.3 for SDXL; 1 with --mask."
         ),
     ] = None,
     mask: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="For an inpainting model: white where the picture is to be drawn anew."),
+        typer.Option(
+            metavar="FILE",
+            help="White where --image is to be drawn anew, with any model; best with one for inpainting.",
+        ),
     ] = None,
+    mask_blur: Annotated[
+        float | None,
+        typer.Option(metavar="PIXELS", help="Soften the edges of --mask; 0 keeps its greys. Default: black and white."),
+    ] = None,
+    apply_overlay: Annotated[
+        bool, typer.Option("--apply-overlay", help="Give every pixel that --mask leaves out back as it was.")
+    ] = False,
     refiner: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The bundle of a refiner, which finishes what the model begins.")
     ] = None,
@@ -224,6 +234,7 @@ def generate(
 
     given = (
         _pictures(image, mask, segmentation)
+        | _edges(mask_blur, apply_overlay, refiner)
         | _numbers(noise_level, class_label)
         | _controls(control_image, control_scale, control_start, control_end)
     )
@@ -263,6 +274,9 @@ def generate(
             clip_skip=clip_skip,
             long_prompt=long_prompt.value,
             has_image="image" in given,
+            has_mask="mask_image" in given,
+            mask_blur=mask_blur,
+            apply_overlay=apply_overlay,
             strength=strength,
             emphasis=emphasis,
             variation_seed=variation_seed,
@@ -338,6 +352,21 @@ def _pictures(image: Path | None, mask: Path | None, segmentation: Path | None) 
 
     paths = {"image": image, "mask_image": mask, "segmentation": segmentation}
     return {name: open_picture(path, param=name) for name, path in paths.items() if path is not None}
+
+
+def _edges(mask_blur: float | None, apply_overlay: bool, refiner: Path | None) -> dict[str, Any]:
+    """The pipeline's arguments for where what is drawn meets what is kept.
+
+    Raises:
+        BadRequest: a refiner would draw over what is given back.
+    """
+    if apply_overlay and refiner is not None:
+        raise BadRequest(
+            "--apply-overlay gives pixels back as they were, and --refiner changes all of them; leave one of them out",
+            param="apply_overlay",
+        )
+    given = {"mask_blur": mask_blur, "apply_overlay": apply_overlay or None}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _numbers(noise_level: int | None, class_label: int | None) -> dict[str, Any]:
@@ -541,7 +570,7 @@ def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int, re
         extra["Refiner switch at"] = f"{refining.start:g}"
     extra |= {
         title: given[name]
-        for name, title in (("noise_level", "Noise level"), ("class_labels", "Class"))
+        for name, title in (("noise_level", "Noise level"), ("class_labels", "Class"), ("mask_blur", "Mask blur"))
         if name in given
     }
     if "control_image" in given:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ldmrt.errors import BadRequest
 from ldmrt.kernels.sampler import Column
 from ldmrt.samplers.registry import SigmaSpacing
-from ldmrt.samplers.table import Float64, SamplerTable
+from ldmrt.samplers.table import Float64, SamplerTable, to_clean
 from ldmrt.schedule import NoiseSchedule, TimestepSpacing
 
 _KARRAS_RHO = 7.0
@@ -47,7 +47,8 @@ class Levels:
             noise: whether each of them draws noise.
         """
         rows[:, Column.NEXT_INPUT_SCALE] = _unit(self.sigmas[1:])
-        return self._table(name, self.timesteps, rows, np.arange(len(rows)), np.full(len(rows), noise))
+        draws_noise = np.full(len(rows), noise)
+        return self._table(name, self.timesteps, self.sigmas[:-1], rows, np.arange(len(rows)), draws_noise)
 
     def double(
         self,
@@ -76,12 +77,19 @@ class Levels:
         draws_noise[-1] = False
         steps = np.where(number % 2 == 1, number // 2, -1)
         steps[-1] = number[-1] // 2
-        visited = np.empty(len(rows))
+        visited, at = np.empty(len(rows)), np.empty(len(rows))
         visited[0::2], visited[1::2] = self.timesteps, timesteps
-        return self._table(name, visited, rows, steps, draws_noise)
+        at[0::2], at[1::2] = self.sigmas[:-1], sigmas
+        return self._table(name, visited, at, rows, steps, draws_noise)
 
     def _table(
-        self, name: str, timesteps: Float64, rows: Float64, steps: NDArray[np.int64], draws_noise: NDArray[np.bool_]
+        self,
+        name: str,
+        timesteps: Float64,
+        sigmas: Float64,
+        rows: Float64,
+        steps: NDArray[np.int64],
+        draws_noise: NDArray[np.bool_],
     ) -> SamplerTable:
         return SamplerTable(
             name=name,
@@ -89,9 +97,9 @@ class Levels:
             coefficients=rows,
             steps=steps,
             draws_noise=draws_noise,
+            levels=to_clean(np.ones_like(sigmas), sigmas),
             initial_input_scale=float(_unit(self.sigmas[0])),
             initial_noise_scale=self.initial_noise_scale,
-            initial_mixture=(1.0, float(self.sigmas[0])),
         )
 
 

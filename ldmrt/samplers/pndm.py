@@ -6,7 +6,7 @@ import numpy as np
 
 from ldmrt.kernels.sampler import Column
 from ldmrt.samplers.levels import training_timesteps
-from ldmrt.samplers.table import SamplerTable, assign, blank_rows, noise_estimate
+from ldmrt.samplers.table import SamplerTable, assign, blank_rows, noise_estimate, to_clean
 from ldmrt.schedule import NoiseSchedule
 
 # Adams-Bashforth: the weights of the newest output and of the ones before it.
@@ -60,5 +60,5 @@ def pndm(schedule: NoiseSchedule, num_inference_steps: int, *, begin: int = 0) -
         coefficients=rows,
         steps=steps - 1 if len(visited) > 1 else steps,
         draws_noise=np.zeros(len(timesteps), dtype=np.bool_),
-        initial_mixture=(float(signal[0]), float(noise[0])),
+        levels=to_clean(np.sqrt(alphas[timesteps]), np.sqrt(1.0 - alphas[timesteps])),
     )

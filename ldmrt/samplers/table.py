@@ -33,8 +33,8 @@ class SamplerTable:
         draws_noise: bool (evaluations,), the rows for which fresh standard normal noise is to be drawn.
         initial_input_scale: the first model input is the initial x times this.
         initial_noise_scale: the initial x is standard normal noise times this.
-        initial_mixture: where it begins from a picture, the initial x is the picture's latents times the first of these, and
-            standard normal noise times the second: the level at which the first evaluation is made.
+        levels: float64 (evaluations + 1, 2), the level of x at every evaluation, and behind the last: the first of these times the
+            picture, and the second times standard normal noise.
     """
 
     name: str
@@ -42,9 +42,9 @@ class SamplerTable:
     coefficients: Float64
     steps: NDArray[np.int64]
     draws_noise: NDArray[np.bool_]
+    levels: Float64
     initial_input_scale: float = 1.0
     initial_noise_scale: float = 1.0
-    initial_mixture: tuple[float, float] = (0.0, 1.0)
 
     @property
     def evaluations(self) -> int:
@@ -81,6 +81,7 @@ class SamplerTable:
             coefficients=self.coefficients[:rows],
             steps=self.steps[:rows],
             draws_noise=self.draws_noise[:rows],
+            levels=self.levels[: rows + 1],
         )
 
 
@@ -98,7 +99,7 @@ def on_unit_variance(
         name: of the sampler.
         timesteps: (n,).
         rows: (n, WIDTH).
-        signal: (n,) or more: the latents that it begins from are signal[0] x_0 + noise[0] n.
+        signal: (n,) or more: at evaluation i the latents are signal[i] x_0 + noise[i] n.
         noise: the same.
         draws_noise: (n,); None for a sampler that draws none.
     """
@@ -108,8 +109,13 @@ def on_unit_variance(
         coefficients=rows,
         steps=np.arange(len(rows), dtype=np.int64),
         draws_noise=np.zeros(len(rows), dtype=np.bool_) if draws_noise is None else draws_noise,
-        initial_mixture=(float(signal[0]), float(noise[0])),
+        levels=to_clean(signal[: len(rows)], noise[: len(rows)]),
     )
+
+
+def to_clean(signal: ArrayLike, noise: ArrayLike) -> Float64:
+    """`SamplerTable.levels` of a sampler that ends at a clean picture, of the levels of its evaluations, (n,) each."""
+    return np.stack([np.append(signal, 1.0), np.append(noise, 0.0)], axis=1)
 
 
 def blank_rows(count: int) -> Float64:

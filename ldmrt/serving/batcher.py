@@ -10,16 +10,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, TypeVar, Unpack
 
 import torch
 
-from ldmrt.classes import ClassLabels
-from ldmrt.conditioning import Picture
 from ldmrt.errors import BadRequest, Cancelled, LdmrtError
+from ldmrt.material import Brought
 from ldmrt.pipeline import OutputType, Pipeline, check_output_type
 from ldmrt.request import Request
-from ldmrt.segmentation import SemanticMap
 from ldmrt.serving.batch import Batch
 from ldmrt.serving.handle import Handle, OnProgress
 from ldmrt.serving.register import Errand, Register, Stats
@@ -70,32 +68,24 @@ class Batcher:
         self,
         request: Request,
         *,
-        image: Picture | None = None,
-        mask_image: Picture | None = None,
-        noise_level: int | None = None,
-        class_labels: ClassLabels | None = None,
-        segmentation: SemanticMap | None = None,
         priority: int = 0,
         timeout: float | None = None,
         output_type: OutputType = "pil",
         on_progress: OnProgress | None = None,
         previews: int = 0,
+        **brought: Unpack[Brought],
     ) -> Handle:
         """Hand in a request. It is checked and tokenized here, on the caller's thread, and never waits for the model.
 
         Args:
             request: what is wanted.
-            image: as of `Pipeline.__call__`.
-            mask_image: the same.
-            noise_level: the same.
-            class_labels: the same.
-            segmentation: the same.
             priority: the greater starts first, however long the others have waited.
             timeout: seconds from now in which all its pictures must be finished.
             output_type: `pil`, `np` or `latent`, as of `Pipeline.__call__`.
             on_progress: called on the batcher's thread after every step of every image, and should be quick; what it raises ends this
                 request alone.
             previews: pictures of each image on its way that `on_progress` gets, evenly spaced.
+            brought: pictures, classes and the like, as of `Pipeline.__call__`.
 
         Raises:
             BadRequest: a value cannot be used; the error names it.
@@ -112,14 +102,7 @@ class Batcher:
                 raise BadRequest(
                     f"previews is {previews}, expected 0 or more, with on_progress to get them", param="previews"
                 )
-            job, material = self._pipeline.resolve(
-                request,
-                image=image,
-                mask_image=mask_image,
-                noise_level=noise_level,
-                class_labels=class_labels,
-                segmentation=segmentation,
-            )
+            job, material = self._pipeline.resolve(request, **brought)
             now = self._register.clock()
             ticket: Ticket
             ticket = Ticket(

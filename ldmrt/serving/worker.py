@@ -223,7 +223,9 @@ class Worker:
             with torch.inference_mode(mode=False):
                 latents = torch.stack([ticket.latents[number] for number in numbers])
             pictures = [ticket.pictures[number] for number in numbers if ticket.output_type != "latent"]
-            images = delivered(torch.stack(pictures), ticket.output_type) if pictures else latents
+            images = latents
+            if pictures:
+                images = delivered(ticket.material.finished(torch.stack(pictures)), ticket.output_type)
         except LdmrtError as error:  # NaN in a picture
             self._register.fail(ticket, error)
             return

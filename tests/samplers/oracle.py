@@ -56,7 +56,7 @@ def model(x: Tensor, timestep: float) -> Tensor:
 def ours(table: SamplerTable, picture: Tensor | None = None) -> Iterator[Tensor]:
     """The latents (1, C, h, w) after each evaluation, as the sampling loop makes them on a CPU, from noise or from a picture's latents."""
     drawn = draw([SEED], SHAPE, table)
-    starts, table = Beginning(latents=picture).start(drawn, table, lambda *_: starts)
+    starts, table = Beginning().start(picture, drawn, table)
     slots = Slots(1, 1, SHAPE, table.evaluations + 1, "cpu", torch.float32)
     noise = None if drawn.steps is None else drawn.steps[0]
     slots.admit(0, latents=starts[0], table=table, guidance_scale=1.0, cond_row=0, noise=noise)

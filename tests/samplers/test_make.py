@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from ldmrt.errors import BadRequest
-from ldmrt.kernels.sampler import WIDTH, Column
+from ldmrt.kernels.sampler import HISTORY, WIDTH, Column
 from ldmrt.samplers.make import _MAKERS, sampler_table
 from ldmrt.samplers.registry import SAMPLERS
+from ldmrt.samplers.span import Span
 from ldmrt.schedule import NoiseSchedule
 from tests.samplers.oracle import STABLE_DIFFUSION, compare
 
@@ -182,3 +183,32 @@ def test_the_noise_of_nothing_but_noise(name: str) -> None:
     schedule = NoiseSchedule(zero_terminal_snr=True, timestep_spacing="trailing")
     with pytest.raises(BadRequest, match="pure noise"):
         sampler_table(name, schedule, 4)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("begin", [0, 2])
+def test_the_levels_are_those_of_the_latents(name: str, begin: int) -> None:
+    """With a model that knows the picture the latents are, at every evaluation, so much of the picture and so much noise as the levels say:
+    in float64 the coefficients of the picture, of the first noise and of each that is drawn, through the rows of the table.
+    """
+    table = sampler_table(name, SCHEDULE, 7, span=Span(strength=1 - begin / 7))
+    count = table.evaluations
+    picture, *drawn = np.eye(2 + count)
+    x = table.levels[0, 0] * picture + table.levels[0, 1] * drawn[0]
+    saved, history = np.zeros_like(x), [np.zeros_like(x)] * HISTORY
+    for index, row in enumerate(table.coefficients):
+        signal, noise = table.levels[index]
+        assert x[0] == pytest.approx(signal, rel=1e-4), index
+        assert np.linalg.norm(x[1:]) == pytest.approx(noise, rel=1e-4), index
+        # The model's word makes d the picture; what PNDM reads of it is the noise that is there.
+        of_x, of_m = row[Column.DENOISED_X], row[Column.DENOISED_M]
+        m = (x - signal * picture) / noise if name == "pndm" else (picture - of_x * x) / of_m
+        basis = [x, m, picture, saved, *history, drawn[1 + index]]
+
+        def combined(first: Column, row: Any = row, basis: Any = basis) -> Any:
+            return sum(row[first + offset] * value for offset, value in enumerate(basis))
+
+        x, saved, pushed = (combined(first) for first in (Column.NEXT_X, Column.NEXT_SAVED, Column.PUSHED))
+        if row[Column.PUSH]:
+            history = [pushed, *history[:-1]]
+    assert table.levels[-1].tolist() == [1.0, 0.0]

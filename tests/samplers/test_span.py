@@ -119,4 +119,4 @@ def test_two_parts_are_the_whole(name: str) -> None:
 def test_a_picture_gets_the_noise_of_the_first_step() -> None:
     table: SamplerTable = sampler_table("ddim", schedule_of("ddim"), STEPS, span=Span(strength=0.5))
     alpha = schedule_of("ddim").alphas_cumprod[int(table.timesteps[0])]
-    assert np.allclose(table.initial_mixture, (alpha**0.5, (1 - alpha) ** 0.5))
+    assert np.allclose(table.levels[0], (alpha**0.5, (1 - alpha) ** 0.5))

@@ -59,7 +59,7 @@ def request(number: int = 0, **fields: Any) -> Request:
 
 def arguments(one: Request) -> dict[str, Any]:
     """A request as a call is given it."""
-    return {name: value for name, value in vars(one).items() if value is not None and name != "has_image"}
+    return {name: value for name, value in vars(one).items() if value is not None and not name.startswith("has_")}
 
 
 class Gate:
