@@ -5,6 +5,7 @@
 # make builtin compiles the built-in model again
 # make sanitize  the C++ operators' tests under the address and undefined behaviour sanitizers
 # make bench-quick  ratios of speed beside those of the ledger, under three minutes on two cores
+# make benchmarks  operators and components under pytest-benchmark (ARGS="-k attention --benchmark-save=NAME")
 # make clean   removes what the others made
 #
 # Each works in .venv, which it makes on the first call; later calls are instant unless a file named below has changed.
@@ -19,7 +20,7 @@ MARKS  ?= not slow and not gpu and not rtx and not browser
 # Python files are not listed: the install is editable, so they are used as they are.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: demo test test-rtx check format-check lint types check-native sanitize bench-quick format builtin clean
+.PHONY: demo test test-rtx check format-check lint types check-native sanitize bench-quick benchmarks format builtin clean
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/ldmrt generate "a red circle on a white background" --seed 2 --out demo.png
@@ -68,6 +69,9 @@ sanitize: $(VENV)/.stamp-test
 # Fails only far outside what the ledger has of processors with the same instructions.
 bench-quick: $(VENV)/.stamp-test
 	@$(BIN)/python benchmarks/quick.py $(ARGS)
+
+benchmarks: $(VENV)/.stamp-test
+	@$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(ARGS)
 
 format: $(VENV)/.stamp-lint
 	$(BIN)/ruff format .

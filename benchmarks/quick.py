@@ -1,6 +1,6 @@
 """A guard against lost speed, in under three minutes on two cores: ratios to what runs in the same seconds, beside those of the ledger.
 
-    python benchmarks/quick.py [--record]
+    python benchmarks/quick.py [--factor 1.5] [--record]
 
 Fused operators against their references or torch's own, and the engines and whole pictures of the built-in model against diffusers: in turn in one
 process, so that a ratio does not hang on the machine's mood. Compared with the rows of results/quick.jsonl from processors with the same
@@ -132,13 +132,13 @@ def recorded(path: Path, level: str) -> dict[str, list[float]]:
     return found
 
 
-def least(ratios: Sequence[float]) -> float | None:
-    """The lowest ratio that passes; None where nothing is recorded."""
+def least(ratios: Sequence[float], factor: float = FACTOR) -> float | None:
+    """The lowest ratio that passes; None where nothing is recorded. It is below the median by a factor at least."""
     if not ratios:
         return None
     logs = [math.log(ratio) for ratio in ratios]
     deviation = statistics.stdev(logs) if len(logs) > 2 else 0.0
-    return math.exp(statistics.median(logs) - max(DEVIATIONS * deviation, math.log(FACTOR)))
+    return math.exp(statistics.median(logs) - max(DEVIATIONS * deviation, math.log(factor)))
 
 
 def measure(pair: Pair, seconds: float) -> Ratio:
@@ -161,6 +161,7 @@ def main() -> None:
     """Measure, compare, and append if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=4.0, help="for each ratio")
+    parser.add_argument("--factor", type=float, default=FACTOR, help="how far below the median fails, at least")
     parser.add_argument("--record", action="store_true", help="append the ratios to the ledger")
     arguments = parser.parse_args()
     level = instructions()
@@ -173,7 +174,7 @@ def main() -> None:
         for pair in (*operators(), *engines(Path(work)), pictures()):
             ratio = measure(pair, arguments.seconds)
             rows = before.get(pair.name, [])
-            limit = least(rows)
+            limit = least(rows, arguments.factor)
             slower = limit is not None and ratio.value < limit
             failed += slower
             table.add_row(

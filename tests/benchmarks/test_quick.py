@@ -24,6 +24,7 @@ def test_rows_are_those_of_like_processors(tmp_path: Path) -> None:
 def test_it_fails_far_outside_the_spread_alone() -> None:
     assert quick.least([]) is None
     assert quick.least([3.0]) == pytest.approx(2.0)
+    assert quick.least([3.0], 4.0) == pytest.approx(0.75)
     assert quick.least([3.0, 3.0, 3.0, 3.03]) == pytest.approx(3.0 / 1.5)
     # The logarithms are 0, 1 and 2: their deviation is 1.
     assert quick.least([1.0, math.e, math.e**2]) == pytest.approx(math.exp(1 - 4))
