@@ -1,8 +1,8 @@
 """Where the time of an engine goes on a CPU, by kind of work.
 
-    python benchmarks/cpu_breakdown.py BUNDLE [--component step] [--batch 1] [--runs 15] [--source COMMIT]
+    python benchmarks/cpu_breakdown.py [BUNDLE] [--component step] [--batch 1] [--runs 15] [--source COMMIT]
 
-Every call of the engine's list is timed. What counts is each kind's least time of all runs, since a shared machine slows down for
+Every call of the engine's list is timed; what is left of the whole is `between calls`: the list itself, and the timing. What counts is each kind's least time of all runs, since a shared machine slows down for
 seconds at a time. The row goes to results/cpu_breakdown.jsonl. `--source` is for a tree that does not know its commit.
 """
 
@@ -21,9 +21,9 @@ from ldmrt.bench.ledger import append
 from ldmrt.bench.measure import gemm_rate
 from ldmrt.bundle import Bundle
 from ldmrt.graph import dtype_name
+from ldmrt.pipeline import builtin_bundle
 
 RESULTS = Path(__file__).parent / "results" / "cpu_breakdown.jsonl"
-TOKENS = 77
 # By the start of a function's name; the rest is `other`.
 KINDS = {
     "conv2d": "convolution",
@@ -46,9 +46,10 @@ def kind_of(function: Callable[..., Any]) -> str:
 def main() -> None:
     """Time, and write the row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=Path, nargs="?", default=builtin_bundle(), help="default: the built-in model's")
     parser.add_argument("--component", default="step")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=1, help="rows, two for an image with guidance")
+    parser.add_argument("--tokens", type=int, default=77, help="of the text; the built-in model has 20")
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--source", default=None)
     arguments = parser.parse_args()
@@ -59,7 +60,8 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = {
         name: torch.randn(
-            [{"rows": arguments.batch, "tokens": TOKENS}.get(size, size) for size in spec.shape], generator=generator
+            [{"rows": arguments.batch, "tokens": arguments.tokens}.get(size, size) for size in spec.shape],
+            generator=generator,
         ).to(spec.dtype)
         for name, spec in engine.inputs.items()
     }
@@ -86,14 +88,16 @@ def main() -> None:
         engine.run(inputs)
         seconds = time.perf_counter() - start
         if number >= 2:
-            runs.append({**times, "all": seconds})
-    least = {kind: round(min(run[kind] for run in runs), 4) for kind in runs[0]}
+            runs.append({**times, "between calls": seconds - sum(times.values()), "all": seconds})
+    least = {kind: float(f"{min(run[kind] for run in runs):.4g}") for kind in runs[0]}
     figures = {
+        "model": bundle.manifest.model.name,
         "component": arguments.component,
         "batch": arguments.batch,
         "dtype": dtype_name(dtype),
         "threads": torch.get_num_threads(),
         "runs": arguments.runs,
+        "calls": len(engine._instructions),
         "least_seconds": dict(sorted(least.items(), key=lambda item: -item[1])),
         "most_gemm_flops_per_second": max(rates),
     }

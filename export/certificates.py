@@ -30,8 +30,8 @@ def certified(
 ) -> list[EngineRecord]:
     """A component's engines with their certificates.
 
-    A plan for another GPU than the one at hand cannot run here: its ONNX stands in for it, on ONNX Runtime and on real inputs, and
-    what the original made of all of them is kept, so that `ldmrt verify` can complete its certificate where it runs.
+    A plan for another GPU than the one at hand cannot run here: its ONNX stands in for it, on ONNX Runtime, and
+    what the original made of the trials is kept, so that `ldmrt verify` can complete its certificate where it runs.
 
     Args:
         folder: where trials are kept.
@@ -45,10 +45,7 @@ def certified(
     Raises:
         BuildError: an engine does not agree with the original.
     """
-    foreign = any(_is_foreign(record) for record in records)
-    tried = [number for number, trial in enumerate(trials) if trial.kind == "real" or not foreign]
-    shown = [trials[number] for number in tried]
-    found = _outputs(bundle, records, shown)
+    found = _outputs(bundle, records, trials)
     original = type(component.original)
     library = original.__module__.partition(".")[0]
     reference = f"{library} {importlib.metadata.version(library)} {original.__name__}, float32" + (
@@ -56,15 +53,14 @@ def certified(
     )
     if _device_for(records).type == "cuda":
         reference += f", on {gpu_at_hand()}"
-    made = [expected[number] for number in tried]
     certificates = {
         record.key: certify(
             record.label,
             "onnxruntime" if _is_foreign(record) else record.kind,
             record.dtype,
-            shown,
+            trials,
             found[record.key],
-            made,
+            expected,
             reference,
         )
         for record in records
@@ -73,7 +69,7 @@ def certified(
     # The parts of a network that run once per request are verified within the whole network.
     whole = next(iter(certificates.values()))
     records = [r.model_copy(update={"certificate": certificates.get(r.key, whole)}) for r in records]
-    if not foreign:
+    if not any(_is_foreign(record) for record in records):
         return records
     digest = hashlib.sha256("".join(sorted(record.key for record in records)).encode()).hexdigest()[:8]
     name = f"trials/{component.name}-{digest}.safetensors"

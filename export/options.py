@@ -61,6 +61,11 @@ class Options:
         """The targets that our own kernels are compiled for."""
         return tuple(target for target in self.targets if not self.is_tensorrt or target in TARGETS)
 
+    @property
+    def for_absent_gpus(self) -> bool:
+        """Whether plans are for other GPUs than the one at hand, and cannot run here."""
+        return self.is_tensorrt and gpu_at_hand() not in self.targets
+
     @classmethod
     def resolve(
         cls,

@@ -164,6 +164,12 @@ class Model:
             self._parameters[folder] = Parameters(lambda spec: self.weight(folder, spec), self.device)
         return self._parameters[folder]
 
+    def sharing(self, other: Model) -> Model:
+        """This one, over the weights of another, whose picture may have another size."""
+        for folder in self.source.folders:
+            self._parameters[folder] = other.parameters(folder)
+        return self
+
     def forget_weights(self) -> None:
         """Let go of them; engines made from now on read them anew."""
         self._parameters.clear()

@@ -72,7 +72,7 @@ def test_what_the_target_needs_to_verify_is_kept(rtx_bundle: Path) -> None:
     bundle = Bundle.open(rtx_bundle)
     for record, kept in waiting(bundle):
         trials, expected = read_trials(bundle.checked(kept))
-        assert [trial.kind for trial in trials] == ["random", "real"]
+        assert [trial.kind for trial in trials] == ["real"]
         assert all(outputs and all(t.isfinite().all() for t in outputs.values()) for outputs in expected)
         assert record.component != "decoder" or expected[0]["image"].shape[1] == 3
 
