@@ -17,6 +17,7 @@ from torch.nn import functional
 from ldmrt.composition import Composition, add, check_output_type, check_size, deliver, request_of
 from ldmrt.conditioning import Picture, read
 from ldmrt.errors import BadRequest
+from ldmrt.extension import Extension
 from ldmrt.noise import Generators
 from ldmrt.pipeline import OutputType, Pipeline
 from ldmrt.tiling import Tiling
@@ -33,15 +34,6 @@ _WHOLE = (
     "denoising_start",
     "denoising_end",
 )
-
-
-class Extension(NamedTuple):
-    """By how many pixels a picture is extended."""
-
-    left: int = 0
-    right: int = 0
-    top: int = 0
-    bottom: int = 0
 
 
 class Plan(NamedTuple):

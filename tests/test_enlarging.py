@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 import ldmrt
+from ldmrt.cli import app
 from ldmrt.enlarging import enlarge, tiles
 from ldmrt.errors import BadRequest
 from ldmrt.pipeline import Pipeline
@@ -146,3 +148,29 @@ def test_noise_that_does_not_fit(pipe: Pipeline) -> None:
     ):
         with pytest.raises(BadRequest, match=message):
             pipe(image=small, noise=wrong, **QUICK)
+
+
+def test_generate(bundle: Path, pipe: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A picture of any size; the same for each line of a file of prompts."""
+    large = picture(4, (24, 20))
+    large.save(tmp_path / "p.png")
+    command = ["generate", "--engines", bundle, "--steps", 2, "--device", "cpu", "--image", tmp_path / "p.png"]
+    with pytest.raises(SystemExit) as ended:
+        app(
+            [str(word) for word in [*command, "red", "--seed", 1, "--out", tmp_path / "o.png", "--json"]], prog_name="l"
+        )
+    assert not ended.value.code
+    told = json.loads(capsys.readouterr().out)["images"][0]
+    assert (told["width"], told["height"]) == (96, 80)
+    expected = enlarge(pipe, large, prompt="red", num_inference_steps=2, seed=1).images[0]
+    with Image.open(tmp_path / "o.png") as found:
+        assert np.array_equal(pixels(found), pixels(expected))
+        assert "Size: 96x80" in found.info["parameters"]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "blue", "seed": 4}\n{"prompt": "red", "seed": 1}\n')
+    many = [*command, "--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "all"]
+    with pytest.raises(SystemExit) as ended:
+        app([str(word) for word in many], prog_name="l")
+    assert not ended.value.code
+    with Image.open(tmp_path / "all" / "000002-0.png") as found:
+        # Two rows are summed in another order than one.
+        assert abs(pixels(found) - pixels(expected)).max() <= 1

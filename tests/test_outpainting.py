@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, strategies as st
 from PIL import Image
 
+from ldmrt.cli import app
 from ldmrt.errors import BadRequest
 from ldmrt.outpainting import outpaint, windows
 from ldmrt.pipeline import Pipeline
@@ -147,3 +149,38 @@ def test_what_cannot_be(pipe: Pipeline) -> None:
         with pytest.raises(BadRequest, match=message) as caught:
             outpaint(pipe, **{"image": small, "extend": (8, 8, 8, 8), **QUICK, **changed})
         assert caught.value.param == param
+
+
+def run(*words: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        app([str(word) for word in words], prog_name="ldmrt")
+    return int(ended.value.code or 0)
+
+
+def test_generate(tiny_bundle: Path, pipe: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = picture(1, (40, 30))
+    small.save(tmp_path / "p.png")
+    command = ["generate", "a circle", "--engines", tiny_bundle, "--steps", 2, "--seed", 1, "--device", "cpu", "--json"]
+    extended = [*command, "--image", tmp_path / "p.png", "--extend", "8,40,0,50"]
+    assert run(*extended, "--num-images", 3, "--out", tmp_path / "o.png") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["images"][0]["width"], told["images"][0]["height"]) == (88, 80)
+    assert (told["settings"]["extend"], told["settings"]["strength"]) == ([8, 40, 0, 50], 1.0)
+    asked: dict[str, Any] = {"prompt": "a circle", "num_inference_steps": 2, "seed": 1, "num_images_per_prompt": 3}
+    expected = outpaint(pipe, small, (8, 40, 0, 50), **asked).images
+    for number, image in enumerate(expected):
+        with Image.open(tmp_path / f"o-{number}.png") as found:
+            assert np.array_equal(pixels(found), pixels(image))
+            assert "Size: 88x80" in found.info["parameters"]
+            assert 'Extend: "8, 40, 0, 50"' in found.info["parameters"]
+    for wrong, message in (
+        ([*command, "--extend", "8,40,0,50"], "--extend continues a picture, and there is none"),
+        ([*extended, "--mask", tmp_path / "p.png"], "extend continues a whole picture"),
+        ([*extended, "--refiner", tiny_bundle], "--refiner changes all of them"),
+        ([*extended[:-1], "8,40"], "is no extension, expected pixels"),
+        ([*extended[:-1], "0,0,0,0"], "not all 0"),
+    ):
+        assert run(*wrong, "--out", tmp_path / "w.png") in (1, 2)
+        error = capsys.readouterr().err
+        assert message in " ".join(error.replace("│", "").split())
+        assert "Traceback" not in error
