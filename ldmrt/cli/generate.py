@@ -14,7 +14,14 @@ import typer
 
 from ldmrt.bulk import Album, Order, read_orders
 from ldmrt.cli.destination import Destination
-from ldmrt.cli.given import control_arguments, edge_arguments, number_arguments, picture_arguments
+from ldmrt.cli.given import (
+    ControlKind,
+    control_arguments,
+    control_maps,
+    edge_arguments,
+    number_arguments,
+    picture_arguments,
+)
 from ldmrt.cli.options import (
     Device,
     Dtype,
@@ -175,6 +182,13 @@ def generate(
             metavar="FILE", help="Picture to follow, one for each ControlNet of the bundle, in its order; repeatable."
         ),
     ] = None,
+    control: Annotated[
+        list[ControlKind] | None,
+        typer.Option(
+            help="What --control-image is: a map that is followed as it is, or a photo of whose edges one is made (Canny), for "
+            "ControlNets of that kind; one for all, or repeated. Default: map."
+        ),
+    ] = None,
     control_scale: Annotated[
         list[float] | None,
         typer.Option(metavar="F", help="How much of each ControlNet; one for all, or repeated. Default: 1."),
@@ -298,6 +312,7 @@ def generate(
     )
     if "image" in given:
         given["strength"] = job.span.strength
+    given |= control_maps(given.get("control_image"), control, (job.width, job.height))
     planned = way.plan(pipe, job)
     for path, scale in lora or ():
         pipe.load_lora(path, scale)

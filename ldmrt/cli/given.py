@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from ldmrt.errors import BadRequest
+
+
+class ControlKind(StrEnum):
+    """What a picture for a ControlNet is."""
+
+    map = "map"
+    edges = "edges"
 
 
 def picture_arguments(image: Path | None, mask: Path | None, segmentation: Path | None) -> dict[str, Any]:
@@ -63,3 +71,37 @@ def control_arguments(
             )
         return {}
     return {"control_image": [open_picture(path, param="control_image") for path in images], **numbers}
+
+
+def control_maps(images: list[Any] | None, kinds: list[ControlKind] | None, size: tuple[int, int]) -> dict[str, Any]:
+    """Maps for ControlNets: the pictures, or their edges.
+
+    Args:
+        images: the pictures; None without.
+        kinds: one for all of them, or one for each; None for maps.
+        size: (width, height) of what is drawn, in which edges are looked for.
+
+    Raises:
+        BadRequest: there are more or fewer kinds than pictures.
+    """
+    from PIL import Image
+
+    from ldmrt.conditioning import read
+    from ldmrt.edges import canny
+
+    if not kinds:
+        return {}
+    found = images or []
+    each = kinds * len(found) if len(kinds) == 1 else kinds
+    if not found or len(each) != len(found):
+        raise BadRequest(
+            f"--control is given {len(kinds)} times for {len(found)} pictures, expected once, or once for each --control-image",
+            param="control",
+        )
+    maps = [
+        canny(read(image, param="control_image").resize(size, Image.Resampling.LANCZOS))
+        if kind is ControlKind.edges
+        else image
+        for image, kind in zip(found, each, strict=True)
+    ]
+    return {"control_image": maps}
