@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,20 @@ def open_picture(path: str | os.PathLike[str], *, param: str) -> Image.Image:
     """A picture from a file, turned as its Exif says.
 
     Args:
-        path: a file in any format that Pillow reads.
+        path: a file. Of several frames the first is taken.
         param: what to name in an error.
 
     Raises:
-        BadRequest: the file is missing, no picture, or too large to be one.
+        BadRequest: the file is missing, no picture, has too many pixels, or ends before they do.
     """
     try:
-        with Image.open(Path(path)) as image:
-            return ImageOps.exif_transpose(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of broken Exif, and of what is refused next
+            with Image.open(Path(path), formats=_FORMATS) as image:
+                _check_size(image, os.fspath(path), param)
+                return ImageOps.exif_transpose(image)
+    except BadRequest:
+        raise
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise BadRequest(
             f"{os.fspath(path)} cannot be read as a picture ({error}): expected PNG, JPEG or WebP", param=param
@@ -129,25 +135,29 @@ def read(picture: Picture, *, param: str) -> Image.Image:
             else type(picture).__name__
         )
         raise BadRequest(f"{param} is {form}, expected a PIL image or an array of uint8 (H, W, 3)", param=param)
-    _check_size(picture, param)
+    _check_size(picture, param, param)
+    if picture.mode == "F":
+        raise BadRequest(f"{param} has pixels of mode F, expected 8 or 16 bits: floats have no white", param=param)
     try:
         if picture.mode.startswith("I"):
             return Image.fromarray(_eight_bits(np.asarray(picture), param)).convert("RGB")
         if picture.mode == "P" and "transparency" in picture.info:  # else Pillow warns
             picture = picture.convert("RGBA")
         return picture.convert("RGB")
+    except BadRequest:
+        raise
     except (OSError, ValueError, SyntaxError) as error:
         raise BadRequest(
             f"{param} cannot be decoded ({error}), expected a whole picture in RGB, grey or a palette", param=param
         ) from error
 
 
-def _check_size(picture: Image.Image, param: str) -> None:
+def _check_size(picture: Image.Image, name: str, param: str) -> None:
     """Refuse a picture before its pixels are decoded, whose number its header says, and a header may say anything."""
     width, height = picture.size
     if not 0 < width * height <= MOST_PIXELS:
         raise BadRequest(
-            f"{param} has {width}x{height} pixels, expected 1 to {MOST_PIXELS}; give it in another size", param=param
+            f"{name} has {width}x{height} pixels, expected 1 to {MOST_PIXELS}; give it in another size", param=param
         )
 
 
