@@ -13,8 +13,9 @@ from ldmrt.blending import Blending, resolve as resolve_blending
 from ldmrt.bundle import ModelRecord
 from ldmrt.classes import Classes, ClassLabels, resolve as resolve_classes
 from ldmrt.conditioning import Encode, Picture
+from ldmrt.errors import BadRequest
 from ldmrt.inpainting import Inpainting, resolve as resolve_inpainting
-from ldmrt.noise import Generators, draw, seeded
+from ldmrt.noise import Generators, Noise, draw
 from ldmrt.overlay import Overlay, resolve as resolve_overlay
 from ldmrt.request import Job
 from ldmrt.samplers.table import SamplerTable
@@ -111,6 +112,7 @@ class Material:
         encode: Encode,
         device: torch.device,
         generator: Generators | None = None,
+        noise: Noise | None = None,
     ) -> list[Start]:
         """What each image of a job starts from.
 
@@ -120,28 +122,21 @@ class Material:
             encode: from a picture and the noise of its encoding to latents.
             device: where the engines run.
             generator: instead of the job's seeds: one for all images, or one for each.
+            noise: instead of drawing any.
 
         Raises:
-            BadRequest: the generators or the latents do not fit the images.
+            BadRequest: the generators, the latents or the noise do not fit the images.
         """
         count, factor = len(job.seeds), self.model.downscale
-        generators = seeded(job.seeds, generator)
+        cells = job.height // factor, job.width // factor
+        if noise is None:
+            noise = self.noise(job, table, cells, generator)
+        else:
+            self._check(noise, (count, self.model.latent_channels, *cells), table)
         shared: Tensors = {name: tensor.to(device) for name, tensor in self.segmentation.items()}
         own: list[Tensors] = [shared] * count
         if self.upscaling is not None:
-            own = _joined(own, self.upscaling.conditionings(count, generators, device))
-        noise = draw(
-            job.seeds,
-            (self.model.latent_channels, job.height // factor, job.width // factor),
-            table,
-            generator=generators,
-            latents=self.beginning.latents if self.beginning.begun else self.latents,
-            # Of an ordinary model it is not used, but diffusers draws it too.
-            encoding=self.inpainting is not None or self.blending is not None,
-            picture=self.beginning.picture is not None,
-            variations=job.variation_seeds,
-            variation_strength=job.variation_strength,
-        )
+            own = _joined(own, self.upscaling.conditionings(count, noise.low_res, device))
         originals = self.beginning.originals(noise, encode)
         latents, table = self.beginning.start(originals, noise, table)
         blends: Sequence[Blend | None] = [None] * count
@@ -155,6 +150,47 @@ class Material:
             Start(one, drawn, table, {**inputs, **label}, {**inputs, **null}, blend)
             for one, drawn, inputs, (label, null), blend in zip(latents, steps, own, labels, blends, strict=True)
         ]
+
+    def noise(
+        self, job: Job, table: SamplerTable, cells: tuple[int, int], generator: Generators | None = None
+    ) -> Noise:
+        """What is drawn for a job.
+
+        Args:
+            job: of the request.
+            table: its sampler.
+            cells: height and width of the latents: the job's, or those of a larger picture of which it draws a part.
+            generator: instead of the job's seeds: one for all images, or one for each.
+
+        Raises:
+            BadRequest: the generators or the latents do not fit the images.
+        """
+        return draw(
+            job.seeds,
+            (self.model.latent_channels, *cells),
+            table,
+            generator=generator,
+            latents=self.beginning.latents if self.beginning.begun else self.latents,
+            # Of an ordinary model it is not used, but diffusers draws it too.
+            encoding=self.inpainting is not None or self.blending is not None,
+            picture=self.beginning.picture is not None,
+            low_res=0 if self.upscaling is None else self.upscaling.noised_channels,
+            variations=job.variation_seeds,
+            variation_strength=job.variation_strength,
+        )
+
+    def _check(self, noise: Noise, shape: tuple[int, ...], table: SamplerTable) -> None:
+        """Refuse noise that was given and does not fit."""
+        needed = {
+            "steps": table.uses_noise,
+            "encoding": self.inpainting is not None,
+            "picture": self.beginning.picture is not None,
+            "low_res": self.upscaling is not None and self.upscaling.noised_channels > 0,
+        }
+        missing = [name for name, need in needed.items() if need and getattr(noise, name) is None]
+        if missing or tuple(noise.start.shape) != shape:
+            found = f"without {', '.join(missing)}" if missing else f"for latents {tuple(noise.start.shape)}"
+            raise BadRequest(f"noise is {found}, expected all of a call's, for latents {shape}", param="noise")
 
     def finished(self, images: torch.Tensor) -> torch.Tensor:
         """Pictures (n, 3, H, W) in [-1, 1] as they are delivered, of decoded ones."""

@@ -21,12 +21,19 @@ class Noise(NamedTuple):
         steps: (n, evaluations, C, h, w), of a sampler that draws some; None for another.
         encoding: (n, C, h, w), of the encoding of what an inpainting model is shown; None without.
         picture: (n, C, h, w), of the encoding of the picture that is begun from; None without.
+        low_res: (n, channels, h, w), on the picture that an upscaling model draws larger; None without.
     """
 
     start: torch.Tensor
-    steps: torch.Tensor | None
-    encoding: torch.Tensor | None
-    picture: torch.Tensor | None
+    steps: torch.Tensor | None = None
+    encoding: torch.Tensor | None = None
+    picture: torch.Tensor | None = None
+    low_res: torch.Tensor | None = None
+
+    def cut(self, images: slice, x: int, y: int, width: int, height: int) -> Noise:
+        """That of some images, and of a rectangle of their latents."""
+        place = (images, ..., slice(y, y + height), slice(x, x + width))
+        return Noise(*(None if one is None else one[place] for one in self))  # type: ignore[arg-type]
 
 
 def draw(
@@ -38,12 +45,14 @@ def draw(
     latents: torch.Tensor | None = None,
     encoding: bool = False,
     picture: bool = False,
+    low_res: int = 0,
     variations: Sequence[int] = (),
     variation_strength: float = 0.0,
 ) -> Noise:
     """Draw all the noise of a call, float32.
 
-    A generator gives first what the encoding of the picture draws that is begun from (once for all its images), then the initial latents
+    A generator gives first what is added to a picture that is drawn larger (once for all its images), then what the encoding of the
+    picture draws that is begun from (once likewise), then the initial latents
     of its images, then what the encoding of an inpainting model's picture draws, then their noise step by step: what diffusers would draw
     from it.
 
@@ -55,6 +64,7 @@ def draw(
         latents: (n, C, h, w), instead of drawing them.
         encoding: whether a picture is encoded that an inpainting model is shown.
         picture: whether a picture is encoded that is begun from.
+        low_res: channels of a picture as large as the latents that noise is added to.
         variations: for each image the seed of another noise, towards which its initial latents are turned; none for leaving them.
         variation_strength: how far, 0 to 1.
 
@@ -66,8 +76,10 @@ def draw(
         raise BadRequest(f"latents has the shape {tuple(latents.shape)}, expected {(count, *shape)}", param="latents")
     generators, images = _checked(seeded(seeds, generator), count)
     block = (images, *shape)
-    starts, noises, encodings, pictures = [], [], [], []
+    starts, noises, encodings, pictures, low = [], [], [], [], []
     for one in generators:
+        if low_res:
+            low.append(torch.randn((1, low_res, *shape[1:]), generator=one).expand(images, low_res, *shape[1:]))
         if picture:
             pictures.append(torch.randn((1, *shape), generator=one).expand(block))
         if latents is None:
@@ -82,8 +94,7 @@ def draw(
         others = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in variations]
         pairs = zip(start, others, strict=True)
         start = torch.stack([slerp(one, other, variation_strength) for one, other in pairs])
-    steps, shown, begun = (torch.cat(drawn) if drawn else None for drawn in (noises, encodings, pictures))
-    return Noise(start, steps, shown, begun)
+    return Noise(start, *(torch.cat(drawn) if drawn else None for drawn in (noises, encodings, pictures, low)))
 
 
 def slerp(start: torch.Tensor, end: torch.Tensor, strength: float) -> torch.Tensor:
@@ -107,24 +118,6 @@ def slerp(start: torch.Tensor, end: torch.Tensor, strength: float) -> torch.Tens
     if angle.sin() < 1e-6:
         return torch.lerp(first, second, strength).float()
     return ((torch.sin((1 - strength) * angle) * first + torch.sin(strength * angle) * second) / angle.sin()).float()
-
-
-def draw_once(count: int, shape: tuple[int, int, int], generator: Generators) -> torch.Tensor:
-    """Draw what is added to a picture: as in diffusers before all else, and from one generator once for all of its images.
-
-    Args:
-        count: images.
-        shape: the picture's, (C, H, W).
-        generator: one for all images, or one for each.
-
-    Returns:
-        (n, C, H, W) float32, standard normal.
-
-    Raises:
-        BadRequest: the generators do not fit the images.
-    """
-    generators, images = _checked(generator, count)
-    return torch.cat([torch.randn((1, *shape), generator=one).expand(images, *shape) for one in generators])
 
 
 def seeded(seeds: Sequence[int], generator: Generators | None) -> Generators:

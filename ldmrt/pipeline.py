@@ -34,7 +34,7 @@ from ldmrt.lora import Lora
 from ldmrt.material import Brought, Material, Start, resolve as resolve_material
 from ldmrt.memory_plan import MemoryPlan, Stage, parse_bytes
 from ldmrt.needs import Workload
-from ldmrt.noise import Generators
+from ldmrt.noise import Generators, Noise
 from ldmrt.parameters import Parameters
 from ldmrt.request import Defaults, Job, LongPrompt, Request, resolve
 from ldmrt.residency import Residency
@@ -196,6 +196,7 @@ class Pipeline:
         guidance_rescale: float = 0.0,
         generator: Generators | None = None,
         latents: torch.Tensor | None = None,
+        noise: Noise | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         pooled_prompt_embeds: torch.Tensor | None = None,
@@ -242,6 +243,7 @@ class Pipeline:
                 (Lin et al. 2023, arXiv 2305.08891, section 3.4); against pictures that are too bright.
             generator: a `torch.Generator` on the CPU for all images, or one for each; instead of `seed`.
             latents: (n, C, h, w) float32, standard normal, instead of noise from a seed.
+            noise: all noise of the call, instead of drawing any: parts of that of a larger picture, as `ldmrt.enlarging` cuts them.
             prompt_embeds: (1 or n, tokens, width), instead of encoding the prompt.
             negative_prompt_embeds: the same for the negative prompt.
             pooled_prompt_embeds: (1 or n, projection), with prompt_embeds where the model has pooled embeddings (SDXL).
@@ -349,7 +351,7 @@ class Pipeline:
                 self._residency.enter("encode")
                 texts = self._prompts.embed(job, windows, given)
             with clock("prepare"):
-                starts = material.starts(job, table, partial(self._encoded, size), self.device, generator)
+                starts = material.starts(job, table, partial(self._encoded, size), self.device, generator, noise)
             finals = torch.stack([start.latents for start in starts])
             decoded: dict[int, torch.Tensor] = {}
             with clock("prepare"):

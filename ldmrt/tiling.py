@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import torch
 
 from ldmrt.memory_plan import Size
 
-# The least share of a tile that its neighbour has too; diffusers' is the same.
-_OVERLAP = 4
+_OVERLAP = 4  # as diffusers'
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,18 @@ class Tiling:
     Attributes:
         size: width and height of the latents, in cells.
         tile: width and height of a tile, no larger than `size`.
+        overlap: the least share of a tile that its neighbour has too, one part of so many.
     """
 
     size: Size
     tile: Size
+    overlap: int = _OVERLAP
 
     @cached_property
     def starts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Where tiles start in x and in y, in cells: spread evenly, the first at 0 and the last at the end."""
-        return tuple(_starts(whole, part) for whole, part in zip(self.size, self.tile, strict=True))  # type: ignore[return-value]
+        across, down = (_starts(*sides, self.overlap) for sides in zip(self.size, self.tile, strict=True))
+        return across, down
 
     def __len__(self) -> int:
         return len(self.starts[0]) * len(self.starts[1])
@@ -57,32 +59,52 @@ class Tiling:
         cell = tiles.shape[-1] // self.tile[0]
         width, height = (cell * side for side in self.size)
         picture = torch.zeros((tiles.shape[1], height, width), dtype=torch.float32, device=tiles.device)
-        across, down = (self._shares(axis, cell).to(tiles.device) for axis in (0, 1))
-        count = len(self.starts[0])
-        for number, (tile, (x, y)) in enumerate(zip(tiles, self, strict=True)):
-            share = down[number // count, :, None] * across[number % count]
-            place = picture[:, cell * y : cell * y + tile.shape[1], cell * x : cell * x + tile.shape[2]]
-            place.add_(tile.float() * share)
+        for number, tile in enumerate(tiles):
+            self.lay(number, tile, picture)
         return picture.to(tiles.dtype)
 
-    def _shares(self, axis: int, cell: int) -> torch.Tensor:
-        """(tiles along an axis, pixels of a tile) float32: how much of each pixel comes from each tile. In float64 they add up to 1."""
-        starts, length = [cell * start for start in self.starts[axis]], cell * self.tile[axis]
-        whole = cell * self.size[axis]
-        position = torch.arange(length, dtype=torch.float64) + 0.5
-        weights = torch.ones((len(starts), length), dtype=torch.float64)
-        for number, (first, second) in enumerate(pairwise(starts)):
-            overlap = first + length - second
-            weights[number] *= ((length - position) / overlap).clamp(max=1)
-            weights[number + 1] *= (position / overlap).clamp(max=1)
-        total = torch.zeros(whole, dtype=torch.float64)
-        for start, weight in zip(starts, weights, strict=True):
-            total[start : start + length] += weight
-        shares = [weight / total[start : start + length] for start, weight in zip(starts, weights, strict=True)]
-        return torch.stack(shares).float()
+    def lay(self, number: int, tile: torch.Tensor, picture: torch.Tensor) -> None:
+        """Add a tile's share to a picture that begins with zeros and has them all in the end.
+
+        Args:
+            number: of the tile.
+            tile: (..., tile's H, tile's W), decoded.
+            picture: (..., H, W) float32, of the same device.
+        """
+        cell = tile.shape[-1] // self.tile[0]
+        row, column = divmod(number, len(self.starts[0]))
+        sides = zip(self.starts, self.tile, self.size, strict=True)
+        across, down = (_shares(*one, cell).to(tile.device) for one in sides)
+        x, y = cell * self.starts[0][column], cell * self.starts[1][row]
+        place = picture[..., y : y + tile.shape[-2], x : x + tile.shape[-1]]
+        place.add_(tile.float() * (down[row, :, None] * across[column]))
 
 
-def _starts(whole: int, part: int) -> tuple[int, ...]:
-    overlap = max(1, part // _OVERLAP) if part > 1 else 0
+@lru_cache(maxsize=16)
+def _shares(starts: tuple[int, ...], length: int, whole: int, cell: int) -> torch.Tensor:
+    """(tiles along an axis, pixels of a tile) float32: how much of each pixel comes from each tile. In float64 they add up to 1.
+
+    Args:
+        starts: the first cell of each tile.
+        length: of a tile, in cells.
+        whole: of the picture, in cells.
+        cell: in pixels.
+    """
+    starts, length, whole = tuple(cell * start for start in starts), cell * length, cell * whole
+    position = torch.arange(length, dtype=torch.float64) + 0.5
+    weights = torch.ones((len(starts), length), dtype=torch.float64)
+    for number, (first, second) in enumerate(pairwise(starts)):
+        overlap = first + length - second
+        weights[number] *= ((length - position) / overlap).clamp(max=1)
+        weights[number + 1] *= (position / overlap).clamp(max=1)
+    total = torch.zeros(whole, dtype=torch.float64)
+    for start, weight in zip(starts, weights, strict=True):
+        total[start : start + length] += weight
+    shares = [weight / total[start : start + length] for start, weight in zip(starts, weights, strict=True)]
+    return torch.stack(shares).float()
+
+
+def _starts(whole: int, part: int, share: int) -> tuple[int, ...]:
+    overlap = max(1, part // share) if part > 1 else 0
     count = 1 if whole == part else -(-(whole - overlap) // (part - overlap))
     return tuple(round(number * (whole - part) / max(1, count - 1)) for number in range(count))

@@ -12,7 +12,6 @@ from ldmrt.components import CLASS_LABELS
 from ldmrt.conditioning import Picture, rgb
 from ldmrt.errors import BadRequest
 from ldmrt.network import LOW_RES
-from ldmrt.noise import Generators, draw_once
 from ldmrt.schedule import NoiseSchedule
 
 
@@ -30,23 +29,25 @@ class Upscaling:
     schedule: NoiseSchedule | None
     noise_level: int
 
-    def conditionings(self, count: int, generator: Generators, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    @property
+    def noised_channels(self) -> int:
+        """The channels of the picture that noise is added to; 0 for none."""
+        return 0 if self.schedule is None else self.picture.shape[0]
+
+    def conditionings(
+        self, count: int, noise: torch.Tensor | None, device: torch.device
+    ) -> list[dict[str, torch.Tensor]]:
         """The U-Net's inputs for each image: `low_res_image` (3, h, w), and the noise level as `class_labels`, an int64.
 
         Noise is added as in training (Ho et al. 2021, arXiv 2106.15282, section 4.2): sqrt(a) x + sqrt(1 - a) noise.
 
         Args:
             count: images.
-            generator: draws the noise; one for all images, or one for each.
+            noise: (images, 3, h, w) float32, standard normal, for `noised_channels`.
             device: where the engines run.
-
-        Raises:
-            BadRequest: the generators do not fit the images.
         """
-        if self.schedule is None:
+        if self.schedule is None or noise is None:
             return [{LOW_RES: self.picture.to(device)}] * count
-        channels, height, width = self.picture.shape
-        noise = draw_once(count, (channels, height, width), generator)
         share = float(self.schedule.alphas_cumprod[self.noise_level])
         noised = share**0.5 * self.picture + (1 - share) ** 0.5 * noise
         level = torch.tensor(self.noise_level, device=device)

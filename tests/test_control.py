@@ -12,8 +12,10 @@ from PIL import Image
 
 import ldmrt
 from ldmrt.bundle import Bundle
+from ldmrt.cli import app
 from ldmrt.control import resolve
 from ldmrt.denoise import Denoiser
+from ldmrt.edges import canny
 from ldmrt.errors import BadRequest, EngineMismatch
 from ldmrt.network import Parts
 from ldmrt.pipeline import Pipeline
@@ -241,6 +243,44 @@ def test_values_that_cannot_be_used(arguments: dict[str, Any], param: str, messa
     with pytest.raises(BadRequest, match=message) as caught:
         resolve(["a", "b"], (64, 64), **{"pictures": [picture(0), picture(1)], **arguments})
     assert caught.value.param == param
+
+
+def test_generate_with_a_map_of_edges(
+    tiny_bundle_controlled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a photo that first gets the size of the picture; the other ControlNet's is followed as it is."""
+    photo, depth = picture(1).resize((150, 90)).quantize(8), picture(2)
+    photo.save(tmp_path / "photo.png")
+    depth.save(tmp_path / "depth.png")
+    command = [
+        "generate",
+        "a circle",
+        "--engines",
+        tiny_bundle_controlled,
+        "--steps",
+        2,
+        "--seed",
+        1,
+        "--device",
+        "cpu",
+    ]
+    command += ["--control-image", tmp_path / "photo.png", "--out", tmp_path / "o.png"]
+    both = [*command, "--control-image", tmp_path / "depth.png", "--control", "edges", "--control", "map"]
+
+    def run(*words: object) -> str:
+        with pytest.raises(SystemExit):
+            app([str(word) for word in words], prog_name="ldmrt")
+        return capsys.readouterr().err
+
+    run(*both)
+    edges = canny(photo.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS))
+    expected = Pipeline.from_bundle(tiny_bundle_controlled)(
+        "a circle", control_image=[edges, depth], num_inference_steps=2, seed=1
+    )
+    with Image.open(tmp_path / "o.png") as found:
+        assert np.array_equal(np.asarray(found), np.asarray(expected.images[0]))
+    assert "--control is given 2 times for 1 pictures" in run(*command, "--control", "edges", "--control", "map")
+    assert "--control is given 1 times for 0 pictures" in run(*command[:10], "--control", "edges")
 
 
 def test_a_bundle_without_controlnets(tiny_bundle: Path) -> None:

@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_named(arguments: dict[str, object], param: str) ->
 
 def test_the_encoding_of_a_picture_draws_behind_the_latents() -> None:
     """In diffusers' order, and once for all images of a generator."""
-    latents, noise, encoding, _ = draw([5, 9], SHAPE, NOISY, encoding=True)
+    latents, noise, encoding, *_ = draw([5, 9], SHAPE, NOISY, encoding=True)
     assert noise is not None
     assert encoding is not None
     for number, generator in enumerate(generators(5, 9)):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ldmrt.bulk import Album, Order, read_orders
+from ldmrt.cli.destination import Destination
+from ldmrt.cli.given import (
+    ControlKind,
+    control_arguments,
+    control_maps,
+    edge_arguments,
+    number_arguments,
+    picture_arguments,
+)
 from ldmrt.cli.options import (
     Device,
     Dtype,
@@ -25,15 +33,17 @@ from ldmrt.cli.options import (
     Verbose,
     lora_option,
     parse_embedding,
+    parse_extension,
     parse_size,
 )
 from ldmrt.cli.output import print_json, progress_bar, shown_warnings
+from ldmrt.cli.ways import Way, open_refiner, way_of
 from ldmrt.errors import BadRequest
+from ldmrt.extension import Extension
 from ldmrt.samplers.registry import SAMPLERS, resolve as find_sampler
 
 if TYPE_CHECKING:
     from ldmrt.pipeline import Pipeline
-    from ldmrt.refining import Refining
     from ldmrt.request import Job
 
 
@@ -116,7 +126,7 @@ def generate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The picture to begin from; to draw into (inpainting models), or to draw larger (upscaling models).",
+            help="The picture to begin from; to draw into (--mask), to continue (--extend), or to draw larger (upscaling models), of any size.",
         ),
     ] = None,
     strength: Annotated[
@@ -139,6 +149,14 @@ def generate(
     apply_overlay: Annotated[
         bool, typer.Option("--apply-overlay", help="Give every pixel that --mask leaves out back as it was.")
     ] = False,
+    extend: Annotated[
+        Extension | None,
+        typer.Option(
+            metavar="L,R,T,B",
+            parser=parse_extension,
+            help="Continue --image beyond its edges: pixels to the left, right, above and below. Its own come back as they were.",
+        ),
+    ] = None,
     refiner: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The bundle of a refiner, which finishes what the model begins.")
     ] = None,
@@ -162,6 +180,13 @@ def generate(
         list[Path] | None,
         typer.Option(
             metavar="FILE", help="Picture to follow, one for each ControlNet of the bundle, in its order; repeatable."
+        ),
+    ] = None,
+    control: Annotated[
+        list[ControlKind] | None,
+        typer.Option(
+            help="What --control-image is: a map that is followed as it is, or a photo of whose edges one is made (Canny), for "
+            "ControlNets of that kind; one for all, or repeated. Default: map."
         ),
     ] = None,
     control_scale: Annotated[
@@ -233,10 +258,10 @@ def generate(
     from ldmrt.request import Request, resolve
 
     given = (
-        _pictures(image, mask, segmentation)
-        | _edges(mask_blur, apply_overlay, refiner)
-        | _numbers(noise_level, class_label)
-        | _controls(control_image, control_scale, control_start, control_end)
+        picture_arguments(image, mask, segmentation)
+        | edge_arguments(mask_blur, apply_overlay, refiner)
+        | number_arguments(noise_level, class_label)
+        | control_arguments(control_image, control_scale, control_start, control_end)
     )
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -250,8 +275,9 @@ def generate(
         memory_budget=memory_budget,
     )
     with shown_warnings():
-        refining = _refining(open_bundle, refiner, refiner_start, memory_budget)
+        refining = open_refiner(open_bundle, refiner, refiner_start, memory_budget)
         pipe = open_bundle(engines)
+    way = way_of(pipe, refining, extend, given)
     if prompt is None and orders is None and pipe.bundle.manifest.model.tokenizers:
         name = pipe.bundle.manifest.model.name
         raise typer.BadParameter(
@@ -274,7 +300,7 @@ def generate(
             clip_skip=clip_skip,
             long_prompt=long_prompt.value,
             has_image="image" in given,
-            has_mask="mask_image" in given,
+            has_mask="mask_image" in given or extend is not None,
             mask_blur=mask_blur,
             apply_overlay=apply_overlay,
             strength=strength,
@@ -286,7 +312,8 @@ def generate(
     )
     if "image" in given:
         given["strength"] = job.span.strength
-    planned = pipe.table(job).num_steps if refining is None else refining.plan(pipe, job)
+    given |= control_maps(given.get("control_image"), control, (job.width, job.height))
+    planned = way.plan(pipe, job)
     for path, scale in lora or ():
         pipe.load_lora(path, scale)
     for model in (pipe,) if refining is None else (pipe, refining.refiner):
@@ -295,17 +322,17 @@ def generate(
     timings = {"load": time.perf_counter() - started}
     with shown_warnings():
         if orders is not None:
-            album = Album(Path(out or "."), _common(pipe, job, given, refining))
-            pictures = _draw_all(pipe, job, given, orders, album, timings, refining)
+            album = Album(Path(out or "."), _common(pipe, job, given, way))
+            pictures = _draw_all(pipe, job, given, orders, album, timings, way)
         else:
-            pictures = _draw(pipe, job, given, destination, timings, planned, refining)
+            pictures = _draw(pipe, job, given, destination, timings, planned, way)
     timings["total"] = time.perf_counter() - started
     if json:
         print_json(
             {
                 "images": pictures,
                 "timings": {stage: round(seconds, 4) for stage, seconds in timings.items()},
-                "settings": (_settings if orders is None else _common)(pipe, job, given, refining),
+                "settings": (_settings if orders is None else _common)(pipe, job, given, way),
                 **_memory(pipe, job, given),
             }
         )
@@ -318,87 +345,6 @@ def generate(
     typer.echo(f"{timings['total']:.2f} s: {stages}")
 
 
-def _refining(
-    open_bundle: Callable[[Path], Pipeline], refiner: Path | None, start: float | None, memory_budget: str | None
-) -> Refining | None:
-    """The refiner that finishes the pictures, if there is one.
-
-    Raises:
-        BadRequest: there is none, and a start was given; there is one, and a memory budget.
-        LdmrtError: its bundle cannot be used.
-    """
-    from ldmrt.refining import START, Refining
-
-    if refiner is None:
-        if start is not None:
-            raise BadRequest(
-                "--refiner-start says nothing without --refiner; give --refiner DIR", param="refiner_start"
-            )
-        return None
-    if memory_budget is not None:
-        raise BadRequest(
-            "--memory-budget is kept by one model, and --refiner brings another; leave one of them out", param="refiner"
-        )
-    return Refining(open_bundle(refiner), START if start is None else start)
-
-
-def _pictures(image: Path | None, mask: Path | None, segmentation: Path | None) -> dict[str, Any]:
-    """The pipeline's arguments for models that take pictures.
-
-    Raises:
-        BadRequest: a file is no picture.
-    """
-    from ldmrt.conditioning import open_picture
-
-    paths = {"image": image, "mask_image": mask, "segmentation": segmentation}
-    return {name: open_picture(path, param=name) for name, path in paths.items() if path is not None}
-
-
-def _edges(mask_blur: float | None, apply_overlay: bool, refiner: Path | None) -> dict[str, Any]:
-    """The pipeline's arguments for where what is drawn meets what is kept.
-
-    Raises:
-        BadRequest: a refiner would draw over what is given back.
-    """
-    if apply_overlay and refiner is not None:
-        raise BadRequest(
-            "--apply-overlay gives pixels back as they were, and --refiner changes all of them; leave one of them out",
-            param="apply_overlay",
-        )
-    given = {"mask_blur": mask_blur, "apply_overlay": apply_overlay or None}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _numbers(noise_level: int | None, class_label: int | None) -> dict[str, Any]:
-    """The pipeline's arguments for an upscaling model, and for a class-conditional one."""
-    numbers = {"noise_level": noise_level, "class_labels": class_label}
-    return {name: value for name, value in numbers.items() if value is not None}
-
-
-def _controls(
-    images: list[Path] | None, scales: list[float] | None, starts: list[float] | None, ends: list[float] | None
-) -> dict[str, Any]:
-    """The pipeline's arguments for ControlNets; one number stands for all of them.
-
-    Raises:
-        BadRequest: a file is no picture, or numbers are given without pictures.
-    """
-    from ldmrt.conditioning import open_picture
-
-    given = {"controlnet_scale": scales, "control_start": starts, "control_end": ends}
-    numbers: dict[str, Any] = {
-        name: values[0] if len(values) == 1 else values for name, values in given.items() if values
-    }
-    if not images:
-        if numbers:
-            raise BadRequest(
-                f"{next(iter(numbers))} says nothing without a picture to follow; give --control-image",
-                param="control_image",
-            )
-        return {}
-    return {"control_image": [open_picture(path, param="control_image") for path in images], **numbers}
-
-
 def _draw(
     pipe: Pipeline,
     job: Job,
@@ -406,7 +352,7 @@ def _draw(
     destination: Destination,
     timings: dict[str, float],
     planned: int,
-    refining: Refining | None,
+    way: Way,
 ) -> list[dict[str, Any]]:
     """Make the pictures batch by batch, each in `planned` steps, and save each batch when it is done. Adds to `timings`."""
     import hashlib
@@ -431,20 +377,17 @@ def _draw(
                 "variation_strength": job.variation_strength,
                 **given,
             }
-            if refining is None:
-                result = pipe(**asked, **own, seed=seeds[0], num_images_per_prompt=len(seeds))
-            else:
-                result = refining.draw(pipe, seeds, own, **asked)
+            result = way.draw(pipe, seeds, own, **asked)
             saving = time.perf_counter()
             for number, image in enumerate(result.images, start=first):
                 path = destination.path(number, job.seeds[number])
-                save(image, path, parameters=_parameters(pipe, job, given, number, refining))
+                save(image, path, parameters=_parameters(pipe, job, given, number, way, image.size))
                 pictures.append(
                     {
                         "path": str(path),
                         "seed": job.seeds[number],
-                        "width": job.width,
-                        "height": job.height,
+                        "width": image.width,
+                        "height": image.height,
                         "sha256": hashlib.sha256(image.tobytes()).hexdigest(),
                     }
                 )
@@ -460,12 +403,10 @@ def _draw_all(
     orders: list[Order],
     album: Album,
     timings: dict[str, float],
-    refining: Refining | None,
+    way: Way,
 ) -> list[dict[str, Any]]:
     """Make the pictures of many prompts that are not there yet, as many at a time as an engine takes. Adds to `timings`."""
     import hashlib
-
-    import torch
 
     from ldmrt.image import save
 
@@ -484,21 +425,17 @@ def _draw_all(
                 **_arguments(job),
             }
             own = {"clip_skip": job.clip_skip, **given}
-            if refining is None:
-                generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-                result = pipe(**asked, **own, generator=generators)
-            else:
-                result = refining.draw(pipe, seeds, own, **asked)
+            result = way.draw(pipe, seeds, own, **asked)
             saving = time.perf_counter()
             for order, image in zip(batch, result.images, strict=True):
                 one = replace(
                     job, prompts=(order.prompt,), negative_prompts=(order.negative_prompt,), seeds=(order.seed,)
                 )
                 path = album.folder / order.file_name
-                save(image, path, parameters=_parameters(pipe, one, given, 0, refining))
+                save(image, path, parameters=_parameters(pipe, one, given, 0, way, image.size))
                 digest = hashlib.sha256(image.tobytes()).hexdigest()
                 album.add(order, digest)
-                sides = {"width": job.width, "height": job.height}
+                sides = {"width": image.width, "height": image.height}
                 pictures.append({"path": str(path), "seed": order.seed, **sides, "sha256": digest})
             for stage, seconds in {**result.timings, "save": time.perf_counter() - saving}.items():
                 timings[stage] = timings.get(stage, 0.0) + seconds
@@ -532,7 +469,7 @@ def _check_bulk(prompt: str | None, out: str | None, variation_strength: float) 
         )
 
 
-def _common(pipe: Pipeline, job: Job, given: dict[str, Any], refining: Refining | None) -> dict[str, Any]:
+def _common(pipe: Pipeline, job: Job, given: dict[str, Any], way: Way) -> dict[str, Any]:
     """What pictures of many prompts have in common, and what must be the same for going on with them."""
     own = (
         "prompt",
@@ -544,10 +481,10 @@ def _common(pipe: Pipeline, job: Job, given: dict[str, Any], refining: Refining 
         "bundle",
         "device",
     )
-    return {name: value for name, value in _settings(pipe, job, given, refining).items() if name not in own}
+    return {name: value for name, value in _settings(pipe, job, given, way).items() if name not in own}
 
 
-def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int, refining: Refining | None) -> str:
+def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int, way: Way, size: tuple[int, int]) -> str:
     import ldmrt
     from ldmrt.image import parameters_text
 
@@ -565,9 +502,7 @@ def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int, re
         extra["TI"] = ", ".join(pipe.textual_inversions)
     if "strength" in given:
         extra["Denoising strength"] = f"{given['strength']:g}"
-    if refining is not None:
-        extra["Refiner"] = refining.refiner.bundle.manifest.model.name
-        extra["Refiner switch at"] = f"{refining.start:g}"
+    extra |= way.titles
     extra |= {
         title: given[name]
         for name, title in (("noise_level", "Noise level"), ("class_labels", "Class"), ("mask_blur", "Mask blur"))
@@ -585,8 +520,8 @@ def _parameters(pipe: Pipeline, job: Job, given: dict[str, Any], number: int, re
         sampler=find_sampler(job.sampler).title,
         guidance_scale=job.guidance_scale,
         seed=job.seeds[number],
-        width=job.width,
-        height=job.height,
+        width=size[0],
+        height=size[1],
         model=pipe.bundle.manifest.model.name,
         extra={**extra, "Version": f"ldmrt {ldmrt.__version__}"},
     )
@@ -597,10 +532,7 @@ def _memory(pipe: Pipeline, job: Job, given: dict[str, Any]) -> dict[str, Any]:
     return {} if plan is None else {"memory_plan": plan.to_dict()}
 
 
-def _settings(pipe: Pipeline, job: Job, given: dict[str, Any], refining: Refining | None) -> dict[str, Any]:
-    refined: dict[str, Any] = {}
-    if refining is not None:
-        refined = {"refiner": str(refining.refiner.bundle.path.resolve()), "refiner_start": refining.start}
+def _settings(pipe: Pipeline, job: Job, given: dict[str, Any], way: Way) -> dict[str, Any]:
     return {
         "prompt": job.prompts[0],
         "negative_prompt": job.negative_prompts[0],
@@ -622,67 +554,10 @@ def _settings(pipe: Pipeline, job: Job, given: dict[str, Any], refining: Refinin
         "embeddings": list(pipe.textual_inversions),
         "controlnets": [record.name for record in pipe.bundle.manifest.controlnets] if "control_image" in given else [],
         **{name: value for name, value in given.items() if not name.endswith(("image", "segmentation"))},
-        **refined,
+        **way.settings,
         "model": pipe.bundle.manifest.model.name,
         "bundle": str(pipe.bundle.path.resolve()),
         "engine": pipe.kind,
         "dtype": pipe.dtype,
         "device": str(pipe.device),
     }
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where pictures go.
-
-    Attributes:
-        folder: the folder.
-        name: the file in it, or None for names made of the seed.
-        several: whether there is more than one picture; their number then becomes part of `name`.
-    """
-
-    folder: Path
-    name: str | None
-    several: bool
-
-    @classmethod
-    def of(cls, out: str | None, *, several: bool) -> Destination:
-        """Read `--out`: nothing, a file, or a folder (one that exists, or ends in a slash)."""
-        path = Path(out or ".")
-        if out is None or out.endswith(("/", os.sep)) or path.is_dir():
-            return cls(path, None, several)
-        return cls(path.parent, path.name, several)
-
-    def check(self) -> None:
-        """Find out before anything is loaded that nothing could be written.
-
-        Raises:
-            BadRequest: see `ldmrt.image.check_writable`.
-        """
-        from ldmrt.image import check_writable
-
-        if self.name is not None:
-            check_writable(self.path(0, 0))
-            return
-        folder = self.folder.absolute()
-        while (
-            not folder.exists() and folder != folder.parent
-        ):  # what is missing is made when the first picture is there
-            folder = folder.parent
-        check_writable(folder / "ldmrt-0.png")
-
-    def path(self, number: int, seed: int) -> Path:
-        """The file of a picture; a name that we choose is never one that is taken."""
-        if self.name is not None:
-            chosen = Path(self.name)
-            return self.folder / (f"{chosen.stem}-{number}{chosen.suffix}" if self.several else self.name)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadRequest(f"cannot make the folder {self.folder}: {error.strerror}; choose another --out") from error
-        path = self.folder / f"ldmrt-{seed}.png"
-        again = 1
-        while path.exists():
-            path = self.folder / f"ldmrt-{seed}-{again}.png"
-            again += 1
-        return path

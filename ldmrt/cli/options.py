@@ -13,6 +13,7 @@ import typer
 
 from ldmrt.cli.failures import VERBOSE
 from ldmrt.errors import BadRequest
+from ldmrt.extension import Extension
 
 
 def _set_verbose(ctx: typer.Context, value: bool) -> None:
@@ -41,6 +42,15 @@ def parse_size(text: str) -> Size:
     if found is None:
         raise typer.BadParameter(f"{text!r} is no size, expected WIDTHxHEIGHT in pixels, such as 512x512")
     return Size(int(found[1]), int(found[2]))
+
+
+def parse_extension(text: str) -> Extension:
+    """Read `0,256,0,0`."""
+    if re.fullmatch(r"\s*[0-9]{1,5}\s*(,\s*[0-9]{1,5}\s*){3}", text) is None:
+        raise typer.BadParameter(
+            f"{text!r} is no extension, expected pixels to the left, right, above and below, such as 0,256,0,0"
+        )
+    return Extension(*map(int, text.split(",")))
 
 
 class LoraChoice(NamedTuple):
