@@ -13,6 +13,7 @@ from ldmrt.bundle import ModelRecord
 from ldmrt.classes import Classes, ClassLabels, resolve as resolve_classes
 from ldmrt.conditioning import Encode, Picture
 from ldmrt.inpainting import Inpainting, resolve as resolve_inpainting
+from ldmrt.layout import Layout, resolve as resolve_layout
 from ldmrt.noise import Generators, draw, seeded
 from ldmrt.request import Job
 from ldmrt.samplers.table import SamplerTable
@@ -52,6 +53,7 @@ class Material:
         upscaling: the picture that an upscaling model draws larger; None for another model.
         classes: what a class-conditional model draws.
         segmentation: the input of a model of semantic maps; empty for another model.
+        layout: the input of a model of layouts; empty for another model.
     """
 
     model: ModelRecord
@@ -60,7 +62,8 @@ class Material:
     inpainting: Inpainting | None
     upscaling: Upscaling | None
     classes: Classes
-    segmentation: Tensors
+    segmentation: dict[str, torch.Tensor]
+    layout: dict[str, torch.Tensor]
 
     @property
     def is_encoded(self) -> bool:
@@ -99,7 +102,7 @@ class Material:
         """
         count, factor = len(job.seeds), self.model.downscale
         generators = seeded(job.seeds, generator)
-        shared: Tensors = {name: tensor.to(device) for name, tensor in self.segmentation.items()}
+        shared: Tensors = {name: tensor.to(device) for name, tensor in (self.segmentation | self.layout).items()}
         own: list[Tensors] = [shared] * count
         if self.upscaling is not None:
             own = _joined(own, self.upscaling.conditionings(count, generators, device))
@@ -139,6 +142,7 @@ def resolve(
     noise_level: int | None = None,
     class_labels: ClassLabels | None = None,
     segmentation: SemanticMap | None = None,
+    layout: Layout | None = None,
 ) -> Material:
     """Check what a request brings.
 
@@ -151,6 +155,7 @@ def resolve(
         noise_level: for an upscaling model.
         class_labels: for a class-conditional model.
         segmentation: for a model of semantic maps.
+        layout: for a model of layouts.
 
     Raises:
         BadRequest: the model needs what is not there, has no use for what is, or it is no picture.
@@ -164,4 +169,5 @@ def resolve(
         upscaling=resolve_upscaling(model, size, image, noise_level),
         classes=resolve_classes(model, job, class_labels),
         segmentation=resolve_segmentation(model, size, segmentation),
+        layout=resolve_layout(model, layout),
     )

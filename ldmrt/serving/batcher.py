@@ -17,6 +17,7 @@ import torch
 from ldmrt.classes import ClassLabels
 from ldmrt.conditioning import Picture
 from ldmrt.errors import BadRequest, Cancelled, LdmrtError
+from ldmrt.layout import Layout
 from ldmrt.pipeline import OutputType, Pipeline, check_output_type
 from ldmrt.request import Request
 from ldmrt.segmentation import SemanticMap
@@ -75,6 +76,7 @@ class Batcher:
         noise_level: int | None = None,
         class_labels: ClassLabels | None = None,
         segmentation: SemanticMap | None = None,
+        layout: Layout | None = None,
         priority: int = 0,
         timeout: float | None = None,
         output_type: OutputType = "pil",
@@ -90,6 +92,7 @@ class Batcher:
             noise_level: the same.
             class_labels: the same.
             segmentation: the same.
+            layout: the same.
             priority: the greater starts first, however long the others have waited.
             timeout: seconds from now in which all its pictures must be finished.
             output_type: `pil`, `np` or `latent`, as of `Pipeline.__call__`.
@@ -119,6 +122,7 @@ class Batcher:
                 noise_level=noise_level,
                 class_labels=class_labels,
                 segmentation=segmentation,
+                layout=layout,
             )
             now = self._register.clock()
             ticket: Ticket
