@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ldmrt.components import CLASS_LABELS, CONTROLLED_STEP, SEGMENTATION, parts
+from ldmrt.components import CLASS_LABELS, CONTROLLED_STEP, LAYOUT, SEGMENTATION, parts
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BuildError
 from ldmrt.export.component import (
@@ -30,7 +30,7 @@ from ldmrt.export.component import (
     UNetWithoutText,
 )
 from ldmrt.export.passes.hoist import Kind
-from ldmrt.export.source import CLASS_EMBEDDER, NUM_HEADS, RESCALER, Checkpoint, Source
+from ldmrt.export.source import CLASS_EMBEDDER, LAYOUT_ENCODER, NUM_HEADS, RESCALER, Checkpoint, Source
 from ldmrt.export.verify import noise, sample_picture
 from ldmrt.guidance import embedding
 from ldmrt.network import LOW_RES, MASKED, sizes
@@ -148,6 +148,9 @@ def _unet_inputs(source: Source, size: tuple[int, int]) -> tuple[tuple[TensorSpe
     if source.segments is not None:
         inputs += (TensorSpec(SEGMENTATION, ("rows", 1, size[1], size[0]), torch.int64),)
         kinds |= {SEGMENTATION: "request"}
+    if source.layout is not None:
+        inputs += (TensorSpec(LAYOUT, ("rows", 3 * source.layout.objects + 2), torch.int64),)
+        kinds |= {LAYOUT: "request"}
     if source.labels is not None:
         inputs += (TensorSpec(CLASS_LABELS, ("rows",), torch.int64),)
         kinds |= {CLASS_LABELS: "request"}
@@ -285,8 +288,8 @@ def _unet_trials(source: Source, size: tuple[int, int]) -> list[Trial]:
 
 
 def _unets_own(source: Source, size: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
-    """What the U-Nets of some models take, and ControlNets do not, for two rows: a small picture; a semantic map; a class or noise level; half of a picture
-    to be edited, and some latents; a weak and a strong guidance.
+    """What the U-Nets of some models take, and ControlNets do not, for two rows: a small picture; a semantic map; a layout, and one of nothing; a class or
+    noise level; half of a picture to be edited, and some latents; a weak and a strong guidance.
     """
     found: dict[str, torch.Tensor] = {}
     channels, height, width = _latent_shape(source, size)
@@ -295,6 +298,9 @@ def _unets_own(source: Source, size: tuple[int, int], seed: int) -> dict[str, to
     if source.segments is not None:
         cells = torch.arange(2 * size[0] * size[1]).reshape(2, 1, size[1], size[0]) // 7
         found[SEGMENTATION] = (cells + seed) % source.segments
+    if source.layout is not None:
+        several = torch.arange(3 * source.layout.objects + 2) * 7 + seed
+        found[LAYOUT] = torch.stack([several, torch.full_like(several, -1)]) % source.layout.tokens
     if source.labels is not None:
         found[CLASS_LABELS] = torch.tensor([seed % source.labels, source.labels - 1])
     if source.kind.inpainting:
@@ -388,6 +394,10 @@ def instantiate(source: Source, folder: str) -> torch.nn.Module:
                 if folder == "unet" and CLASS_EMBEDDER in source.configs:
                     table = source.configs[CLASS_EMBEDDER]
                     module.add_module(CLASS_EMBEDDER, torch.nn.Embedding(table["rows"], table["width"]))
+                if folder == "unet" and LAYOUT_ENCODER in source.configs:
+                    module.add_module(
+                        LAYOUT_ENCODER, _text_encoder("LDMBertModel", dict(source.configs[LAYOUT_ENCODER]))
+                    )
                 if folder == "unet" and RESCALER in source.configs:
                     module.add_module(RESCALER, Rescaler(**source.configs[RESCALER]))
     except Exception as error:  # whatever a constructor makes of values that nobody has checked

@@ -625,6 +625,7 @@ class _Build:
                 classes=None if self.source.is_noised else self.source.labels,
                 null_class=self.source.null_class,
                 segments=self.source.segments,
+                layout=self.source.layout,
                 guidance_embedding=self.source.guidance_embedding,
                 scaling_factor=architectures.scaling(self.source)[0],
                 shift_factor=architectures.scaling(self.source)[1],

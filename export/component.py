@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ldmrt.components import CLASS_LABELS, SEGMENTATION, STEP, parts
+from ldmrt.components import CLASS_LABELS, LAYOUT, SEGMENTATION, STEP, parts
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.export.passes.hoist import Kind
 from ldmrt.network import JOINED
@@ -112,7 +112,7 @@ class UNet(torch.nn.Module):
         module: diffusers' U-Net.
         names: what `forward` is given, in order. Always `latents` (rows, C, h, w), `timesteps` (rows,) and
             `encoder_hidden_states` (rows, tokens, width), or where the module has a table of classes (`class_embedder`) their
-            numbers `class_labels` (rows,) int64 instead; with Stable Diffusion XL also the pooled text embedding `text_embeds`
+            numbers `class_labels` (rows,) int64 instead, or where it has a `layout_encoder` the tokens `layout` (rows, tokens) int64; with Stable Diffusion XL also the pooled text embedding `text_embeds`
             (rows, projection) and `time_ids` (rows, 6): original height and width, top and left of the crop, target height and
             width; for inpainting `mask` (rows, 1, h, w) and `masked_image_latents` (rows, C, h, w), and for upscaling
             `low_res_image` (rows, 3, h, w), which are joined to the latents, and with a noise level that as `class_labels`; with
@@ -129,7 +129,9 @@ class UNet(torch.nn.Module):
         given = dict(zip(self.names, inputs, strict=True))
         labels = given.get(CLASS_LABELS)
         states = given.get("encoder_hidden_states")
-        if states is None:
+        if LAYOUT in given:
+            states = self.module.layout_encoder(given[LAYOUT], return_dict=False)[0]
+        elif states is None:
             # One token (Rombach et al. 2022, arXiv 2112.10752, section 4.3.1).
             states, labels = self.module.class_embedder(labels)[:, None], None
         residuals = [tensor for name, tensor in given.items() if name.startswith(f"{DOWN_RESIDUALS}.")]

@@ -16,6 +16,8 @@ from ldmrt.export.source import (
     CLASS_CONDITIONAL,
     CLASS_EMBEDDER,
     KINDS,
+    LAYOUT_ENCODER,
+    LAYOUTS,
     LDM_INPAINTING,
     NUM_HEADS,
     RESCALER,
@@ -163,6 +165,8 @@ def _kind(params: Mapping[str, Any], read: _Reader) -> tuple[Kind, dict[str, dic
         inner = read.mapping(params, "cond_stage_config", "params")
         if inner.get("use_tokenizer", True):
             return KINDS["LDMTextToImagePipeline"], {"text_encoder": _bert(inner, read)}
+        if params.get("cond_stage_key") == "coordinates_bbox":
+            return LAYOUTS, {LAYOUT_ENCODER: _layout_encoder(inner, read)}
     if target == "Identity" and params.get("concat_mode") and params.get("cond_stage_key", "LR_image") == "LR_image":
         return replace(KINDS["LDMSuperResolutionPipeline"], unscaled=False), {}
     if (
@@ -195,6 +199,14 @@ def _bert(params: Mapping[str, Any], read: _Reader) -> dict[str, Any]:
         "encoder_attention_heads": 8,
         "head_dim": 64,
     }
+
+
+def _layout_encoder(params: Mapping[str, Any], read: _Reader) -> dict[str, Any]:
+    config = _bert(params, read)
+    length, known = config["max_position_embeddings"], config["vocab_size"]
+    if length < 5 or length % 3 != 2 or known < 4:
+        raise read.unknown("cond_stage_config", f"{length} of {known} tokens, and an object has three, the picture two")
+    return config
 
 
 def _blocks(unet: Mapping[str, Any], read: _Reader) -> tuple[list[int], list[bool]]:
@@ -333,7 +345,7 @@ class _Reader:
         """What to raise for a part that ldmrt does not build."""
         return BuildError(
             f"{self._where}: {what} has {found!r}, which is not built yet; known are latent diffusion without text, by class, with BERT, for "
-            f"super-resolution, inpainting and semantic maps, and of its own configs {known()}"
+            f"super-resolution, inpainting, semantic maps and layouts, and of its own configs {known()}"
         )
 
     def mapping(self, values: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:

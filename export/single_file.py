@@ -18,12 +18,12 @@ from ldmrt import original
 from ldmrt.errors import BuildError
 from ldmrt.export import original_config
 from ldmrt.export.architectures import instantiate
-from ldmrt.export.source import CLASS_EMBEDDER, PICKLES, RESCALER, Source, names_turbo, unet_channels
+from ldmrt.export.source import CLASS_EMBEDDER, LAYOUT_ENCODER, PICKLES, RESCALER, Source, names_turbo, unet_channels
 from ldmrt.original import Piece
 from ldmrt.weights import Entry, WeightFile
 
 # What is no part of the original code's U-Net, and of ours is one.
-_ATTACHED = (CLASS_EMBEDDER, RESCALER)
+_ATTACHED = (CLASS_EMBEDDER, LAYOUT_ENCODER, RESCALER)
 
 Names = Callable[[torch.nn.Module], dict[str, Piece]]
 
@@ -38,6 +38,10 @@ def _unet(module: torch.nn.Module) -> dict[str, Piece]:
 
 def _attached(name: str, called: str) -> Names:
     return lambda _unet: {name: Piece(called)}
+
+
+def _layout_encoder(unet: torch.nn.Module) -> dict[str, Piece]:
+    return {f"{LAYOUT_ENCODER}.{name}": piece for name, piece in _bert(unet.get_submodule(LAYOUT_ENCODER)).items()}
 
 
 def _vae(module: torch.nn.Module) -> dict[str, Piece]:
@@ -76,6 +80,7 @@ _PLACES: dict[str, tuple[tuple[str, str, Names], ...]] = {
     CLASS_EMBEDDER: (
         ("cond_stage_model.", "embedding.weight", _attached(f"{CLASS_EMBEDDER}.weight", "embedding.weight")),
     ),
+    LAYOUT_ENCODER: (("cond_stage_model.transformer.", "token_emb.weight", _layout_encoder),),
     RESCALER: (
         (
             "cond_stage_model.",

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ldmrt.bundle import LayoutRecord
 from ldmrt.errors import BadRequest, BuildError
 from ldmrt.lora import Lora, check_scale, fused
 from ldmrt.samplers.registry import default_sampler, resolve
@@ -84,6 +85,8 @@ LOW_RES_SCHEDULER = "low_res_scheduler"
 CLASS_EMBEDDER, NUM_HEADS = "class_embedder", "_num_heads"
 # And what makes a semantic map as small as the latents (stages, classes, channels).
 RESCALER = "rescaler"
+# And what reads the tokens of a layout, as the config of an `LDMBertModel`.
+LAYOUT_ENCODER = "layout_encoder"
 
 
 def _for_inpainting(kind: Kind, *, inpainting: bool = True) -> Kind:
@@ -164,7 +167,7 @@ KINDS["LDMTextToImagePipeline"] = Kind(
     alternatives={"vae": "VQModel"},
 )
 # What the original code has and diffusers has no pipeline for: a model of classes, each a token that the U-Net attends to; inpainting without
-# text, of pictures that are black under the mask; semantic maps.
+# text, of pictures that are black under the mask; semantic maps; objects in boxes.
 CLASS_CONDITIONAL = replace(
     KINDS["LDMPipeline"],
     title="Latent diffusion, class-conditional",
@@ -175,6 +178,7 @@ LDM_INPAINTING = replace(
     KINDS["LDMPipeline"], title="Latent diffusion for inpainting", inpainting=True, masked_pixel=-1.0
 )
 SEMANTIC = replace(KINDS["LDMPipeline"], title="Latent diffusion of semantic maps", segmented=True)
+LAYOUTS = replace(CLASS_CONDITIONAL, title="Latent diffusion of layouts", guidance_scale=1.0)
 KNOWN_KINDS = ", ".join(KINDS)
 
 # What weight files are called; a ControlNet's as the U-Net's.
@@ -280,6 +284,14 @@ class Source:
         """How many classes its semantic maps have, if it takes any."""
         rescaler = self.configs.get(RESCALER)
         return None if rescaler is None else int(rescaler["classes"])
+
+    @property
+    def layout(self) -> LayoutRecord | None:
+        """What its layouts may have, if it takes any: three tokens an object, and two for all of the picture."""
+        encoder = self.configs.get(LAYOUT_ENCODER)
+        if encoder is None:
+            return None
+        return LayoutRecord(objects=(encoder["max_position_embeddings"] - 2) // 3, tokens=encoder["vocab_size"])
 
     @property
     def is_noised(self) -> bool:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ldmrt.components import CLASS_LABELS, CONTROLLED_STEP, CONTROLNET_NAME, SEGMENTATION, STEP
+from ldmrt.components import CLASS_LABELS, CONTROLLED_STEP, CONTROLNET_NAME, LAYOUT, SEGMENTATION, STEP
 from ldmrt.engines.activation import ActivationMemory
 from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.engines.tensorrt import LIBRARIES, check
@@ -47,7 +47,7 @@ _INTERFACES: dict[str, dict[str, int]] = {
 
 
 # What a model without text may be told in its place.
-_TOLD = {CLASS_LABELS: 1, "mask": 4, SEGMENTATION: 4}
+_TOLD = {CLASS_LABELS: 1, "mask": 4, SEGMENTATION: 4, LAYOUT: 2}
 
 
 class _Record(BaseModel):
@@ -196,6 +196,18 @@ class UpscalingRecord(_Record):
     max_noise_level: int = Field(default=0, ge=0)
 
 
+class LayoutRecord(_Record):
+    """For a model of layouts.
+
+    Attributes:
+        objects: the most that a layout has.
+        tokens: how many there are, of classes and of corners; the last stands for nothing.
+    """
+
+    objects: int = Field(ge=1, le=1 << 16)
+    tokens: int = Field(ge=4, le=1 << 24)
+
+
 class ModelRecord(_Record):
     """What the runtime must know of the model.
 
@@ -214,6 +226,7 @@ class ModelRecord(_Record):
         classes: how many classes it draws, by number; None if it is not told any.
         null_class: which of them stands for none, as guidance compares with; None if there is none.
         segments: how many classes its semantic maps have; None if it takes none.
+        layout: what its layouts may have; None if it takes none.
         guidance_embedding: width of the embedding of the guidance scale that the U-Net takes in the place of classifier-free guidance;
             None if it takes none.
         scaling_factor: the latents that are denoised are (encoded - shift_factor) * scaling_factor.
@@ -235,6 +248,7 @@ class ModelRecord(_Record):
     classes: int | None = Field(default=None, ge=1)
     null_class: int | None = Field(default=None, ge=0)
     segments: int | None = Field(default=None, ge=1)
+    layout: LayoutRecord | None = None
     guidance_embedding: int | None = Field(default=None, ge=4)
     scaling_factor: float = Field(default=0.18215, gt=0)
     shift_factor: float = 0.0

@@ -13,6 +13,8 @@ CONTROLNET = "controlnet."
 CLASS_LABELS = "class_labels"
 # The number of a class for every pixel.
 SEGMENTATION = "segmentation"
+# Objects and their boxes, as tokens.
+LAYOUT = "layout"
 # What a ControlNet may be called: its name becomes part of file names. A regular expression.
 CONTROLNET_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 

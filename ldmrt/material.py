@@ -15,6 +15,7 @@ from ldmrt.classes import Classes, ClassLabels, resolve as resolve_classes
 from ldmrt.conditioning import Encode, Picture
 from ldmrt.errors import BadRequest
 from ldmrt.inpainting import Inpainting, resolve as resolve_inpainting
+from ldmrt.layout import Layout, resolve as resolve_layout
 from ldmrt.noise import Generators, Noise, draw
 from ldmrt.overlay import Overlay, resolve as resolve_overlay
 from ldmrt.request import Job
@@ -35,6 +36,7 @@ class Brought(TypedDict, total=False):
         noise_level: for an upscaling model.
         class_labels: for a class-conditional model.
         segmentation: for a model of semantic maps.
+        layout: for a model of layouts.
     """
 
     image: Picture | torch.Tensor | None
@@ -42,6 +44,7 @@ class Brought(TypedDict, total=False):
     noise_level: int | None
     class_labels: ClassLabels | None
     segmentation: SemanticMap | None
+    layout: Layout | None
 
 
 class Start(NamedTuple):
@@ -77,6 +80,7 @@ class Material:
         upscaling: the picture that an upscaling model draws larger; None for another model.
         classes: what a class-conditional model draws.
         segmentation: the input of a model of semantic maps; empty for another model.
+        layout: the input of a model of layouts; empty for another model.
         overlay: what is laid over the pictures when they are drawn; None for nothing.
     """
 
@@ -88,6 +92,7 @@ class Material:
     upscaling: Upscaling | None
     classes: Classes
     segmentation: Tensors
+    layout: Tensors
     overlay: Overlay | None
 
     @property
@@ -133,7 +138,7 @@ class Material:
             noise = self.noise(job, table, cells, generator)
         else:
             self._check(noise, (count, self.model.latent_channels, *cells), table)
-        shared: Tensors = {name: tensor.to(device) for name, tensor in self.segmentation.items()}
+        shared: Tensors = {name: tensor.to(device) for name, tensor in {**self.segmentation, **self.layout}.items()}
         own: list[Tensors] = [shared] * count
         if self.upscaling is not None:
             own = _joined(own, self.upscaling.conditionings(count, noise.low_res, device))
@@ -230,5 +235,6 @@ def resolve(
         upscaling=resolve_upscaling(model, size, image, brought.get("noise_level")),
         classes=resolve_classes(model, job, brought.get("class_labels")),
         segmentation=resolve_segmentation(model, size, brought.get("segmentation")),
+        layout=resolve_layout(model, brought.get("layout")),
         overlay=resolve_overlay(job, image, mask_image),
     )

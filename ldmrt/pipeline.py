@@ -29,6 +29,7 @@ from ldmrt.denoise import Denoiser
 from ldmrt.denoisers import Denoisers, room_for
 from ldmrt.errors import BadRequest, EngineMismatch, NumericalError, Unavailable
 from ldmrt.guidance import embedding
+from ldmrt.layout import Layout
 from ldmrt.loader import EngineLoader, kinds_of
 from ldmrt.lora import Lora
 from ldmrt.material import Brought, Material, Start, resolve as resolve_material
@@ -218,6 +219,7 @@ class Pipeline:
         noise_level: int | None = None,
         class_labels: ClassLabels | None = None,
         segmentation: SemanticMap | None = None,
+        layout: Layout | None = None,
         control_image: Picture | Sequence[Picture | None] | None = None,
         controlnet_scale: float | Sequence[float] = 1.0,
         control_start: float | Sequence[float] = 0.0,
@@ -273,6 +275,7 @@ class Pipeline:
             class_labels: for a class-conditional model the number of the class, or one for each of several.
             segmentation: for a model of semantic maps the number of a class for each pixel, as an array (H, W), or an image of one channel or
                 of a palette; it is resized.
+            layout: for a model of layouts the objects, `{"class": N, "box": [left, top, width, height]}`, in shares of the picture.
             control_image: for each ControlNet of the bundle (`bundle.manifest.controlnets`, in order) the picture that it follows, or
                 None to leave it out; a picture alone for a single one. All images of the call follow it. A PIL image or an array of
                 uint8 (H, W, 3); it is resized.
@@ -337,6 +340,7 @@ class Pipeline:
             noise_level=noise_level,
             class_labels=class_labels,
             segmentation=segmentation,
+            layout=layout,
         )
         table = self.table(job)
         given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)

@@ -22,6 +22,7 @@ KINDS = (
     "latent diffusion without text",
     "latent diffusion of classes",
     "latent diffusion of semantic maps",
+    "latent diffusion of layouts",
     "latent diffusion, text to image",
     "latent diffusion for super-resolution",
 )

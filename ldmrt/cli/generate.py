@@ -173,6 +173,13 @@ def generate(
             metavar="FILE", help="For a model of semantic maps: a picture whose values are numbers of classes."
         ),
     ] = None,
+    layout: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='For a model of layouts: a JSON file, [{"class": N, "box": [left, top, width, height]}, ...], boxes in shares of the picture.',
+        ),
+    ] = None,
     class_label: Annotated[
         int | None, typer.Option("--class", metavar="N", help="For a class-conditional model: which class to draw.")
     ] = None,
@@ -254,6 +261,7 @@ def generate(
 
     import torch
 
+    from ldmrt.layout import read as read_layout
     from ldmrt.pipeline import Pipeline
     from ldmrt.request import Request, resolve
 
@@ -261,6 +269,7 @@ def generate(
         picture_arguments(image, mask, segmentation)
         | edge_arguments(mask_blur, apply_overlay, refiner)
         | number_arguments(noise_level, class_label)
+        | ({} if layout is None else {"layout": read_layout(layout)})
         | control_arguments(control_image, control_scale, control_start, control_end)
     )
     if config.threads:

@@ -120,6 +120,11 @@ CASES: dict[str, dict[str, Any]] = {
         concat_mode=True,
         cond_stage_key="segmentation",
     ),
+    "layout": config(
+        by("BERTEmbedder", n_embed=32, n_layer=2, vocab_size=50, max_seq_len=14, use_tokenizer=False),
+        {**TEXT, "num_head_channels": 16},
+        cond_stage_key="coordinates_bbox",
+    ),
     "super-resolution": config({"target": "torch.nn.Identity"}, {**PLAIN, "in_channels": 6}, concat_mode=True),
 }
 
@@ -178,6 +183,9 @@ def test_the_networks_are_those_of_the_papers(case: str, tmp_path: Path) -> None
             beside = [torch.randint(0, 7, (2, 1, 64, 64), generator=draw)]
         elif case == "classes":
             beside = [torch.tensor([3, 10])]
+            context = theirs.cond_stage_model(beside[0])
+        elif case == "layout":
+            beside = [torch.randint(0, 50, (2, 14), generator=draw)]
             context = theirs.cond_stage_model(beside[0])
         elif case == "text":
             ids = torch.randint(0, 60, (2, 77), generator=draw)
@@ -260,12 +268,15 @@ def pixels(image: Image.Image) -> torch.Tensor:
 @pytest.mark.covers("latent diffusion without text", "inpainting")
 @pytest.mark.covers("latent diffusion of semantic maps", "new pictures")
 @pytest.mark.covers("latent diffusion of semantic maps", "from one file")
+@pytest.mark.covers("latent diffusion of layouts", "new pictures")
+@pytest.mark.covers("latent diffusion of layouts", "from one file")
 @pytest.mark.parametrize(
     "case",
     # The slow ones are of kinds whose pictures are tested in the diffusers layout.
     [
         "inpainting",
         "segmentation",
+        "layout",
         *(pytest.param(case, marks=pytest.mark.slow) for case in ("churches", "super-resolution")),
     ],
 )
@@ -273,7 +284,7 @@ def test_other_pictures(case: str, tmp_path: Path) -> None:
     theirs, file, yaml_file = model(tmp_path, case)
     built = ldmrt.build_engines(file, tmp_path / "b", config=yaml_file, dtype="float32")
     given: dict[str, Any] = {}
-    beside = None
+    beside = context = None
     if case == "super-resolution":
         given = {"image": picture(3, (16, 16))}
         beside = pixels(given["image"]) * 2 - 1
@@ -289,8 +300,15 @@ def test_other_pictures(case: str, tmp_path: Path) -> None:
         given = {"segmentation": labels.numpy().astype(np.uint8)}
         with torch.no_grad():
             beside = theirs.cond_stage_model(labels[None])
+    elif case == "layout":
+        given = {"layout": [{"class": 9, "box": [0.5, 0.25, 0.5, 0.25]}, {"class": 3, "box": [0, 0, 1, 1]}]}
+        # 7 * 7 cells; what is not there is the last of 50 tokens, and all of the picture is seen. (0.5, 0.25) is column 3, row 1.5,
+        # which is even at 2.
+        tokens = [9, 17, 27, 3, 0, 48, *[49] * 6, 0, 48]
+        with torch.no_grad():
+            context = theirs.cond_stage_model(torch.tensor([tokens]))
     found = Pipeline.from_bundle(built.path, "cpu")(num_inference_steps=4, seed=2, output_type="np", **given)
-    expected = theirs.sample(torch.randn(1, 3, 16, 16, generator=generator(2)), 4, beside=beside)
+    expected = theirs.sample(torch.randn(1, 3, 16, 16, generator=generator(2)), 4, context=context, beside=beside)
     assert relative(found.latents, expected) < LATENTS
     assert psnr(found.images, theirs.picture(expected).numpy()) > PSNR
 
@@ -340,7 +358,8 @@ def test_a_known_model_needs_no_config(name: str, tmp_path: Path, monkeypatch: p
     path = sparse(tmp_path / "mine.safetensors", real(name))
     if "scale_factor" in real(name):
         monkeypatch.setattr(original_config, "_scale", lambda *_: 1.0)  # the file is a hole, and holds zeros
-    source = resolve(path, tokenizer=tmp_path / "bert") if "BERT" in str(KNOWN[name]) else resolve(path)
+    reads_text = "BERT" in str(KNOWN[name]) and "coordinates_bbox" not in str(KNOWN[name])
+    source = resolve(path, tokenizer=tmp_path / "bert" if reads_text else None)
     assert source.name == "mine"
     for folder in source.folders:
         module = instantiate(source, folder)
@@ -378,9 +397,13 @@ UNET, STAGE = ("unet_config", "params"), ("first_stage_config", "params")
 BAD: dict[str, tuple[Any, str]] = {
     "not YAML": ("{", "is not YAML"),
     "a list": ("[1]", "has no model.params"),
-    "layout": (
+    "other tokens": (
         changed("text", "cond_stage_config", value=by("BERTEmbedder", n_embed=32, n_layer=2, use_tokenizer=False)),
         "cond_stage_config has 'BERTEmbedder', which is not built yet; known are .*cin256-v2",
+    ),
+    "a layout of 15 tokens": (
+        changed("layout", "cond_stage_config", "params", "max_seq_len", value=15),
+        "cond_stage_config has '15 of 50 tokens, and an object has three, the picture two', which is not",
     ),
     "segmentation": (
         changed("faces", "cond_stage_config", value=by("SpatialRescaler")),
