@@ -86,7 +86,7 @@ $(VENV)/.stamp-demo: $(SOURCES) | $(VENV)/.stamp-venv
 	@touch $@
 
 $(VENV)/.stamp-test: $(SOURCES) | $(VENV)/.stamp-venv
-	$(INSTALL) --editable ".[export,onnxruntime,triton,bench]" --group test
+	$(INSTALL) --editable ".[export,onnxruntime,triton,serve,bench]" --group test
 	@$(BIN)/python -c "import ldmrt.kernels"
 	@touch $@ $(VENV)/.stamp-demo
 
