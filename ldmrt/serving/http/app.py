@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 import ldmrt
 from ldmrt.serving.engine import Engine
-from ldmrt.serving.http import images, info
+from ldmrt.serving.http import images, info, page
 from ldmrt.serving.http.account import Accounts
 from ldmrt.serving.http.body import Body
 from ldmrt.serving.http.errors import HttpError
@@ -52,6 +52,7 @@ def create_app(
     app.state.house = here
     app.include_router(images.router)
     app.include_router(info.router)
+    app.include_router(page.router)
     app.add_exception_handler(HttpError, _answered)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)

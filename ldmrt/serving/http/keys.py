@@ -14,8 +14,8 @@ from ldmrt.errors import BadRequest
 from ldmrt.serving.http.errors import HttpError
 
 VARIABLE = "LDMRT_API_KEYS"
-# Probes, which say one word.
-OPEN = frozenset({"/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"})
+# Probes say one word; the page asks for a key itself and has nothing of its own to hide.
+OPEN = frozenset({"/", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"})
 _SHORTEST = 16
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -78,7 +78,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
-        if scope["type"] == "http" and scope["path"] not in OPEN:
+        if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
             refusal = self._refusal(Headers(scope=scope))
             if refusal is not None:
                 await refusal.response()(scope, receive, send)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.testclient import TestClient
 
 from ldmrt.errors import BadRequest
+from ldmrt.serving.http import create_app
 from ldmrt.serving.http.keys import OPEN, VARIABLE, Keys
 
 from .conftest import Serving, refused
@@ -25,12 +29,10 @@ def routes(app: object) -> set[str]:
 
 
 def test_every_route_is_closed_but_those_that_say_nothing(serving: Serving) -> None:
-    from ldmrt.serving.http import create_app
-
     served = serving(keys=(KEY, OTHER))
     paths = routes(create_app(served.batcher))
     assert {"/v1/images/generations", "/v1/images/edits", "/metrics", "/openapi.json"} <= paths
-    beside = {f"{path}/" for path in paths} | {path.upper() for path in paths} | {"/nowhere", "/health", "/v1"}
+    beside = {f"{path}/" for path in paths - {"/"}} | {path.upper() for path in paths} | {"/nowhere", "/health", "/v1"}
     assert paths >= OPEN
     for path in sorted((paths | beside) - OPEN):
         for method in METHODS:
@@ -105,3 +107,12 @@ def test_without_keys_the_own_page_is_served(serving: Serving) -> None:
     assert served.client.get("/v1/models", headers={"origin": served.url}).status_code == 200
     port = served.url.rpartition(":")[2]
     assert served.client.get("/v1/models", headers={"host": f"localhost:{port}"}).status_code == 200
+
+
+def test_a_mounted_server_is_closed_in_the_same_way(serving: Serving) -> None:
+    app = Starlette(routes=[Mount("/pictures", create_app(serving().batcher, keys=Keys([KEY])))])
+    with TestClient(app) as client:
+        assert client.get("/pictures/health/live").status_code == 200
+        assert client.get("/pictures/").status_code == 200
+        assert client.get("/pictures/v1/models").status_code == 401
+        assert client.get("/pictures/v1/models", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
