@@ -1,6 +1,7 @@
 # make demo    a fresh machine with Python 3.11 to 3.13 -> a picture
 # make test    a fresh machine -> the test suite (without slow, gpu, rtx and browser)
 # make test-rtx  the tests marked rtx
+# make test-browser  the tests marked browser, in Debian's chromium
 # make check   format, lint, types
 # make builtin compiles the built-in model again
 # make sanitize  the C++ operators' tests under the address and undefined behaviour sanitizers
@@ -20,7 +21,7 @@ MARKS  ?= not slow and not gpu and not rtx and not browser
 # Python files are not listed: the install is editable, so they are used as they are.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: demo test test-rtx check format-check lint types check-native sanitize bench-quick benchmarks format builtin clean
+.PHONY: demo test test-rtx test-browser check format-check lint types check-native sanitize bench-quick benchmarks format builtin clean
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/ldmrt generate "a red circle on a white background" --seed 2 --out demo.png
@@ -33,6 +34,10 @@ test: $(VENV)/.stamp-test
 # Builds TensorRT plans for GPUs that are not there; installs TensorRT for RTX (100 MB).
 test-rtx: $(VENV)/.stamp-rtx
 	@$(BIN)/python -m pytest -m "rtx and not slow and not gpu" $(ARGS)
+
+# Skips, and says so, where chromium is not installed (apt-get install chromium).
+test-browser: $(VENV)/.stamp-browser
+	@$(BIN)/python -m pytest -m "browser and not slow" tests/serving/http/test_page.py $(ARGS)
 
 check: format-check lint types
 
@@ -90,12 +95,16 @@ $(VENV)/.stamp-demo: $(SOURCES) | $(VENV)/.stamp-venv
 	@touch $@
 
 $(VENV)/.stamp-test: $(SOURCES) | $(VENV)/.stamp-venv
-	$(INSTALL) --editable ".[export,onnxruntime,triton,bench]" --group test
+	$(INSTALL) --editable ".[export,onnxruntime,triton,serve,bench]" --group test
 	@$(BIN)/python -c "import ldmrt.kernels"
 	@touch $@ $(VENV)/.stamp-demo
 
 $(VENV)/.stamp-rtx: $(VENV)/.stamp-test
 	$(INSTALL) --editable ".[tensorrt-rtx]"
+	@touch $@
+
+$(VENV)/.stamp-browser: $(VENV)/.stamp-test
+	$(INSTALL) --group browser
 	@touch $@
 
 $(VENV)/.stamp-lint: $(VENV)/.stamp-test

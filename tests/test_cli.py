@@ -84,7 +84,7 @@ def content(path: Path) -> np.ndarray[Any, Any]:
 # ---------------------------------------------------------------------------------------------------- the frame
 
 
-@pytest.mark.parametrize("command", ["", "generate", "build-engines", "convert", "inspect", "tune", "doctor"])
+@pytest.mark.parametrize("command", ["", "generate", "build-engines", "convert", "inspect", "tune", "serve", "doctor"])
 def test_help(run: Run, command: str) -> None:
     ended = run(*command.split(), "--help")
     assert ended.code == 0

@@ -19,6 +19,10 @@ HEAVY = (
     "tensorrt_rtx",
     "tensorrt_rtx_bindings",
     "triton",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
 )
 
 # Put before a script, it makes those packages look as if they were not installed.

@@ -17,6 +17,7 @@ from ldmrt.cli.failures import Commands
 from ldmrt.cli.generate import generate
 from ldmrt.cli.inspect import inspect
 from ldmrt.cli.options import Verbose
+from ldmrt.cli.serve import serve
 from ldmrt.cli.tune import tune
 from ldmrt.cli.verify import verify
 from ldmrt.config import share_cores
@@ -35,6 +36,7 @@ app.command("generate")(generate)
 app.command("build-engines")(build_engines)
 app.command("convert")(convert)
 app.command("tune")(tune)
+app.command("serve")(serve)
 app.command("inspect")(inspect)
 app.command("verify")(verify)
 app.command("bench")(bench)

@@ -19,6 +19,7 @@ from ldmrt.material import Brought
 from ldmrt.pipeline import OutputType, Pipeline, check_output_type
 from ldmrt.request import Request
 from ldmrt.serving.batch import Batch
+from ldmrt.serving.engine import Facts, State
 from ldmrt.serving.handle import Handle, OnProgress
 from ldmrt.serving.register import Errand, Register, Stats
 from ldmrt.serving.ticket import Ticket
@@ -32,6 +33,10 @@ class Batcher:
 
     The pipeline is lent to the batcher until that is closed. docs/embedding.md says what may be called from where.
 
+    Attributes:
+        facts: what its model draws.
+        restarts: 0: a batcher that is broken stays so.
+
     Args:
         pipeline: what makes the pictures.
         max_waiting: images that may wait; beyond them `submit` raises `Overloaded`.
@@ -44,6 +49,8 @@ class Batcher:
         Unavailable: the pipeline is lent already.
     """
 
+    restarts = 0
+
     def __init__(self, pipeline: Pipeline, *, max_waiting: int = 64, rows: int | None = None) -> None:
         if max_waiting < 1:
             raise BadRequest(f"max_waiting is {max_waiting}, expected 1 or more", param="max_waiting")
@@ -54,6 +61,8 @@ class Batcher:
                 param="memory_budget",
             )
         self._pipeline = pipeline
+        self.facts = Facts.of(pipeline)
+        self._state = State.READY
         self._register = Register(max_waiting)
         self._batches = {size: Batch(pipeline, size, rows) for size in pipeline.defaults.sizes}
         self._worker = Worker(pipeline, self._register, self._batches, alone=rows is not None)
@@ -150,12 +159,19 @@ class Batcher:
         """What was done until now."""
         return self._register.stats()
 
+    @property
+    def state(self) -> State:
+        """Whether it takes requests."""
+        return self._state
+
     def close(self, *, drain: bool = True) -> None:
         """Accept nothing more, and end the thread; the pipeline is free again. Closing twice does nothing.
 
         Args:
             drain: finish what was accepted; else it ends with `Cancelled`.
         """
+        if self._state is State.READY:
+            self._state = State.CLOSED
         dropped = None if drain else "the batcher was closed before the request was finished"
         self._register.close("the batcher is closed: make a new one", drop=dropped)
         if threading.current_thread() is not self._thread:
@@ -191,5 +207,6 @@ class Batcher:
                 return
             with contextlib.suppress(RuntimeError):  # of a GPU that answers no more
                 self._worker.stop()
+            self._state = State.BROKEN
             broken = f"the batcher is broken ({one_line(error)}): close it and make a new one"
             self._register.abandon(partial(known, error), broken)

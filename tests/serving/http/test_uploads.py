@@ -1,0 +1,88 @@
+"""Pictures that clients send: bounded, of three formats, and never a word of Pillow's."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldmrt.serving.http import Limits
+from ldmrt.serving.http.errors import HttpError
+from ldmrt.serving.http.uploads import mask_of, open_picture
+
+LIMITS = Limits(upload_pixels=1000)
+
+
+def written(form: str, size: tuple[int, int] = (8, 4), mode: str = "RGB", **options: Any) -> bytes:
+    out = io.BytesIO()
+    Image.new(mode, size, "red" if mode == "RGB" else 0).save(out, format=form, **options)
+    return out.getvalue()
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A PNG that has a header and next to nothing behind it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_formats_that_are_read(form: str) -> None:
+    assert open_picture(written(form), LIMITS, param="image").size == (8, 4)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_a_jpeg_of_any_mode(mode: str) -> None:
+    assert open_picture(written("JPEG", mode=mode), LIMITS, param="image").size == (8, 4)
+
+
+def test_exif_turns_it() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert open_picture(written("JPEG", exif=exif.tobytes()), LIMITS, param="image").size == (4, 8)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        written("GIF"),
+        written("TIFF"),
+        written("BMP"),
+        written("JPEG", (30, 30))[:-40],
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        claiming(8, 8),
+        claiming(9000, 9000),
+        claiming(20_000, 20_000),
+        claiming(2**31 - 1, 2**31 - 1),
+    ],
+    ids=["empty", "signature", "gif", "tiff", "bmp", "cut", "svg", "no pixels", "81 MP", "400 MP", "2^62"],
+)
+def test_what_is_refused(data: bytes) -> None:
+    with pytest.raises(HttpError) as caught:
+        open_picture(data, LIMITS, param="mask")
+    assert (caught.value.status, caught.value.param) == (400, "mask")
+    assert "0x7" not in caught.value.message
+    assert "BytesIO" not in caught.value.message
+
+
+def test_the_limit_of_pixels() -> None:
+    assert open_picture(written("PNG", (50, 20)), LIMITS, param="image").size == (50, 20)
+    with pytest.raises(HttpError, match="image has 51x20 pixels, expected at most 1000"):
+        open_picture(written("PNG", (51, 20)), LIMITS, param="image")
+
+
+def test_a_mask_is_white_where_nothing_is_left() -> None:
+    alpha = np.array([[0, 1, 128, 255]], dtype=np.uint8)
+    picture = Image.merge("LA", (Image.new("L", (4, 1)), Image.fromarray(alpha)))
+    assert np.asarray(mask_of(picture)).tolist() == [[255, 0, 0, 0]]
+    assert np.asarray(mask_of(Image.new("RGB", (2, 1)))).tolist() == [[0, 0]]
