@@ -35,7 +35,8 @@ class Facts:
         defaults: what a request gets where it says nothing, and its bounds.
         begins: whether there can be a picture to begin from.
         needs_image: whether there must be one.
-        needs_mask: whether it only draws under a mask.
+        takes_mask: whether there can be a mask over that picture.
+        needs_mask: whether it only draws under one.
         reads_text: whether it is told what to draw in words.
     """
 
@@ -44,6 +45,7 @@ class Facts:
     defaults: Defaults
     begins: bool
     needs_image: bool
+    takes_mask: bool
     needs_mask: bool
     reads_text: bool
 
@@ -58,6 +60,7 @@ class Facts:
             defaults=pipeline.defaults,
             begins=upscales or any(record.component == "encoder" for record in pipeline.bundle.manifest.engines),
             needs_image=upscales or model.inpainting or pipeline.defaults.refines,
+            takes_mask=not upscales and not pipeline.defaults.refines,
             needs_mask=model.inpainting,
             reads_text=bool(model.tokenizers),
         )

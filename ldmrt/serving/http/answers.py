@@ -64,7 +64,7 @@ class Model(BaseModel):
     max_images: int
     max_steps: int
     image: Literal["none", "optional", "required"]
-    mask: Literal["none", "required"]
+    mask: Literal["none", "optional", "required"]
     bundled: bool
 
 

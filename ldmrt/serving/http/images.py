@@ -91,7 +91,7 @@ async def edits(request: Request) -> Response:
     image, mask = opened["image"], opened.get("mask")
     if mask is not None and mask.size != image.size:
         raise bad_request(f"mask has {_size(mask.size)} pixels, expected the image's {_size(image.size)}", "mask")
-    if mask is None and here.engine.facts.needs_mask and image.has_transparency_data:
+    if mask is None and here.engine.facts.takes_mask and image.has_transparency_data:
         mask = image
     given = {"image": image.convert("RGB"), **({} if mask is None else {"mask_image": mask_of(mask)})}
     return await _answer(request, fields, "image_edit", **given)

@@ -106,6 +106,9 @@ def _model(here: House) -> Model:
     image: Literal["none", "optional", "required"] = (
         "required" if facts.needs_image else "optional" if facts.begins else "none"
     )
+    mask: Literal["none", "optional", "required"] = (
+        "required" if facts.needs_mask else "optional" if facts.takes_mask and image != "none" else "none"
+    )
     return Model(
         id=here.model,
         created=here.began,
@@ -122,6 +125,6 @@ def _model(here: House) -> Model:
         max_images=here.limits.images,
         max_steps=min(here.limits.steps, defaults.max_steps),
         image=image,
-        mask="required" if facts.needs_mask else "none",
+        mask=mask,
         bundled=here.bundled,
     )

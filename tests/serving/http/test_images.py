@@ -237,6 +237,23 @@ def test_an_edit_is_the_pipeline_s_image_to_image(served: Served, shapes: Pipeli
     assert abs(pixels(picture(answer["data"][0]["b64_json"])) - pixels(wanted.images[0])).max() <= 1
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["transparent picture", "mask"])
+def test_an_edit_draws_where_it_is_transparent(served: Served, shapes: Pipeline, own: bool) -> None:
+    begin = Image.effect_mandelbrot((128, 128), (-2, -1.5, 1, 1.5), 20).convert("RGB")
+    hole = np.zeros((128, 128), dtype=np.uint8)
+    hole[:, 64:] = 255
+    clear = begin.copy()
+    clear.putalpha(Image.fromarray(255 - hole))
+    files = {"image": png(clear)} if own else {"image": png(begin), "mask": png(clear)}
+    answer = served.edit(files, prompt=PROMPT, seed="5", steps="4").json()
+    served.batcher.close()
+    wanted = shapes(PROMPT, image=begin, mask_image=Image.fromarray(hole), seed=5, num_inference_steps=4)
+    found = pixels(picture(answer["data"][0]["b64_json"]))
+    assert abs(found - pixels(wanted.images[0])).max() <= 1
+    kept, drawn = abs(found - pixels(begin)).mean(axis=(0, 2)).reshape(2, 64)[:, 8:-8].mean(axis=1)
+    assert kept < drawn / 2
+
+
 @pytest.mark.parametrize(
     ("files", "fields", "param"),
     [
@@ -245,7 +262,6 @@ def test_an_edit_is_the_pipeline_s_image_to_image(served: Served, shapes: Pipeli
         ({"image": b""}, {}, "image"),
         ({"image": "a", "mask": b"x"}, {}, "mask"),
         ({"image": "a", "mask": "b"}, {}, "mask"),
-        ({"image": "a", "mask": "a"}, {}, "mask"),  # the model is no inpainting model
         ({"image": "a", "other": "a"}, {}, None),
         ({"image": "a"}, {"n": "many"}, "n"),
         ({"image": "a"}, {"surprise": "1"}, "surprise"),
