@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,8 +11,14 @@ import torch
 
 from ldmrt.conditioning import MOST_PIXELS
 from ldmrt.errors import BadRequest
+from ldmrt.material import Material
+from ldmrt.noise import Generators, Noise
 from ldmrt.pipeline import OutputType, delivered
 from ldmrt.request import Job, Request
+from ldmrt.samplers.table import SamplerTable
+
+# Of the steps of samplers that draw it, in float32 half a gibibyte.
+_MOST_NOISE = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,37 @@ def check_size(width: int, height: int) -> None:
             f"the picture would have {width}x{height} pixels, expected at most {MOST_PIXELS}; give a smaller one",
             param="image",
         )
+
+
+def field(
+    material: Material, job: Job, table: SamplerTable, cells: tuple[int, int], generator: Generators | None
+) -> Noise:
+    """All noise of a job, for pictures larger than its engines draw, of which each call gets its part (`Noise.cut`).
+
+    Args:
+        material: of the job.
+        job: what is asked of each call.
+        table: its sampler.
+        cells: height and width of the latents of the whole pictures.
+        generator: instead of the job's seeds.
+
+    Raises:
+        BadRequest: the pictures or their noise are too many numbers to be held at once; or the generators do not fit the images.
+    """
+    pixels = job.num_images * math.prod(cells) * material.model.downscale**2
+    if pixels > MOST_PIXELS:
+        raise BadRequest(
+            f"{job.num_images} pictures would have {pixels} pixels, expected at most {MOST_PIXELS} at a time; ask for fewer",
+            param="num_images_per_prompt",
+        )
+    numbers = job.num_images * material.model.latent_channels * math.prod(cells) * table.evaluations
+    if table.uses_noise and numbers > _MOST_NOISE:
+        raise BadRequest(
+            f"{job.sampler} draws noise {table.evaluations} times for all of the picture, {numbers} numbers, expected at most {_MOST_NOISE}; "
+            "use a sampler that draws none, such as ddim, or fewer steps",
+            param="sampler",
+        )
+    return material.noise(job, table, cells, generator)
 
 
 def check_output_type(output_type: OutputType) -> None:

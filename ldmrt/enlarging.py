@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldmrt.composition import Composition, add, check_output_type, check_size, deliver, request_of
+from ldmrt.composition import Composition, add, check_output_type, check_size, deliver, field, request_of
 from ldmrt.conditioning import Picture, read
 from ldmrt.errors import BadRequest
 from ldmrt.noise import Generators
@@ -51,7 +51,7 @@ def enlarge(
     missing = [(0, whole - side) for side, whole in zip(picture.shape[:2], tiling.size[::-1], strict=True)]
     picture = np.pad(picture, [*missing, (0, 0)], mode="edge")
     job, material = pipe.resolve(request_of(arguments), image=picture, noise_level=arguments.get("noise_level"))
-    noise = material.noise(job, pipe.table(job), tiling.size[::-1], generator)
+    noise = field(material, job, pipe.table(job), tiling.size[::-1], generator)
     canvas = torch.zeros((job.num_images, 3, *(side * factor for side in tiling.size[::-1])))
     timings: dict[str, float] = {}
     for number, (x, y) in enumerate(tiling):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch.nn import functional
 
-from ldmrt.composition import Composition, add, check_output_type, check_size, deliver, request_of
+from ldmrt.composition import Composition, add, check_output_type, check_size, deliver, field, request_of
 from ldmrt.conditioning import Picture, read
 from ldmrt.errors import BadRequest
 from ldmrt.extension import Extension
@@ -93,7 +93,7 @@ def outpaint(
         mask_image=blank,
         class_labels=arguments.get("class_labels"),
     )
-    noise = material.noise(job, pipe.table(job), plan.cells[::-1], generator)
+    noise = field(material, job, pipe.table(job), plan.cells[::-1], generator)
 
     (x, y), (height, width) = plan.place, picture.shape[:2]
     around = [

@@ -127,6 +127,14 @@ def test_what_cannot_be(pipe: Pipeline, tiny_bundle: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"output_type": "latent"}, "has no latents, expected pil or np"),
         ({"image": Image.new("RGB", (4000, 2000))}, "would have 16000x8000 pixels"),
+        (
+            {"image": Image.new("RGB", (2000, 1500)), "num_images_per_prompt": 2},
+            "2 pictures would have 96000000 pixels",
+        ),
+        (
+            {"image": Image.new("RGB", (2000, 1500)), "sampler": "euler-ancestral", "num_inference_steps": 20},
+            "euler-ancestral draws noise 20 times for all of the picture, 240000000 numbers",
+        ),
         ({"image": Image.new("RGB", (0, 3))}, "image has 0x3 pixels"),
         ({"noise_level": 9999}, "noise_level is 9999"),
         ({"image": torch.zeros(1, 4, 16, 16)}, "expected a PIL image"),

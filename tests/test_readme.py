@@ -23,7 +23,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/embedding.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/embedding.md", "docs/tasks.md"])
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
@@ -33,10 +33,11 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page
     assert list(tmp_path.glob("*.png"))
 
 
-def test_commands_are_spelt_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/tasks.md"])
+def test_commands_are_spelt_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, page: str) -> None:
     """Each is parsed in full, then refused for the folder that is not there, or run: never a usage error (exit code 2)."""
     monkeypatch.chdir(tmp_path)
-    lines = re.findall(r"^    ldmrt (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    lines = re.findall(r"^    ldmrt (.*)$", (ROOT / page).read_text(), re.MULTILINE)
     assert len(lines) >= 5
     for line in lines:
         result = CliRunner().invoke(app, shlex.split(line))
