@@ -84,7 +84,8 @@ def _object(given: object, number: int, known: LayoutRecord) -> tuple[int, int, 
         found = ", ".join(map(str, given))[:60] if isinstance(given, Mapping) else str(given)[:60]
         raise _bad(f"{where} has {found!r}, expected {_FORM}")
     label, box = given["class"], given["box"]
-    if isinstance(label, bool) or not isinstance(label, numbers.Integral) or not 0 <= int(label) < known.tokens - 1:
+    whole = -1 if isinstance(label, bool) or not isinstance(label, numbers.Integral) else operator.index(label)
+    if not 0 <= whole < known.tokens - 1:
         raise _bad(f"{where} has the class {str(label)[:40]!r}, expected a whole number, 0 to {known.tokens - 2}")
     if not isinstance(box, Sequence) or len(box) != 4 or not all(map(_is_share, box)):
         raise _bad(f"{where} has the box {str(box)[:60]!r}, expected [left, top, width, height], each from 0 to 1")
@@ -92,11 +93,11 @@ def _object(given: object, number: int, known: LayoutRecord) -> tuple[int, int, 
     if width == 0 or height == 0 or left == 1 or top == 1:
         raise _bad(f"{where} has the box {str(box)[:60]!r}, of which nothing lies in the picture; leave the object out")
     # What stands out of the picture is cut off.
-    return operator.index(label), *_corners((left, top, min(width, 1 - left), min(height, 1 - top)), known)
+    return whole, *_corners((left, top, min(width, 1 - left), min(height, 1 - top)), known)
 
 
 def _is_share(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _corners(box: tuple[float, float, float, float], known: LayoutRecord) -> tuple[int, int]:

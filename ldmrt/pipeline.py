@@ -253,7 +253,8 @@ class Pipeline:
             clip_skip: how many of the text encoder's last layers to leave out.
             long_prompt: `chunk` encodes a prompt longer than the text encoder's window in several windows, as AUTOMATIC1111 does;
                 `cut` drops the rest, with a warning.
-            emphasis: whether `(word)`, `(word:1.3)` and `[word]` in prompts weigh the word, as in AUTOMATIC1111's web UI (`ldmrt.emphasis`).
+            emphasis: whether `(word)`, `(word:1.3)` and `[word]` in prompts weigh the word, and `BREAK` begins a new window of tokens, as in
+                AUTOMATIC1111's web UI (`ldmrt.emphasis`).
             variation_seed: of another noise, towards which the images' own is turned; all images then have the same seed, and image i has this
                 plus i. Drawn, and reported in the result's job, if not given.
             variation_strength: how far, from 0, the picture of `seed`, to 1, that of `variation_seed`.

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,8 @@ class Tokenizer:
 
         A window that overflows ends at its last comma instead, if that is among its last 20 tokens, so that what a comma
         closes stays together; AUTOMATIC1111's web UI cuts like this by default. A learnt word (`words`) is not cut either. The last of `max_windows` is filled to
-        the brim instead, as nothing follows it: `max_windows=1` cuts where diffusers does.
+        the brim instead, as nothing follows it: `max_windows=1` cuts where diffusers does. A fragment may begin a window of its own; one that
+        stays empty at the end is left out.
 
         Args:
             prompt: the text, empty is one empty window; or its fragments, each made into tokens by itself, with the weight of those.
@@ -207,8 +209,10 @@ class Tokenizer:
         ids: list[int] = []
         starts: list[int] = []
         scales: list[float] = []
+        begins = [0]
         text = ""
         for fragment in fragments:
+            begins += [len(ids)] if fragment.begins else []
             more, places = self._encode(fragment.text)
             ids += more
             starts += [len(text) + place for place in places]
@@ -217,12 +221,18 @@ class Tokenizer:
         room = self.model_max_length - 2
         own = set(self.spare_ids)
         within = {i for i in range(1, len(ids)) if ids[i] in own and starts[i] == starts[i - 1]}
-        ends = window_ends(ids, room, self._comma_id, within)
+        if len(begins) > 1 and begins[-1] == len(ids):
+            begins.pop()
+        ends: list[int] = []
+        for begin, end in pairwise([*begins, len(ids)]):
+            inner = {index - begin for index in within}
+            ends += [begin + one for one in window_ends(ids[begin:end], room, self._comma_id, inner)]
         dropped = ""
         if max_windows is not None and len(ends) > max_windows:
-            end = (ends[max_windows - 2] if max_windows > 1 else 0) + room
+            begin = ends[max_windows - 2] if max_windows > 1 else 0
+            end = min([begin + room, *(one for one in begins[1:] if one >= ends[max_windows - 1])])
             ends = [*ends[: max_windows - 1], end]
-            dropped = text[starts[end] :]
+            dropped = text[starts[end] :] if end < len(ids) else ""
         rows = np.full((max(len(ends), min_windows), self.model_max_length), self.pad_id, dtype=np.int64)
         rows[:, 0] = self.bos_id
         rows[len(ends) :, 1] = self.eos_id

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from ldmrt.emphasis import emphasized, parse
+from ldmrt.emphasis import Fragment, emphasized, parse
 from ldmrt.pipeline import Pipeline
 from ldmrt.request import Request, resolve
 from ldmrt.text import Given
@@ -67,13 +67,31 @@ def test_prompts_as_the_web_ui_reads_them(prompt: str, expected: list[tuple[str,
 
 @given(plain)
 def test_plain_text_stays(text: str) -> None:
-    assert parse(text) == [(text, 1.0)]
+    assert parse(text) == [Fragment(text, 1.0)]
 
 
 @given(st.text())
 def test_every_text_can_be_written_with_escapes(text: str) -> None:
     escaped = "".join(f"\\{character}" if character in "()[]\\" else character for character in text)
-    assert parse(escaped) == [(text, 1.0)]
+    assert parse(escaped) == [Fragment(text, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a BREAK b", [("a", 1, False), ("b", 1, True)]),
+        ("a\n BREAK\nb", [("a", 1, False), ("b", 1, True)]),
+        ("a,BREAK,b", [("a,", 1, False), (",b", 1, True)]),
+        ("BREAK a", [("", 1, False), ("a", 1, True)]),
+        ("a BREAK", [("a", 1, False), ("", 1, True)]),
+        ("a BREAK BREAK b", [("a", 1, False), ("", 1, True), ("b", 1, True)]),
+        ("a BREAK (b:2) c", [("a", 1, False), ("", 1, True), ("b", 2, False), (" c", 1, False)]),
+        ("(a BREAK b:2)", [("a", 2, False), ("b", 2, True)]),
+        ("BREAKFAST in a break, NBREAK", [("BREAKFAST in a break, NBREAK", 1, False)]),
+    ],
+)
+def test_breaks(prompt: str, expected: list[tuple[str, float, bool]]) -> None:
+    assert [tuple(fragment) for fragment in parse(prompt)] == expected
 
 
 @given(brackets)
@@ -82,7 +100,7 @@ def test_nothing_is_an_error_and_no_word_is_lost(prompt: str) -> None:
     assert found
     assert all(np.isfinite(fragment.weight) for fragment in found)
     assert sum(fragment.text.count("a") for fragment in found) == prompt.count("a")
-    assert all(first.weight != second.weight for first, second in pairwise(found))
+    assert all(first.weight != second.weight or second.begins for first, second in pairwise(found))
 
 
 def test_weights_of_one_change_nothing() -> None:

@@ -86,6 +86,8 @@ def test_by_hand() -> None:
         ([{"class": 1, "box": [0, 0, 1, 1.5]}], "each from 0 to 1"),
         ([{"class": 1, "box": [0, 0, 1, float("nan")]}], "each from 0 to 1"),
         ([{"class": 1, "box": [0, 0, 1, "1"]}], "each from 0 to 1"),
+        ([{"class": 1, "box": [0, 0, 1, 10**400]}], "each from 0 to 1"),
+        ([{"class": 10**400, "box": [0, 0, 1, 1]}], "has the class '1000"),
         ([{"class": 1, "box": [0, 0, 0, 1]}], "of which nothing lies in the picture"),
         ([{"class": 1, "box": [0, 1, 1, 1]}], "of which nothing lies in the picture"),
     ],

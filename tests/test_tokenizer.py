@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies
 
+from ldmrt.emphasis import parse
 from ldmrt.errors import BadRequest, BundleError
 from ldmrt.tokenizer import Tokenizer, window_ends
 
@@ -271,6 +274,64 @@ def test_windows_end_at_commas(commas: float, room: int) -> None:
         assert ends == chunked_token_by_token(ids, room, 0)
         assert window_ends(ids, room, None) == chunked_token_by_token(ids, room, None)
         assert ends[-1] == length
+
+
+def windows_of_the_web_ui(tokenizer: Tokenizer, prompt: str) -> list[list[int]]:
+    """Told as it happens there: a break closes the window at hand, whatever is in it; at the end only one with tokens is closed."""
+    room = tokenizer.model_max_length - 2
+    comma = tokenizer.encode(",")[0]
+    closed: list[list[int]] = []
+    for number, part in enumerate(re.split(r"\s*\bBREAK\b\s*", prompt)):
+        if number > 0:
+            closed.append([])
+        ids = tokenizer.encode(part)
+        begin = 0
+        windows = []
+        for end in chunked_token_by_token(ids, room, comma):
+            windows.append(ids[begin:end])
+            begin = end
+        closed[-1:] = windows
+    return closed if closed[-1] or len(closed) == 1 else closed[:-1]
+
+
+@given(
+    strategies.lists(
+        strategies.sampled_from(["a red circle", ",", "BREAK", "on white", "BREAK,", "x " * 90]), max_size=9
+    )
+)
+def test_breaks_begin_windows(tokenizer: Tokenizer, parts: list[str]) -> None:
+    prompt = " ".join(parts)
+    expected = windows_of_the_web_ui(tokenizer, prompt)
+    found = tokenizer.windows(parse(prompt)).ids
+    length = tokenizer.model_max_length
+    rows = [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in expected]
+    assert found.tolist() == [row + [tokenizer.pad_id] * (length - len(row)) for row in rows]
+
+
+def test_without_emphasis_a_break_is_a_word(tokenizer: Tokenizer) -> None:
+    ids = [*tokenizer.encode("a"), *tokenizer.encode("break"), *tokenizer.encode("b")]
+    (row,) = tokenizer.windows("a BREAK b").ids
+    assert row[1 : len(ids) + 1].tolist() == ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "most", "dropped"),
+    [
+        ("a red circle BREAK on white", 1, "on white"),
+        ("a red circle BREAK BREAK on white", 2, "on white"),
+        ("a BREAK " + "x " * 90 + "BREAK on white", 2, None),
+        ("a red circle BREAK BREAK", 1, ""),
+        ("a red circle BREAK on white", 2, ""),
+    ],
+)
+def test_a_cut_at_a_break(tokenizer: Tokenizer, prompt: str, most: int, dropped: str | None) -> None:
+    found = tokenizer.windows(parse(prompt), most)
+    assert len(found.ids) <= most
+    if dropped is None:
+        assert (found.ids[-1] != tokenizer.pad_id).sum() >= tokenizer.model_max_length - 1
+        assert found.dropped.endswith("on white")
+    else:
+        assert found.dropped == dropped
 
 
 def test_a_comma_counts_within_the_last_20_tokens() -> None:

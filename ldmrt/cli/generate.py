@@ -111,7 +111,10 @@ def generate(
     ] = LongPromptChoice.chunk,
     emphasis: Annotated[
         bool,
-        typer.Option("--emphasis", help="(word), (word:1.3) and [word] weigh the word, as in AUTOMATIC1111's web UI."),
+        typer.Option(
+            "--emphasis",
+            help="(word), (word:1.3) and [word] weigh the word, BREAK begins a new window, as in AUTOMATIC1111's web UI.",
+        ),
     ] = False,
     lora: Annotated[list[LoraChoice] | None, lora_option("LoRA to add to the weights")] = None,
     embedding: Annotated[
