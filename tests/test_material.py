@@ -74,7 +74,7 @@ def test_a_picture_to_begin_from() -> None:
     """Encoded with the generator's first draw, then mixed with its second at the level of the first step that is made."""
     (one,) = starts(record(), ask(strength=0.5, has_image=True), image=PICTURE)
     encoding, noise = drawn(5, 2)
-    of_picture, of_noise = one.table.initial_mixture
+    of_picture, of_noise = map(float, one.table.levels[0])
     assert 0 < of_noise < 1
     expected = of_picture * (1 + 0.1 * encoding) + of_noise * noise
     assert torch.allclose(one.latents, expected, atol=1e-6)  # a few roundings of float32
@@ -168,7 +168,7 @@ def test_generators_instead_of_seeds() -> None:
 @pytest.mark.parametrize(
     ("given", "param", "message"),
     [
-        ({"mask_image": PICTURE}, "mask_image", "mine is no inpainting model"),
+        ({"mask_image": PICTURE}, "image", "image is missing: mask_image says what of it is drawn anew"),
         ({"noise_level": 3}, "noise_level", "gives its picture no noise"),
         ({"class_labels": 3}, "class_labels", "mine draws no classes"),
         ({"segmentation": np.ones((2, 2), np.uint8)}, "segmentation", "mine takes no semantic map"),
