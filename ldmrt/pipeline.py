@@ -624,11 +624,10 @@ class Pipeline:
         Raises:
             BadRequest: a value cannot be used.
         """
-        job = resolve(replace(request, has_image=image is not None), self.defaults)
-        self._check_text(job, Given())
-        return job, resolve_material(
+        return checked(
             self.bundle.manifest.model,
-            job,
+            self.defaults,
+            request,
             image=image,
             mask_image=mask_image,
             noise_level=noise_level,
@@ -691,9 +690,7 @@ class Pipeline:
             yield
 
     def _check_text(self, job: Job, given: Given) -> None:
-        model = self.bundle.manifest.model
-        if not model.tokenizers:
-            _check_unconditional(job, given, guided=model.null_class is not None)
+        _check_text(self.bundle.manifest.model, job, given)
 
     def _admit(
         self,
@@ -788,6 +785,40 @@ def _prompts(
     if prompt == "" and prompt_embeds is not None:
         return [""] * len(prompt_embeds)
     return [""] * len(class_labels) if prompt == "" and isinstance(class_labels, list | tuple) else prompt
+
+
+def checked(
+    model: ModelRecord,
+    defaults: Defaults,
+    request: Request,
+    *,
+    image: Picture | None = None,
+    mask_image: Picture | None = None,
+    noise_level: int | None = None,
+    class_labels: ClassLabels | None = None,
+    segmentation: SemanticMap | None = None,
+) -> tuple[Job, Material]:
+    """What is to be done for a request, checked without any engine: see `Pipeline.resolve`.
+
+    Raises:
+        BadRequest: a value cannot be used.
+    """
+    job = resolve(replace(request, has_image=image is not None), defaults)
+    _check_text(model, job, Given())
+    return job, resolve_material(
+        model,
+        job,
+        image=image,
+        mask_image=mask_image,
+        noise_level=noise_level,
+        class_labels=class_labels,
+        segmentation=segmentation,
+    )
+
+
+def _check_text(model: ModelRecord, job: Job, given: Given) -> None:
+    if not model.tokenizers:
+        _check_unconditional(job, given, guided=model.null_class is not None)
 
 
 def _check_unconditional(job: Job, given: Given, *, guided: bool) -> None:

@@ -20,10 +20,10 @@ from ldmrt.serving.http.answers import Failure, Images, Picture, Settings
 from ldmrt.serving.http.errors import HttpError, bad_request, of
 from ldmrt.serving.http.fields import Edit, Fields, Generation, parse_form
 from ldmrt.serving.http.house import House, house
-from ldmrt.serving.http.logs import FIELDS, log
 from ldmrt.serving.http.pictures import encoded
 from ldmrt.serving.http.stream import EventStream, Progress, comment, event, picture_event
 from ldmrt.serving.http.uploads import mask_of, open_picture, read_form
+from ldmrt.serving.logs import FIELDS, log
 
 router = APIRouter(tags=["images"])
 
