@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from PIL import Image
 from starlette.responses import JSONResponse, Response
 
-from ldmrt.errors import Cancelled, LdmrtError
+from ldmrt.errors import Cancelled, EngineMismatch, LdmrtError
 from ldmrt.pipeline import Result
 from ldmrt.serving.handle import Handle
 from ldmrt.serving.http.account import account
@@ -114,6 +114,10 @@ async def _answer(request: Request, fields: Fields, kind: str, **pictures: Image
                 **pictures,
             )
         )
+    except EngineMismatch as error:
+        raise bad_request(
+            "the engines have no room for guidance: use a guidance_scale of at most 1", "guidance_scale"
+        ) from error
     except LdmrtError as error:
         raise of(error) from error
     job = handle.job
