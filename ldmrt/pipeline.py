@@ -631,10 +631,7 @@ class Pipeline:
         Raises:
             BadRequest: a value cannot be used.
         """
-        has_image, has_mask = (brought.get(key) is not None for key in ("image", "mask_image"))
-        job = resolve(replace(request, has_image=has_image, has_mask=has_mask), self.defaults)
-        self._check_text(job, Given())
-        return job, resolve_material(self.bundle.manifest.model, job, **brought)
+        return checked(self.bundle.manifest.model, self.defaults, request, **brought)
 
     def tokenize(self, job: Job) -> list[Windows]:
         """For each prompt its windows of tokens: see `ldmrt.text.PromptEncoder.tokenize`. Any thread may call it."""
@@ -691,9 +688,7 @@ class Pipeline:
             yield
 
     def _check_text(self, job: Job, given: Given) -> None:
-        model = self.bundle.manifest.model
-        if not model.tokenizers:
-            _check_unconditional(job, given, guided=model.null_class is not None)
+        _check_text(self.bundle.manifest.model, job, given)
 
     def _admit(
         self,
@@ -789,6 +784,25 @@ def _prompts(
     if prompt == "" and prompt_embeds is not None:
         return [""] * len(prompt_embeds)
     return [""] * len(class_labels) if prompt == "" and isinstance(class_labels, list | tuple) else prompt
+
+
+def checked(
+    model: ModelRecord, defaults: Defaults, request: Request, **brought: Unpack[Brought]
+) -> tuple[Job, Material]:
+    """What is to be done for a request, checked without any engine: see `Pipeline.resolve`.
+
+    Raises:
+        BadRequest: a value cannot be used.
+    """
+    has_image, has_mask = (brought.get(key) is not None for key in ("image", "mask_image"))
+    job = resolve(replace(request, has_image=has_image, has_mask=has_mask), defaults)
+    _check_text(model, job, Given())
+    return job, resolve_material(model, job, **brought)
+
+
+def _check_text(model: ModelRecord, job: Job, given: Given) -> None:
+    if not model.tokenizers:
+        _check_unconditional(job, given, guided=model.null_class is not None)
 
 
 def _check_unconditional(job: Job, given: Given, *, guided: bool) -> None:

@@ -55,6 +55,7 @@ def python(code: str) -> str:
         "ldmrt.engines.plan",
         "ldmrt.cli",
         "ldmrt.bench.run",
+        "ldmrt.serving",
     ],
 )
 def test_the_runtime_imports_no_package_of_the_build(module: str) -> None:

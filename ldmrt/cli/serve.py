@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from ldmrt.cli.options import Device, Dtype, EngineChoice, Verbose
-from ldmrt.cli.output import shown_warnings
 from ldmrt.errors import BadRequest
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -43,6 +42,14 @@ def serve(
         float,
         typer.Option(metavar="SECONDS", min=0, help="In which, after SIGTERM, what was accepted may be finished."),
     ] = 60.0,
+    step_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0.1,
+            help="In which an engine that has work must make a step; else it is started anew.",
+        ),
+    ] = 120.0,
     engine: Annotated[
         EngineChoice, typer.Option(help="Which engines to use where the bundle has several kinds.")
     ] = EngineChoice.auto,
@@ -67,27 +74,24 @@ def serve(
             f"at {host} others than this machine could ask, and there are no keys: give --api-key-file, or listen at 127.0.0.1"
         )
     with http.listen(host, port) as listening:  # before what takes time
-        import torch
+        from ldmrt.serving import EngineProcess
+        from ldmrt.serving.logs import to_stderr
 
-        from ldmrt.pipeline import Pipeline
-        from ldmrt.serving import Batcher
-        from ldmrt.serving.http.logs import to_stderr
-
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        with shown_warnings():
-            pipe = Pipeline.from_bundle(
-                engines,
-                device or config.device,
-                engine=None if engine is EngineChoice.auto else engine.value,
-                dtype=None if dtype is Dtype.auto else dtype.value,
-            )
+        to_stderr()
+        process = EngineProcess(
+            engines,
+            device or config.device,
+            engine=None if engine is EngineChoice.auto else engine.value,
+            dtype=None if dtype is Dtype.auto else dtype.value,
+            threads=config.threads,
+            max_waiting=max_waiting,
+            step_seconds=step_timeout,
+        )
         app = http.create_app(
-            Batcher(pipe, max_waiting=max_waiting),
+            process,
             keys=keys,
             limits=http.Limits(images=max_images, steps=max_steps, seconds=timeout),
             model=served_model_name,
             bundled=engines is None,
         )
-        to_stderr()
         http.serve(app, listening, drain_seconds=drain_timeout)

@@ -2,6 +2,7 @@
 
 from ldmrt.serving.batcher import Batcher
 from ldmrt.serving.handle import Handle, Progress
+from ldmrt.serving.process import EngineProcess
 from ldmrt.serving.register import Stats
 
-__all__ = ["Batcher", "Handle", "Progress", "Stats"]
+__all__ = ["Batcher", "EngineProcess", "Handle", "Progress", "Stats"]

@@ -173,6 +173,11 @@ class Register:
             errands, self._errands = self._errands, []
             return errands
 
+    def over(self) -> bool:
+        """Whether there will never be anything to do: it is closed, and nothing is left."""
+        with self._changed:
+            return self._closed is not None and not self._present and not self._errands
+
     def start(self, fits: Callable[[Image], bool]) -> Image | None:
         """The next image for which there is a place; it counts as running."""
         with self._changed:

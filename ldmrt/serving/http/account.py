@@ -13,8 +13,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ldmrt.serving.http.errors import of
-from ldmrt.serving.http.logs import FIELDS, log
 from ldmrt.serving.http.metrics import Metrics
+from ldmrt.serving.logs import FIELDS, log
 
 KEY = "ldmrt.account"  # where it stands in the scope
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)

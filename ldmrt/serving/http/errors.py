@@ -12,7 +12,6 @@ from ldmrt.errors import (
     BadRequest,
     Cancelled,
     DeadlineExceeded,
-    EngineMismatch,
     NumericalError,
     Overloaded,
     Unavailable,
@@ -87,8 +86,6 @@ def of(error: BaseException) -> HttpError:
         if error.param and param and text.startswith(f"{error.param} "):
             text = param + text.removeprefix(error.param)
         return bad_request(text, param)
-    if isinstance(error, EngineMismatch):
-        return bad_request("the engines have no room for guidance: use a guidance_scale of at most 1", "guidance_scale")
     if isinstance(error, Overloaded):
         return HttpError(
             429, "rate_limit_exceeded", "too many images wait: try again later", headers=_retry(error.retry_after)

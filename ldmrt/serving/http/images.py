@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from PIL import Image
 from starlette.responses import JSONResponse, Response
 
-from ldmrt.errors import Cancelled, LdmrtError
+from ldmrt.errors import Cancelled, EngineMismatch, LdmrtError
 from ldmrt.pipeline import Result
 from ldmrt.serving.handle import Handle
 from ldmrt.serving.http.account import account
@@ -20,10 +20,10 @@ from ldmrt.serving.http.answers import Failure, Images, Picture, Settings
 from ldmrt.serving.http.errors import HttpError, bad_request, of
 from ldmrt.serving.http.fields import Edit, Fields, Generation, parse_form
 from ldmrt.serving.http.house import House, house
-from ldmrt.serving.http.logs import FIELDS, log
 from ldmrt.serving.http.pictures import encoded
 from ldmrt.serving.http.stream import EventStream, Progress, comment, event, picture_event
 from ldmrt.serving.http.uploads import mask_of, open_picture, read_form
+from ldmrt.serving.logs import FIELDS, log
 
 router = APIRouter(tags=["images"])
 
@@ -114,6 +114,10 @@ async def _answer(request: Request, fields: Fields, kind: str, **pictures: Image
                 **pictures,
             )
         )
+    except EngineMismatch as error:
+        raise bad_request(
+            "the engines have no room for guidance: use a guidance_scale of at most 1", "guidance_scale"
+        ) from error
     except LdmrtError as error:
         raise of(error) from error
     job = handle.job

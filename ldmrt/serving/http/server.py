@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from ldmrt.errors import BadRequest
 from ldmrt.serving.http.house import House
-from ldmrt.serving.http.logs import FIELDS, log
+from ldmrt.serving.logs import FIELDS, log
 
 _MOST_CONNECTIONS = 1000
 _IDLE_SECONDS = 30

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from ldmrt.serving.http.logs import FIELDS, JsonFormatter
+from ldmrt.serving.logs import FIELDS, JsonFormatter
 
 from .conftest import Served
 

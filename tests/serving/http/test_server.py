@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -99,6 +100,18 @@ def test_sigterm_finishes_what_was_accepted_and_refuses_the_rest() -> None:
     assert sorted(line["status"] for line in told if line.get("route") == "/v1/images/generations") == [200, 503]
 
 
+def test_an_engine_that_dies_is_503_and_comes_back() -> None:
+    with process() as one:
+        thread, statuses = in_background(one, 150)
+        pid = int(json.loads(one.logged("the engine is ready"))["pid"])
+        os.kill(pid, signal.SIGKILL)
+        thread.join()
+        assert statuses == [503]
+        assert one.generate(1).status_code == 200  # it waits for the next one
+        assert httpx2.get(f"{one.url}/health/ready").status_code == 200
+        assert "ldmrt_engine_restarts_total 1.0" in httpx2.get(f"{one.url}/metrics").text
+
+
 def test_what_the_drain_has_no_time_for_is_503() -> None:
     with process("--drain-timeout", "0.2", "--max-steps", "900") as one:
         thread, statuses = in_background(one, 900)
@@ -120,6 +133,7 @@ def test_what_cannot_start_says_why_in_one_line(
     args: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr("ldmrt.serving.logs.to_stderr", lambda: None)  # which is for the whole process
     with pytest.raises(SystemExit) as caught:
         app(["serve", "--port", "0", *args], prog_name="ldmrt")
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Lines of JSON: one for each request, without prompts, and one for whatever else there is to say."""
+"""What a server logs: lines of JSON, one for each request, without prompts, and one for whatever else there is to say."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 FIELDS = "ldmrt_fields"  # where a record carries more than its message
 
-log = logging.getLogger("ldmrt.http")
+log = logging.getLogger("ldmrt.serving")
 
 
 class JsonFormatter(logging.Formatter):
@@ -46,6 +46,7 @@ def to_stderr() -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
+    logging.captureWarnings(capture=True)
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
