@@ -149,7 +149,7 @@ def test_work_is_counted(engine: EngineProcess) -> None:
         ({"width": 64, "height": 64}, {}, "width"),
         ({"sampler": "magic"}, {}, "sampler"),
         ({"strength": 0.5}, {}, "strength"),
-        ({}, {"mask_image": Image.new("L", (8, 8))}, "mask_image"),
+        ({}, {"mask_image": Image.new("L", (8, 8))}, "image"),
         ({}, {"timeout": 0.0}, "timeout"),
         ({"num_images_per_prompt": 65}, {}, "num_images_per_prompt"),
     ],
