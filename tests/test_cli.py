@@ -469,6 +469,7 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         "t",
         "--decoder-tile",
         256,
+        "--plugins",
         "--json",
     )
     assert given == {
@@ -481,6 +482,7 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         "workspace": 2 << 20,
         "refit": False,
         "weight_streaming": False,
+        "plugins": True,
         "targets": ["sm_89"],
         "loras": [(Path("a.safetensors"), 1.0), (Path("b.safetensors"), 0.5)],
         "base": Path("b"),

@@ -106,6 +106,30 @@ def test_arguments_that_the_kernel_does_not_take_are_refused(change: dict[str, A
         compile_afresh([variant], 90)
 
 
+@needs_triton
+def test_assembly_has_no_parameters_but_the_variants() -> None:
+    """Three of `advance`, with its number; two with the number compiled in."""
+    variant = sampler_variants(80)[-1]
+    numbered = replace(
+        variant, types=variant.types[:2], aligned=variant.aligned[:2], constants=(*variant.constants, ("slots", 4))
+    )
+    for each, count in ((variant, 3), (numbered, 2)):
+        made = aot.compile_to_ptx(each, 80)
+        assert made.symbol == "advance"
+        assert made.threads == 32 * variant.num_warps
+        assert made.text.count(".param .") == count
+        assert ".target sm_80\n" in made.text
+
+
+def test_a_hidden_parameter_that_is_read_is_refused() -> None:
+    text = (
+        ".visible .entry f(\n\t.param .u64 f_param_0,\n\t.param .u64 f_param_1\n)\n{ ld.param.b64 %rd1, [f_param_1]; }"
+    )
+    assert aot._without_hidden(text, "f", 2) == text
+    with pytest.raises(ValueError, match="f reads memory that only Triton's launcher provides"):
+        aot._without_hidden(text, "f", 1)
+
+
 def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"Triton is not installed, .* pip install 'ldmrt\[triton\]'"):

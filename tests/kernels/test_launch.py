@@ -279,6 +279,25 @@ def test_recording_collects_each_variant_once_and_launches_nothing() -> None:
     assert not launch.ready(row.device)
 
 
+def test_tracing_keeps_each_launch_with_its_arguments() -> None:
+    row, last = (torch.empty(4, dtype=torch.int64, device="meta") for _ in range(2))
+    with launch.tracing(86) as outer:
+        advance(row, last)
+        with launch.tracing(100) as inner:
+            advance(last, row)
+        with launch.recording(90):
+            advance(row, last)
+    assert [[tensor is row for tensor in each.arguments[:2]] for each in outer] == [[True, False]] * 2
+    assert [[tensor is row for tensor in each.arguments[:2]] for each in inner] == [[False, True]]
+    assert (outer[0].grid, outer[0].arguments[2:]) == ((1,), (4,))
+    assert not dict(outer[0].variant.constants)["DEPENDENT"]
+    assert dict(inner[0].variant.constants)["DEPENDENT"]
+    with launch.recording(86):
+        advance(row, last)
+    assert len(outer) == 2
+    assert not launch.ready(row.device)
+
+
 def test_a_cpu_is_never_ready() -> None:
     assert not launch.ready(torch.device("cpu"))
     assert "cpu" in launch.describe(torch.device("cpu"))
