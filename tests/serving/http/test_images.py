@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies
 from PIL import Image
 
 from ldmrt.pipeline import Pipeline
 from ldmrt.serving.http import Limits
+from ldmrt.serving.http.fields import Generation
 
 from .conftest import PROMPT, Served, Serving, picture, png, refused, running
 
@@ -149,6 +152,23 @@ def test_a_body_that_is_no_request(bad: Served, body: str) -> None:
     answer = bad.client.post("/v1/images/generations", content=body.encode("latin-1"), headers=headers)
     assert answer.status_code == 400, answer.text
     assert set(answer.json()) == {"error"}
+
+
+JSON = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(),
+    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(strategies.dictionaries(strategies.sampled_from([*Generation.model_fields, "surprise"]), JSON, max_size=3))
+def test_whatever_the_values_are_nothing_breaks(bad: Served, values: dict[str, Any]) -> None:
+    body = json.dumps({"prompt": PROMPT, **values, "steps": 1, "n": 1, "stream": False})
+    headers = {"content-type": "application/json"}
+    answer = bad.client.post("/v1/images/generations", content=body, headers=headers)
+    assert answer.status_code in (200, 400, 404), answer.text
+    assert answer.status_code == 200 or set(answer.json()) == {"error"}
 
 
 def test_another_model_is_not_found(bad: Served) -> None:
