@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 from ldmrt.pipeline import Pipeline
 from ldmrt.serving.http import Limits
 from ldmrt.serving.http.fields import Generation
+from ldmrt.serving.logs import FIELDS
 
 from .conftest import PROMPT, Served, Serving, picture, png, refused, running
 
@@ -236,7 +238,10 @@ def test_an_engine_that_fails_says_nothing_of_itself(served: Served, monkeypatch
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_withdraws_its_request(served: Served, stream: bool) -> None:
+def test_a_client_that_goes_withdraws_its_request(
+    served: Served, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     body = {"prompt": PROMPT, "steps": 100, "stream": stream}
     with served.held():
         with pytest.raises(httpx2.ReadTimeout):
@@ -244,6 +249,8 @@ def test_a_client_that_goes_withdraws_its_request(served: Served, stream: bool) 
         served.until(lambda: served.batcher.stats().cancelled == 1)
     assert served.batcher.stats().running == 0
     assert served.generate().status_code == 200  # and nobody else's
+    ends = ["cancelled", "served"]
+    served.until(lambda: [one["end"] for line in caplog.records if "end" in (one := getattr(line, FIELDS, {}))] == ends)
 
 
 # ---------------------------------------------------------------------------------------------------- edits
