@@ -238,7 +238,8 @@ class EngineProcess:
         self._wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        self._state = State.CLOSED
+        if self._state is not State.BROKEN:
+            self._state = State.CLOSED
         atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
@@ -255,30 +256,42 @@ class EngineProcess:
         try:
             while not (self._dropped or self._register.over()):
                 self._turn()
+        except Exception:  # noqa: BLE001 - a thread that ends must leave nobody waiting
+            log.exception("the engine's thread has failed")
+            self._state = State.BROKEN
         finally:
             self._end()
 
     def _turn(self) -> None:
         """Whatever is to be done now."""
-        now = time.monotonic()
-        if self._child is None and now >= self._next_start:
+        if self._child is None and time.monotonic() >= self._next_start:
             self._child = self._start()
         child = self._child
-        sources: list[Any] = [self._wakes] if child is None else [self._wakes, child.channel]
-        ready, _, _ = select.select(sources, [], [], _TICK)
-        if self._wakes in ready:
-            with contextlib.suppress(BlockingIOError):
-                self._wakes.recv(4096)
+        heard = self._listen(child)
         self._register.expire()
         if child is None:
             return
         try:
-            if child.channel in ready:
+            if heard:
                 self._hear(child, child.channel.receive())
             self._watch(child)
             self._hand_out(child)
         except ChannelError as error:
             self._lose(child, str(error))
+        except (LookupError, TypeError, ValueError) as error:  # a message that is none of ours
+            self._lose(child, f"{type(error).__name__} in what it said")
+
+    def _listen(self, child: _Child | None) -> bool:
+        """Wait for the process, for whoever wakes this thread, or a little. Whether the process says something."""
+        sources = select.poll()  # `select` knows no more than 1024 files, and a server may have as many clients
+        sources.register(self._wakes, select.POLLIN)
+        if child is not None:
+            sources.register(child.channel, select.POLLIN)
+        ready = {number for number, _ in sources.poll(1000 * _TICK)}
+        if self._wakes.fileno() in ready:
+            with contextlib.suppress(BlockingIOError):
+                self._wakes.recv(4096)
+        return child is not None and child.channel.fileno() in ready
 
     def _start(self) -> _Child:
         ours, theirs = socket.socketpair()
@@ -360,12 +373,12 @@ class EngineProcess:
             if kind == "step":
                 self._step(image, message)
                 return
-            del child.running[header["id"]]
-            child.withdrawn.discard(header["id"])
             if kind == "error":
                 self._register.fail(image.ticket, _error(header))
-            elif kind == "done":
+            else:
                 self._done(image, message)
+            del child.running[header["id"]]  # not before it is understood: what is lost with the process must be there
+            child.withdrawn.discard(header["id"])
             self._finish(image)
 
     def _ready(self, child: _Child, header: dict[str, Any]) -> None:

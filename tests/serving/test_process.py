@@ -30,6 +30,7 @@ from ldmrt.errors import (
 from ldmrt.pipeline import Pipeline
 from ldmrt.request import Request
 from ldmrt.serving import EngineProcess, Handle
+from ldmrt.serving.channel import Channel, Message
 from ldmrt.serving.engine import Facts, State, Step
 
 PATIENCE = 60.0
@@ -212,13 +213,40 @@ def crowd(engine: EngineProcess) -> tuple[list[Handle], list[Handle]]:
     return running, waiting
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
-def test_a_lost_process_costs_what_it_had_and_not_the_queue(engine: EngineProcess, how: signal.Signals) -> None:
+def kill(engine: EngineProcess, _: pytest.MonkeyPatch) -> float:
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    return 2.0
+
+
+def hang(engine: EngineProcess, _: pytest.MonkeyPatch) -> float:
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGSTOP)
+    return STEP_SECONDS + 2.0
+
+
+def babble(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> float:
+    receive, told = Channel.receive, threading.Event()
+
+    def garbled(channel: Channel) -> Message:
+        message = receive(channel)
+        if told.is_set():
+            return message
+        told.set()
+        return message._replace(header={"kind": "done", "id": message.header["id"]})
+
+    monkeypatch.setattr(Channel, "receive", garbled)
+    return 2.0
+
+
+@pytest.mark.parametrize("lose", [kill, hang, babble])
+def test_a_lost_process_costs_what_it_had_and_not_the_queue(
+    engine: EngineProcess, lose: Callable[[EngineProcess, pytest.MonkeyPatch], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, pid = engine.restarts, engine.pid
     assert pid is not None
     running, waiting = crowd(engine)
-    patience = 2.0 if how is signal.SIGKILL else STEP_SECONDS + 2.0
-    os.kill(pid, how)
+    patience = lose(engine, monkeypatch)
     began = time.monotonic()
     for handle in running:
         with pytest.raises(Unavailable, match="the engine was lost"):
@@ -274,6 +302,23 @@ def test_a_drop_does_not_wait(shared: EngineProcess) -> None:
     assert time.monotonic() - began < 2.0
     with pytest.raises(Cancelled):
         handle.result(0)
+    assert gone(pid)
+
+
+def test_a_thread_that_fails_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    with EngineProcess(device="cpu") as one:
+        pid, handle = one.pid, Running(one).handle
+
+        def fail(_: object) -> None:
+            raise RuntimeError
+
+        monkeypatch.setattr(one, "_watch", fail)
+        with pytest.raises(Cancelled):
+            handle.result(PATIENCE)
+        until(lambda: one.state is State.BROKEN)
+        with pytest.raises(Unavailable):
+            one.submit(request())
+    assert pid is not None
     assert gone(pid)
 
 

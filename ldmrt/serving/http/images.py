@@ -130,7 +130,7 @@ async def _answer(request: Request, fields: Fields, kind: str, **pictures: Image
     )
     if progress is not None:
         handle.future.add_done_callback(progress.ended)
-        return EventStream(_events(request, here, fields, handle, progress, kind), handle.cancel)
+        return EventStream(_events(request, here, fields, handle, progress, kind), partial(_withdraw, request, handle))
     try:
         result = await _unless_gone(request, handle)
         files = await _files(here, fields, result)
@@ -193,6 +193,12 @@ async def _unless_gone(request: Request, handle: Handle) -> Result:
         return await waits
     finally:
         gone.cancel()
+
+
+def _withdraw(request: Request, handle: Handle) -> None:
+    """End a request at the end of its stream, if it has none: then the client has gone."""
+    if handle.cancel():
+        account(request.scope).told["end"] = "cancelled"
 
 
 async def _gone(request: Request) -> None:

@@ -16,7 +16,7 @@ from ldmrt.errors import BadRequest
 from ldmrt.serving.http.house import House
 from ldmrt.serving.logs import FIELDS, log
 
-_MOST_CONNECTIONS = 1000
+_MOST_CONNECTIONS = 800  # each is an open file, of which a process may have 1024 where nobody has said otherwise
 _IDLE_SECONDS = 30
 # Time for answers to be sent once everything that they wait for has ended.
 _LAST_WORDS = 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -9,10 +11,13 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies
 from PIL import Image
 
 from ldmrt.pipeline import Pipeline
 from ldmrt.serving.http import Limits
+from ldmrt.serving.http.fields import Generation
+from ldmrt.serving.logs import FIELDS
 
 from .conftest import PROMPT, Served, Serving, picture, png, refused, running
 
@@ -151,6 +156,23 @@ def test_a_body_that_is_no_request(bad: Served, body: str) -> None:
     assert set(answer.json()) == {"error"}
 
 
+JSON = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(),
+    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(strategies.dictionaries(strategies.sampled_from([*Generation.model_fields, "surprise"]), JSON, max_size=3))
+def test_whatever_the_values_are_nothing_breaks(bad: Served, values: dict[str, Any]) -> None:
+    body = json.dumps({"prompt": PROMPT, **values, "steps": 1, "n": 1, "stream": False})
+    headers = {"content-type": "application/json"}
+    answer = bad.client.post("/v1/images/generations", content=body, headers=headers)
+    assert answer.status_code in (200, 400, 404), answer.text
+    assert answer.status_code == 200 or set(answer.json()) == {"error"}
+
+
 def test_another_model_is_not_found(bad: Served) -> None:
     assert refused(bad.generate(model="../shapes"), 404, "model")["code"] == "model_not_found"
 
@@ -216,7 +238,10 @@ def test_an_engine_that_fails_says_nothing_of_itself(served: Served, monkeypatch
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_withdraws_its_request(served: Served, stream: bool) -> None:
+def test_a_client_that_goes_withdraws_its_request(
+    served: Served, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     body = {"prompt": PROMPT, "steps": 100, "stream": stream}
     with served.held():
         with pytest.raises(httpx2.ReadTimeout):
@@ -224,6 +249,8 @@ def test_a_client_that_goes_withdraws_its_request(served: Served, stream: bool) 
         served.until(lambda: served.batcher.stats().cancelled == 1)
     assert served.batcher.stats().running == 0
     assert served.generate().status_code == 200  # and nobody else's
+    ends = ["cancelled", "served"]
+    served.until(lambda: [one["end"] for line in caplog.records if "end" in (one := getattr(line, FIELDS, {}))] == ends)
 
 
 # ---------------------------------------------------------------------------------------------------- edits
