@@ -101,21 +101,23 @@ def psnr(made: generator.Picture, truth: generator.Picture) -> float:
 
 
 def follows(layout: generator.Layout, sight: detector.Sight) -> bool:
-    """Whether each thing of a layout is seen where its box is: the boxes' shared over their joint area is 0.7 or more."""
+    """Whether each thing of a layout is seen where its box is, and nothing else."""
     found = {(item.color, item.shape): item for item in sight.objects}
     for thing, box in zip(layout.scene.things, layout.boxes, strict=True):
         item = found.get((thing.color, thing.shape))
-        if item is None or _overlap(item.box, (box.left, box.top, box.left + box.side, box.top + box.side)) < 0.7:
+        if item is None or not overlaps(box, item.box):
             return False
     return len(sight.objects) == len(layout.scene.things)
 
 
-def _overlap(first: detector.IntBox, second: detector.IntBox) -> float:
+def overlaps(box: generator.Box, second: detector.IntBox) -> bool:
+    """Whether two boxes' shared over their joint area is 0.7 or more."""
+    first = (box.left, box.top, box.left + box.side, box.top + box.side)
     width = min(first[2], second[2]) - max(first[0], second[0])
     height = min(first[3], second[3]) - max(first[1], second[1])
     shared = max(0, width) * max(0, height)
     areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second))
-    return shared / (areas - shared)
+    return shared / (areas - shared) >= 0.7
 
 
 def is_outlined(picture: generator.Picture, scene: generator.Scene) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ degradation = pytest.importorskip("degradation")
 narrowing = pytest.importorskip("narrowing")
 
 
-def layouts(count: int) -> list[object]:
+def layouts(count: int) -> list[Any]:
     rng = np.random.default_rng(3)
     return [generator.sample_layout(generator.sample_training_scene(rng), rng) for _ in range(count)]
 
