@@ -113,7 +113,7 @@ def build_engines(
             They are not captured in CUDA graphs. Not yet run on a GPU.
         plugins: have TensorRT plans run our kernels for attention and group norm (engine `tensorrt`). Needs the GPU; not yet run on one.
         loras: LoRA files to fuse into the weights, each with its scale. A bundle holds the weights of one set of LoRAs.
-        base: the model that has what a file does not: folder, file or id on the Hub.
+        base: the model that has what a file, or the folder of a U-Net, does not: folder, file or id on the Hub.
         vae: the VAE to take instead of the model's own: folder, file or id on the Hub.
         variant: which copy of the weights to take where there are several, such as `fp16`.
         revision: branch, tag or commit of an id on the Hub.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from ldmrt.errors import BuildError
 from ldmrt.export import hub
 from ldmrt.export.single_file import open_single_file, open_vae
-from ldmrt.export.source import STEMS, Source, read_json, weight_files
+from ldmrt.export.source import STEMS, Source, read_json, unet_channels, weight_files
 from ldmrt.weights import WeightFile
 
 _VARIANT = re.compile(r"[A-Za-z0-9_]{1,32}")
@@ -29,7 +30,7 @@ def resolve(
     Args:
         model: a folder in the diffusers layout, a safetensors file in the original one, or an id on the Hub (`owner/name`). Only if it is
             an id, and there is no such path, is the network used.
-        base: a model of any of these forms, which has what the file does not.
+        base: a model of any of these forms, which has what the file does not; or the folder of a U-Net.
         vae: the VAE to take instead of the model's own: a folder (a VAE's or a model's), a file in either layout, or an id on the Hub.
         variant: which copy of the weights to take where there are several, such as `fp16`.
         revision: branch, tag or commit of an id on the Hub.
@@ -58,12 +59,31 @@ def resolve(
         base_model = None if base is None else resolve(base, variant=variant)
         source = open_single_file(path, base_model, config=config, tokenizer=tokenizer)
     elif base is not None:
-        raise BuildError(f"{model} is a whole model, and takes no --base; leave it out, or give the file of a U-Net")
+        if fetched or (path / "model_index.json").is_file():
+            raise BuildError(
+                f"{model} is a whole model, and takes no --base; leave it out, or give the file of a U-Net"
+            )
+        source = _with_unet(resolve(base, variant=variant), path, variant)
     elif fetched:
         source = hub.fetch(str(model), revision=revision, variant=variant)
     else:
         source = Source.open(path, variant=variant)
     return source if vae is None else _with_vae(source, vae, variant)
+
+
+def _with_unet(base: Source, folder: Path, variant: str | None) -> Source:
+    """A model with the U-Net of a folder; one for inpainting where that U-Net is, whatever the base model is."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise BuildError(f"{folder} is no U-Net: expected a folder with a config.json and {STEMS['unet']}.safetensors")
+    unet, expected = read_json(config), base.kind.classes["unet"]
+    if unet.get("_class_name") != expected:
+        raise BuildError(f"{config} is of {unet.get('_class_name')}, expected {expected}, as {base.name} has")
+    latents = int(base.configs["vae"].get("latent_channels", 4))
+    source = replace(base, title=folder.resolve().name)
+    source = source.for_inpainting(inpainting=unet.get("in_channels") == unet_channels(latents, inpainting=True))
+    weights = [WeightFile(file) for file in weight_files(folder, STEMS["unet"], variant)]
+    return source.with_part("unet", weights, (config, unet))
 
 
 def _with_vae(source: Source, vae: str | Path, variant: str | None) -> Source:

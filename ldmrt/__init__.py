@@ -25,6 +25,7 @@ from ldmrt.errors import (
 
 if TYPE_CHECKING:
     from ldmrt.bundle import Bundle
+    from ldmrt.companions import companion
     from ldmrt.export.build import build_engines
     from ldmrt.pipeline import Pipeline, Result
 
@@ -38,6 +39,7 @@ _LAZY = {
     "Pipeline": "ldmrt.pipeline",
     "Result": "ldmrt.pipeline",
     "build_engines": "ldmrt.export.build",
+    "companion": "ldmrt.companions",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "Result",
     "Unavailable",
     "build_engines",
+    "companion",
 ]
 
 

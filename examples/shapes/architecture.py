@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -75,14 +76,15 @@ def build_unet() -> UNet2DConditionModel:
 
 @torch.no_grad()
 def start_from_identity(unet: UNet2DConditionModel) -> None:
-    """Make an untrained denoiser return its input, which is nearly all noise at first.
+    """Make an untrained denoiser return its latents, which are nearly all noise at first.
 
     The noise it predicts at high noise levels is its input but for a small part, and that part
     is what it has to learn.  The input is led to the last layers as pairs (x, -x), of which
     SiLU(x) - SiLU(-x) = x restores it, along the outermost skip connection.
     """
-    lane = 2 * LATENT_CHANNELS
-    signs = [(i % LATENT_CHANNELS, 1.0 if i < LATENT_CHANNELS else -1.0) for i in range(lane)]
+    channels = unet.config.out_channels
+    lane = 2 * channels
+    signs = [(i % channels, 1.0 if i < channels else -1.0) for i in range(lane)]
     last = unet.up_blocks[-1].resnets[-1]
     unet.conv_in.weight[:lane] = 0
     unet.conv_in.bias[:lane] = 0
@@ -99,7 +101,7 @@ def start_from_identity(unet: UNet2DConditionModel) -> None:
         unet.conv_out.weight[channel, index, 1, 1] = sign
 
 
-def build_scheduler() -> DDIMScheduler:
+def build_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     """The sampler's settings, and the noise levels trained on."""
     return DDIMScheduler(
         num_train_timesteps=1000,
@@ -109,7 +111,7 @@ def build_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-        prediction_type="epsilon",
+        prediction_type=prediction_type,
         timestep_spacing="trailing",
     )
 
@@ -131,7 +133,7 @@ def save_pipeline(folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel,
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     for name, model in (("vae", vae), ("text_encoder", text_encoder), ("unet", unet)):
-        _save_model(fresh / name, model)
+        save_model(fresh / name, model)
     build_scheduler().save_pretrained(fresh / "scheduler")
     shapes_tokenizer.save_tokenizer(fresh / "tokenizer", TOKENS)
     index = {
@@ -147,7 +149,7 @@ def save_pipeline(folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    _write_json(fresh / "model_index.json", index)
+    write_json(fresh / "model_index.json", index)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -156,9 +158,9 @@ def save_pipeline(folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel,
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _save_model(folder: Path, model: AutoencoderKL | CLIPTextModel | UNet2DConditionModel) -> None:
+def save_model(folder: Path, model: ModelMixin | CLIPTextModel) -> None:
     """Write a model's configuration and its weights as float16."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     is_text = isinstance(model, CLIPTextModel)
     if is_text:
         model.config.save_pretrained(folder)
@@ -171,7 +173,7 @@ def _save_model(folder: Path, model: AutoencoderKL | CLIPTextModel | UNet2DCondi
     if is_text:
         config["architectures"] = ["CLIPTextModel"]
         config["dtype"] = "float32"  # what to compute in, as for the other models
-    _write_json(path, config)
+    write_json(path, config)
     weights: dict[str, Tensor] = {
         key: value.detach().half().contiguous() if value.is_floating_point() else value
         for key, value in model.state_dict().items()
@@ -181,5 +183,6 @@ def _save_model(folder: Path, model: AutoencoderKL | CLIPTextModel | UNet2DCondi
     file.chmod(0o644)
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON, its keys in order."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

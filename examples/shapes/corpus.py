@@ -29,6 +29,12 @@ def encode_all(captions: Sequence[str]) -> Tensor:
     return torch.tensor([encode(caption) for caption in captions])
 
 
+def drop(ids: Tensor, share: float, order: torch.Generator) -> Tensor:
+    """Token ids (N, 20) with a share of the captions empty, as guidance needs them."""
+    dropped = (torch.rand(len(ids), generator=order) < share).to(ids.device)
+    return torch.where(dropped[:, None], torch.tensor(encode(""), device=ids.device), ids)
+
+
 def describe(scene: generator.Scene) -> list[int]:
     """The background's index, then for each role its colour, shape and size, 0 if absent."""
     labels = [generator.COLORS.index(scene.background)]

@@ -12,6 +12,7 @@ and y grows downwards.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import cos, pi, sin
@@ -273,13 +274,13 @@ def _star_points(full: int) -> list[tuple[float, float]]:
     return points
 
 
-def draw(layout: Layout) -> Picture:
-    """Draw a layout: uint8 RGB, (128, 128, 3)."""
+def draw(layout: Layout, mask: Callable[[str, int], Mask] = shape_mask) -> Picture:
+    """Draw a layout: uint8 RGB, (128, 128, 3); `mask` gives the coverage of a shape and a side."""
     picture = np.empty((SIDE, SIDE, 3), dtype=np.float32)
     picture[:] = PALETTE[layout.scene.background]
     for thing, box in zip(layout.scene.things, layout.boxes, strict=True):
         region = picture[box.top : box.top + box.side, box.left : box.left + box.side]
-        coverage = shape_mask(thing.shape, box.side)[..., None]
+        coverage = mask(thing.shape, box.side)[..., None]
         region += coverage * (np.array(PALETTE[thing.color], dtype=np.float32) - region)
     return np.rint(picture).astype(np.uint8)
 

@@ -49,6 +49,12 @@ class Budget:
         return peak * (floor + (1 - floor) * (1 + cos(pi * fall)) / 2)
 
 
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate, times each group's own factor if it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("factor", 1.0)
+
+
 class Checkpoint:
     """A phase's state in one safetensors file, written aside and then renamed."""
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -16,17 +13,20 @@ import typer
 from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import architecture
 import corpus
 import generator
-from emphasis import DETAIL, LAYOUT, noise_weights
+from denoising import Plan, train_denoiser
+from emphasis import DETAIL, LAYOUT
+from encoding import encode_all
 from plain_attention import PlainAttention
-from progress import Budget, Checkpoint, Record, read_record
+from progress import Budget, Checkpoint, Record, read_record, set_rate
 from reader import Reader
 from shards import Batch, Losses, Shards
+from twin import Twin
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -65,12 +65,6 @@ def edge_loss(made: Tensor, wanted: Tensor) -> Tensor:
     """Mean absolute difference of the pictures' horizontal and vertical finite differences."""
     difference = made - wanted
     return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate, times each group's own factor if it has one."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("factor", 1.0)
 
 
 def psnr(made: Tensor, wanted: Tensor) -> float:
@@ -256,41 +250,21 @@ def latents(
     Checkpoint(out / "vae.safetensors").load({"vae": model})
     rng = np.random.default_rng((seed, 5))
     size = 32
-    kept: dict[str, list[Tensor]] = {"latents": [], "ids": []}
-
-    def work(wanted: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-            latent: Tensor = model.encode(wanted.to(device)).latent_dist.mode()
-            return latent.float().cpu()
+    ids: list[Tensor] = []
 
     def draw_batches() -> Iterator[Tensor]:
         for _ in track(range(pictures // size), description="latents"):
             scenes = [generator.sample_training_scene(rng, two_objects) for _ in range(size)]
-            kept["ids"].append(corpus.encode_all([scene.caption for scene in scenes]))
+            ids.append(corpus.encode_all([scene.caption for scene in scenes]))
             layouts = [generator.sample_layout(scene, rng) for scene in scenes]
             yield to_tensor([generator.draw(layout) for layout in layouts])
 
-    workers = cores if device == "cpu" else 1
-    with ThreadPoolExecutor(workers) as pool:
-        queue: deque[Future[Tensor]] = deque()
-        for wanted in draw_batches():
-            queue.append(pool.submit(work, wanted))
-            if len(queue) > 2 * workers:
-                kept["latents"].append(queue.popleft().result())
-        kept["latents"] += [future.result() for future in queue]
-    tensors = {key: torch.cat(parts) for key, parts in kept.items()}
-    tensors["scaling"] = 1 / tensors["latents"].std() if scaling is None else torch.tensor(scaling)
-    tensors["latents"] = (tensors["latents"] * tensors["scaling"]).half()
+    found = encode_all(lambda part: model.encode(part).latent_dist.mode(), draw_batches(), device, cores)
+    factor = 1 / found.std() if scaling is None else torch.tensor(scaling)
+    tensors = {"latents": (found * factor).half(), "ids": torch.cat(ids), "scaling": factor}
     aside = path.with_suffix(".new")
     save_file(tensors, aside)
     aside.replace(path)
-
-
-@torch.no_grad()
-def follow(average: nn.Module, model: nn.Module, step: int) -> None:
-    """Move an exponential moving average a step towards the model."""
-    decay = min(0.999, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
 @app.command()
@@ -319,76 +293,22 @@ def unet(
         architecture.start_from_identity(denoiser)
     else:
         denoiser.load_state_dict(load_file(start / "unet" / "diffusion_pytorch_model.safetensors"))
-    denoiser.to(device).train()
-    models: dict[str, nn.Module] = {"unet": denoiser, "average.unet": copy.deepcopy(denoiser)}
-    masters = list(denoiser.parameters())
-    optimizer = torch.optim.AdamW(masters, peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    checkpoint = Checkpoint(out / "unet.safetensors")
-    step, spent = checkpoint.load(models, optimizer)
-    # The forward and backward passes run on a copy in bfloat16: casting once a step costs less than autocast's at each use.
-    worker = copy.deepcopy(denoiser).bfloat16()
-    worker.set_attn_processor(PlainAttention())
-    weights = list(worker.parameters())
-    alphas = architecture.build_scheduler().alphas_cumprod.to(device)
-    emphases = (LAYOUT, DETAIL)
-    weightings = [noise_weights(alphas, emphasis.power) for emphasis in emphases]
-    nothing = torch.tensor(corpus.encode(""), device=device)
-    order = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    count = len(data["latents"])
-    budget = Budget(budget_minutes, spent)
+    twin = Twin(denoiser.to(device), peak)
+    twin.worker.set_attn_processor(PlainAttention())
+    plan = Plan("unet", budget_minutes, batch, peak, (LAYOUT, DETAIL), (layout_part,))
 
-    def losses(part: Batch) -> Losses:
-        times = part["times"]
-        alpha = alphas[times].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * part["latents"] + (1 - alpha).sqrt() * part["noise"]
+    def predict(noisy: Tensor, times: Tensor, part: Batch) -> Tensor:
         with torch.no_grad():
             hidden = encoder(part["ids"]).last_hidden_state
-        guess = worker(noisy.bfloat16(), times, hidden).sample.float()
-        error = (guess - part["noise"]).square().mean(dim=(1, 2, 3))
-        denoise = (part["weights"] * error).mean()
-        high = times >= 500
-        error_high = (error * high).sum() / high.sum().clamp(min=1)
-        error_low = (error * ~high).sum() / (~high).sum().clamp(min=1)
-        return {"total": denoise, "denoise": denoise, "high": error_high, "low": error_low}
+        guess: Tensor = twin.worker(noisy, times, hidden).sample
+        return guess
 
-    with Record(out / "unet.jsonl", "unet", budget) as record:
-        while budget.fraction < 1:
-            set_rate(optimizer, budget.rate(peak, warmup=0.03))
-            picked = torch.randint(count, (batch,), generator=order).to(device)
-            dropped = (torch.rand(batch, generator=order) < empty).to(device)
-            times = torch.randint(1000, (batch,), generator=order)
-            stage = int(budget.fraction >= layout_part)
-            above = torch.randint(emphases[stage].start, 1000, (batch,), generator=order)
-            times = torch.where(torch.rand(batch, generator=order) < 0.5, above, times).to(device)
-            chosen = data["latents"][picked].float()
-            noise = torch.randn(chosen.shape, generator=order)
-            found = shards.backward(
-                weights,
-                losses,
-                {
-                    "latents": chosen,
-                    "noise": noise.to(device),
-                    "times": times,
-                    "weights": weightings[stage][times],
-                    "ids": torch.where(dropped[:, None], nothing, data["ids"][picked]),
-                },
-            )
-            record.add(found)
-            for master, weight in zip(masters, weights, strict=True):
-                master.grad = None if weight.grad is None else weight.grad.float()
-            torch.nn.utils.clip_grad_norm_(masters, 1.0)
-            optimizer.step()
-            follow(models["average.unet"], denoiser, step)
-            with torch.no_grad():
-                torch._foreach_copy_(weights, masters)
-            step += 1
-            if step % 50 == 0:
-                record.report(step)
-            if checkpoint.due():
-                checkpoint.save(models, optimizer, step, budget.spent)
-                export(out)
-    checkpoint.save(models, optimizer, step, budget.spent)
-    export(out)
+    def pick(order: torch.Generator) -> dict[str, Tensor]:
+        picked = torch.randint(len(data["latents"]), (batch,), generator=order).to(device)
+        ids = corpus.drop(data["ids"][picked], empty, order)
+        return {"latents": data["latents"][picked].float(), "ids": ids}
+
+    train_denoiser(plan, twin, out, seed, shards, pick, predict, lambda: export(out))
 
 
 @app.command()

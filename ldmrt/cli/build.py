@@ -71,7 +71,8 @@ def build_engines(
     base: Annotated[
         Path | None,
         typer.Option(
-            metavar="MODEL", help="The model that has what the file MODEL has not, such as text encoder and VAE."
+            metavar="MODEL",
+            help="The model that has what the file (or folder of a U-Net) MODEL has not, such as the VAE.",
         ),
     ] = None,
     vae: Annotated[

@@ -1,0 +1,97 @@
+"""What the built-in model and its companions draw: judged by content, on captions that no training saw."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import ldmrt
+from ldmrt.companions import companion
+from ldmrt.errors import BadRequest
+from ldmrt.pipeline import builtin_bundle
+
+detector = pytest.importorskip("detector")
+edges = pytest.importorskip("edges")
+evaluate = pytest.importorskip("evaluate_companions")
+generator = pytest.importorskip("generator")
+
+MOST_BYTES = 16_000_000
+COUNT = 6
+QUICK: dict[str, Any] = {"num_inference_steps": 12}
+
+
+@pytest.fixture(scope="module")
+def shapes() -> ldmrt.Pipeline:
+    return ldmrt.Pipeline.from_bundle(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def controlled(tmp_path_factory: pytest.TempPathFactory) -> ldmrt.Pipeline:
+    folder = tmp_path_factory.mktemp("companions") / "edges"
+    ldmrt.build_engines(builtin_bundle(), folder, dtype="float32", controlnets=[companion("edges")])
+    return ldmrt.Pipeline.from_bundle(folder, "cpu")
+
+
+def test_they_are_small_and_tell_nothing_of_where_they_were_made() -> None:
+    files = [path for path in (builtin_bundle().parent / "companions").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MOST_BYTES
+    for path in files:
+        assert path.suffix == ".safetensors" or '"/' not in path.read_text()
+    with pytest.raises(BadRequest, match=r"name is 'edge', and the companions are edges, outlines"):
+        companion("edge")
+
+
+def test_shapes_follow_their_edges(controlled: ldmrt.Pipeline) -> None:
+    """With a scale of nothing they lie where they like."""
+    rng = np.random.default_rng(8)
+    layouts = [*evaluate.unseen_layouts(COUNT // 2, two=False), *evaluate.unseen_layouts(COUNT // 2, two=True)]
+    followed, free = 0, 0
+    for seed, layout in enumerate(layouts):
+        picture = evaluate.as_edges(edges.draw_edges(layout, rng))
+        for scale in (1.0, 0.0):
+            made = evaluate.drawn(
+                controlled, layout.scene, seed, control_image=picture, controlnet_scale=scale, **QUICK
+            )
+            held = evaluate.follows(layout, detector.look(made))
+            followed, free = (followed + held, free) if scale else (followed, free + held)
+    assert followed >= COUNT - 2
+    assert free <= 1
+
+
+def test_the_lora_changes_the_style_and_its_removal_restores_it(shapes: ldmrt.Pipeline) -> None:
+    scenes = evaluate.solid_scenes(COUNT)
+
+    def draw() -> tuple[int, list[NDArray[np.uint8]]]:
+        made = [evaluate.drawn(shapes, scene, seed, **QUICK) for seed, scene in enumerate(scenes)]
+        return sum(evaluate.is_outlined(picture, scene) for picture, scene in zip(made, scenes, strict=True)), made
+
+    plain, before = draw()
+    shapes.load_lora(companion("outlines"))
+    outlined, _ = draw()
+    shapes.unload_lora("outlines")
+    _, after = draw()
+    assert plain == 0
+    assert outlined >= COUNT // 2
+    assert all(np.array_equal(first, second) for first, second in zip(before, after, strict=True))
+
+
+def test_a_picture_to_begin_from_keeps_its_layout_or_gives_way_to_the_prompt(shapes: ldmrt.Pipeline) -> None:
+    """At strength 0.3 a circle's place is kept, whatever the prompt draws there; at 0.9 the prompt alone is followed."""
+    circle, square = (
+        generator.parse(f"a large {words} on a white background") for words in ("red circle", "blue square")
+    )
+    layout = generator.sample_layout(circle, np.random.default_rng(2))
+    start = generator.draw(layout)
+    moved: dict[float, list[float]] = {0.3: [], 0.9: []}
+    followed = 0
+    for seed, strength in itertools.product(range(COUNT), moved):
+        seen = detector.look(evaluate.drawn(shapes, square, seed, image=start, strength=strength))
+        moved[strength] += [np.hypot(*np.subtract(seen.objects[0].center, layout.boxes[0].center))]
+        followed += strength == 0.9 and detector.judge(square, seen).relation
+    assert max(moved[0.3]) < 10  # pixels, of a circle of 56 to 60
+    assert np.median(moved[0.9]) > np.median(moved[0.3])
+    assert followed >= COUNT - 1
