@@ -358,6 +358,16 @@ def _operator(row: Row) -> str:
     return str(row["name"]).removeprefix("cpu operators: ")
 
 
+def shapes_step() -> Table:
+    """What a step of the built-in model is made of."""
+    rows = [find("cpu_breakdown", "cpu breakdown: step", model="shapes", batch=batch) for batch in (2, 8)]
+    kinds = [kind for kind in rows[0]["least_seconds"] if kind != "all"]
+    return [
+        ["milliseconds", *(f"{row['batch']} rows, {row['calls']} calls" for row in rows)],
+        *([kind, *(f"{1000 * row['least_seconds'][kind]:.2f}" for row in rows)] for kind in (*kinds, "all")),
+    ]
+
+
 def cpu_products() -> Table:
     """Attention, linear layers and convolutions."""
     bodies = {"avx512": "C++ AVX-512", "avx512_bf16": "AVX512-BF16", "amx": "AMX", "torch": "torch's own"}
@@ -508,6 +518,7 @@ TABLES: dict[str, Callable[[], Table]] = {
         cpu_norms,
         lora,
         shapes,
+        shapes_step,
     )
 }
 
