@@ -13,7 +13,8 @@ def companion(name: str) -> Path:
     """Where a companion of the built-in shapes model lies, for `build_engines` or `Pipeline.load_lora`.
 
     Args:
-        name: `edges` (the folder of a ControlNet) or `outlines` (the file of a LoRA).
+        name: `edges` (the folder of a ControlNet), `inpainting` (of a U-Net, whose base is the built-in model), or `outlines` (the file
+            of a LoRA).
 
     Raises:
         BadRequest: there is none of that name.

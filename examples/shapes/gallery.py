@@ -15,7 +15,7 @@ from PIL import Image
 import generator
 import ldmrt
 from edges import draw_edges
-from evaluate_companions import as_edges, build, drawn, solid_scenes, unseen_layouts
+from evaluate_companions import KINDS, as_edges, as_mask, build, drawn, inpaintings, solid_scenes, unseen_layouts
 from ldmrt.companions import companion
 from ldmrt.pipeline import builtin_bundle
 
@@ -111,6 +111,26 @@ def controls(folder: Path) -> Exhibit:
     )  # fmt: skip
 
 
+def fillings(folder: Path) -> Exhibit:
+    """Into pictures, and beyond their sides."""
+    pipe = build(folder, "inpainting", companion("inpainting").parent)
+    cases = [case for kind in KINDS for case in inpaintings(kind, COLUMNS // len(KINDS))]
+    masked = [np.where(case.mask[..., None], np.uint8(127), case.picture) for case in cases]
+    pictures = [
+        drawn(pipe, case.scene, seed, image=case.picture, mask_image=as_mask(case.mask))
+        for seed, case in enumerate(cases)
+    ]
+    code = (
+        'ldmrt.build_engines(ldmrt.companion("inpainting"), "inpainting", base=builtin_bundle())   # takes seconds, once\n'
+        'pipe = ldmrt.Pipeline.from_bundle("inpainting")\npipe(caption, image=picture, mask_image=mask).images[0]'
+    )
+    captions = "; ".join(case.scene.caption for case in cases)
+    return Exhibit(
+        "inpainting", "Inpainting and outpainting",
+        f"An inpainting model; above the pictures with their masks in gray, below what is drawn there: {captions}.", code, [masked, pictures],
+    )  # fmt: skip
+
+
 def styles(pipe: ldmrt.Pipeline) -> Exhibit:
     """In another style, and back."""
     scenes = solid_scenes(COLUMNS)
@@ -135,6 +155,7 @@ def exhibits(work: Path) -> Iterator[Exhibit]:
     yield words(pipe)
     yield beginnings(pipe)
     yield controls(work / "edges")
+    yield fillings(work / "inpainting")
     yield styles(pipe)
 
 
