@@ -80,6 +80,17 @@ def test_what_is_asked_for_is_drawn_under_the_mask(
     assert found["change_outside"] < change
 
 
+def test_pixels_outside_the_mask_are_given_back_to_the_bit(inpainting: ldmrt.Pipeline) -> None:
+    right = 0
+    for seed, case in enumerate(evaluate.inpaintings("add", COUNT)):
+        given = {"image": case.picture, "mask_image": evaluate.as_mask(case.mask), "apply_overlay": True}
+        made = evaluate.drawn(inpainting, case.scene, seed, **given, **QUICK)
+        assert np.array_equal(made[~case.mask], case.picture[~case.mask])
+        verdict = detector.judge(case.scene, detector.look(made))
+        right += verdict.background and verdict.relation
+    assert right >= COUNT - 2
+
+
 def test_the_lora_changes_the_style_and_its_removal_restores_it(shapes: ldmrt.Pipeline) -> None:
     scenes = evaluate.solid_scenes(COUNT)
 
