@@ -22,7 +22,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "triton": ("triton",),
     "tensorrt": ("tensorrt",),
     "tensorrt-rtx": ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings"),
-    "serve": ("fastapi", "starlette", "uvicorn", "prometheus-client"),
+    "serve": ("fastapi", "starlette", "uvicorn", "prometheus-client", "python-multipart"),
     "bench": ("matplotlib", "nvidia-ml-py"),
 }
 # What decides how fast a CPU is at this, as /proc/cpuinfo calls it.
