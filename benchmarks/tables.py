@@ -236,6 +236,7 @@ def real_size() -> Table:
         ("SD1.5, `ldmrt build-engines`, torch engine, bfloat16", "build-engines", torch),
         ("SD1.5, `ldmrt generate --steps 4` from it, whole process", "generate", torch),
         ("SD1.5, plans for three GPUs that are not there, float16", "build-engines", {"architecture": "sd15", **plans}),
+        ("SDXL at 1024 x 1024, the same", "build-engines", {"architecture": "sdxl", **plans}),
     ):
         row = find("real_size", name, **fields)
         table.append([label, str(row["seconds"]), gigabytes(row["peak_rss_bytes"])])
