@@ -345,7 +345,7 @@ class Pipeline:
         )
         table = self.table(job)
         given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
-        self._check_text(job, given)
+        _check_text(self.bundle.manifest.model, job, given)
         clock = _Clock(self._synchronize if self.exact_timings else lambda: None)
         workload = Workload(size, tuple(names), material.is_encoded, room_for(table.evaluations))
         with self._engines(for_pictures=True), torch.inference_mode():
@@ -686,9 +686,6 @@ class Pipeline:
             if self._borrower is not None and (for_pictures or self._borrower != threading.get_ident()):
                 raise _lent()
             yield
-
-    def _check_text(self, job: Job, given: Given) -> None:
-        _check_text(self.bundle.manifest.model, job, given)
 
     def _admit(
         self,

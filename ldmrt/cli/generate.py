@@ -25,8 +25,10 @@ from ldmrt.cli.given import (
 from ldmrt.cli.options import (
     Device,
     Dtype,
+    DtypeOption,
     EmbeddingChoice,
     EngineChoice,
+    EngineOption,
     Json,
     LoraChoice,
     Size,
@@ -211,12 +213,8 @@ def generate(
         list[float] | None,
         typer.Option(metavar="F", help="Share of the steps after which each ends, likewise. Default: 1."),
     ] = None,
-    engine: Annotated[
-        EngineChoice, typer.Option(help="Which engines to use where the bundle has several kinds.")
-    ] = EngineChoice.auto,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Which engines to use where the bundle has several precisions.")
-    ] = Dtype.auto,
+    engine: EngineOption = EngineChoice.auto,
+    dtype: DtypeOption = Dtype.auto,
     fallback: Annotated[
         bool,
         typer.Option(

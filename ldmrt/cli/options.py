@@ -129,3 +129,7 @@ class EngineChoice(StrEnum):
     onnxruntime = "onnxruntime"
     tensorrt = "tensorrt"
     tensorrt_rtx = "tensorrt-rtx"
+
+
+EngineOption = Annotated[EngineChoice, typer.Option(help="Which engines to use where the bundle has several kinds.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Which engines to use where the bundle has several precisions.")]

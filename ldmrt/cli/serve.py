@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ldmrt.cli.options import Device, Dtype, EngineChoice, Verbose
+from ldmrt.cli.options import Device, Dtype, DtypeOption, EngineChoice, EngineOption, Verbose
 from ldmrt.errors import BadRequest
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -50,12 +50,8 @@ def serve(
             help="In which an engine that has work must make a step; else it is started anew.",
         ),
     ] = 120.0,
-    engine: Annotated[
-        EngineChoice, typer.Option(help="Which engines to use where the bundle has several kinds.")
-    ] = EngineChoice.auto,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Which engines to use where the bundle has several precisions.")
-    ] = Dtype.auto,
+    engine: EngineOption = EngineChoice.auto,
+    dtype: DtypeOption = Dtype.auto,
     device: Device = None,
     _verbose: Verbose = False,
 ) -> None:
