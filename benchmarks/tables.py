@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -89,7 +90,7 @@ _SD15 = {
     "88814ba: group norm in programs of one warp, programmatic dependent launch": ("88814ba", "gpu: sd15: batch 1"),
     "the same kernels, with the defaults of sm_90": (None, "gpu: peers.sd15: diffusers eager"),
 }
-_KERNELS = {
+KERNELS = {
     "convolution": ("convolution",),
     "matrix products, those with GEGLU included": ("gemm", "gemm with geglu"),
     "attention": ("attention",),
@@ -101,7 +102,8 @@ _KERNELS = {
 }
 
 
-def _gpu(name: str, commit: str | None) -> Row:
+def gpu(name: str, commit: str | None) -> Row:
+    """The last row of the GPU suite of a name, at a commit if one is given."""
     return find("gpu", name, **({} if commit is None else {"commit": commit}))
 
 
@@ -114,10 +116,10 @@ def gpu_sd15() -> Table:
     """Steps of SD1.5, commit by commit."""
     table = [["at commit", "GPU", "ms/step", "steps/s", "share of that floor", "kernels"]]
     for what, (commit, name) in _SD15.items():
-        row = _gpu(name, commit)
+        row = gpu(name, commit)
         figures = row.get("ldmrt", row)
         try:
-            kernels = str(_gpu("gpu: breakdown.sd15: step", commit)["kernels"]) if commit else ""
+            kernels = str(gpu("gpu: breakdown.sd15: step", commit)["kernels"]) if commit else ""
         except LookupError:
             kernels = ""
         step = figures["step_seconds"]["p50"]
@@ -136,9 +138,9 @@ def gpu_sd15() -> Table:
 
 def gpu_sd15_kernels() -> Table:
     """What a step's kernels take."""
-    first, last = (_gpu("gpu: breakdown.sd15: step", commit) for commit in ("c3fcc51", "88814ba"))
+    first, last = (gpu("gpu: breakdown.sd15: step", commit) for commit in ("c3fcc51", "88814ba"))
     table = [["", f"first ({_model(first)})", f"last ({_model(last)})"]]
-    for label, names in _KERNELS.items():
+    for label, names in KERNELS.items():
         sums = [
             sum(row["classes"][name]["seconds"] for name in names if name in row["classes"]) for row in (first, last)
         ]
@@ -149,8 +151,8 @@ def gpu_sd15_kernels() -> Table:
 def gpu_sd15_pictures() -> Table:
     """Decoding and whole pictures."""
     commits = ("c3fcc51", "122e0a8", "88814ba")
-    decode = [_gpu("gpu: decode.sd15: captured", commit) for commit in commits]
-    whole = [_gpu("gpu: sd15: end to end", commit) for commit in commits]
+    decode = [gpu("gpu: decode.sd15: captured", commit) for commit in commits]
+    whole = [gpu("gpu: sd15: end to end", commit) for commit in commits]
     names = [f"{order} ({_model(row)})" for order, row in zip(("first", "second", "last"), decode, strict=True)]
     return [
         ["", *names],
@@ -158,7 +160,7 @@ def gpu_sd15_pictures() -> Table:
         ["from token ids to pixels, 50 steps, ms", *(f"{1000 * row['seconds']['p50']:.0f}" for row in whole)],
         [
             "batch 4 and 8, steps/s",
-            ", ".join(str(_gpu(f"gpu: sd15: batch {n}", "c3fcc51")["steps_per_second"]) for n in (4, 8)),
+            ", ".join(str(gpu(f"gpu: sd15: batch {n}", "c3fcc51")["steps_per_second"]) for n in (4, 8)),
             "",
             "",
         ],
@@ -168,9 +170,9 @@ def gpu_sd15_pictures() -> Table:
 def gpu_sdxl() -> Table:
     """SDXL at two commits."""
     commits = ("122e0a8", "6848b87")
-    steps = [_gpu("gpu: sdxl: batch 1", commit) for commit in commits]
-    decode = [_gpu("gpu: decode.sdxl: captured", commit) for commit in commits]
-    whole = _gpu("gpu: sdxl: end to end", commits[1])
+    steps = [gpu("gpu: sdxl: batch 1", commit) for commit in commits]
+    decode = [gpu("gpu: decode.sdxl: captured", commit) for commit in commits]
+    whole = gpu("gpu: sdxl: end to end", commits[1])
     first, last = (_model(row) for row in steps)
     return [
         ["", f"second commit above, defaults ({first})", f"6848b87, as tuned just before ({last})"],
@@ -274,7 +276,32 @@ def _network(title: str, rows: Iterable[tuple[str, Row]]) -> Table:
     ]
 
 
-def _contenders(network: str, names: Sequence[str], commit: str, **fields: object) -> list[tuple[str, Row]]:
+def bench_reports() -> Table:
+    """What `ldmrt bench` found at real size beside other programs."""
+    table = [
+        ["", "ldmrt, s", "its, s", "ldmrt is faster by (95 %)", "pictures agree", "its peak memory", "its start, s"]
+    ]
+    for file, what in (("bench-sd15", "SD1.5, 512 x 512"),):
+        report = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
+        for peer in report["against"]:
+            ours, theirs = (peer[name]["summary"]["p50"] for name in ("ours_seconds", "theirs_seconds"))
+            faster, memory = peer["times_faster"], peer["peak_resident_bytes"]
+            table.append(
+                [
+                    f"{what}, beside {peer['name']}",
+                    seconds(ours),
+                    seconds(theirs),
+                    f"{times(faster['value'])} ({times(faster['low'])} to {times(faster['high'])})",
+                    f"{peer['psnr']:.0f} dB",
+                    "" if memory is None else gigabytes(memory),
+                    f"{peer['setup_seconds']:.0f}",
+                ]
+            )
+    return table
+
+
+def contenders(network: str, names: Sequence[str], commit: str, **fields: object) -> list[tuple[str, Row]]:
+    """Programs that ran a network in one run in bfloat16, each with its row."""
     return [
         (name, find("cpu_unet", f"cpu {network}: {name}", commit=commit, asked_dtype="bfloat16", **fields))
         for name in names
@@ -284,31 +311,71 @@ def _contenders(network: str, names: Sequence[str], commit: str, **fields: objec
 ALL = ("ldmrt", "ldmrt step", "torch eager", "torch.compile", "OpenVINO", "ONNX Runtime")
 
 
+def scaling_rows(by: str) -> list[Row]:
+    """Steps of SD1.5's U-Net, the last row for each `side` at batch 1, or for each `batch` at the model's own size."""
+    fixed = ("batch", 1) if by == "side" else ("side", 64)
+    found = {row[by]: row for row in _ledger("scaling") if row["architecture"] == "sd15" and row[fixed[0]] == fixed[1]}
+    return [found[key] for key in sorted(found)]
+
+
+def scaling() -> Table:
+    """What a step costs by size, and how fast that grows: exponents between neighbours."""
+    table = [
+        ["side, batch", "seconds, least", "exponent", "TFLOP", "exponent", "of it attention", "of GEMM rate"],
+    ]
+    for by in ("side", "batch"):
+        before: Row | None = None
+        for row in scaling_rows(by):
+            grown = ["", ""]
+            if before is not None:
+                log = math.log(row[by] / before[by])
+                grown = [
+                    f"{math.log(now / then) / log:.2f}"
+                    for now, then in (
+                        (row["seconds"]["min"], before["seconds"]["min"]),
+                        (row["flops"], before["flops"]),
+                    )
+                ]
+            table.append(
+                [
+                    f"{row['side']}, {row['batch']}",
+                    seconds(row["seconds"]["min"]),
+                    grown[0],
+                    seconds(row["flops"] / 1e12),
+                    grown[1],
+                    percent(row["share_of_attention"]),
+                    percent(row["share_of_gemm_rate"]),
+                ]
+            )
+            before = row
+    return table
+
+
 def cpu_unet() -> Table:
     """One row of the U-Net."""
-    return _network("U-Net, batch 1, bfloat16: 0.803 TFLOP", _contenders("unet", ALL, "81f3b3ebdd2c+", batch=1))
+    return _network("U-Net, batch 1, bfloat16: 0.803 TFLOP", contenders("unet", ALL, "81f3b3ebdd2c+", batch=1))
 
 
 def cpu_unet_batch_2() -> Table:
     """Two rows."""
-    return _network("U-Net, batch 2, bfloat16", _contenders("unet", ALL, "e258fa8df7ae+", batch=2))
+    return _network("U-Net, batch 2, bfloat16", contenders("unet", ALL, "e258fa8df7ae+", batch=2))
 
 
 def cpu_sdxl() -> Table:
     """SDXL's U-Net."""
     title = "SDXL's U-Net, 1024 x 1024, batch 1, bfloat16: 6.76 TFLOP"
-    return _network(title, _contenders("unet", ALL[:3], "e258fa8df7ae", architecture="sdxl"))
+    return _network(title, contenders("unet", ALL[:3], "e258fa8df7ae", architecture="sdxl"))
 
 
 def cpu_decoder() -> Table:
     """The VAE's decoder."""
     names = ("ldmrt", "torch.compile", "OpenVINO")
-    return _network("decoder, 512 x 512, bfloat16: 2.5 TFLOP", _contenders("decoder", names, "8e0609cdbc90"))
+    return _network("decoder, 512 x 512, bfloat16: 2.5 TFLOP", contenders("decoder", names, "8e0609cdbc90"))
 
 
 def cpu_text_encoder() -> Table:
     """CLIP."""
-    return _network("text encoder, bfloat16", _contenders("text_encoder", (ALL[0], *ALL[2:]), "81f3b3ebdd2c"))
+    return _network("text encoder, bfloat16", contenders("text_encoder", (ALL[0], *ALL[2:]), "81f3b3ebdd2c"))
 
 
 def cpu_float32() -> Table:
@@ -448,12 +515,12 @@ def shapes() -> Table:
 
 def speed() -> Table:
     """The figures that people ask for first."""
-    unet = dict(_contenders("unet", ALL, "81f3b3ebdd2c+", batch=1))
+    unet = dict(contenders("unet", ALL, "81f3b3ebdd2c+", batch=1))
     others = ", ".join(f"{name} {times(unet[name]['times_of_ldmrt'])}" for name in ALL[2:5])
-    peer = _gpu("gpu: peers.sd15: diffusers eager", None)
+    peer = gpu("gpu: peers.sd15: diffusers eager", None)
     ours, theirs = (peer[name]["step_seconds"]["p50"] for name in ("ldmrt", "diffusers eager"))
-    sdxl, decode = _gpu("gpu: sdxl: batch 1", None), _gpu("gpu: decode.sdxl: captured", "6848b87")
-    whole = _gpu("gpu: sd15: end to end", "88814ba")
+    sdxl, decode = gpu("gpu: sdxl: batch 1", None), gpu("gpu: decode.sdxl: captured", "6848b87")
+    whole = gpu("gpu: sd15: end to end", "88814ba")
     beside = f"diffusers eager {milliseconds(theirs)} ms: {times(theirs / ours)} times as long"
     share = f"{percent(unet['ldmrt']['share_of_gemm_rate'])} of the rate of torch's own large matrix product"
     start = find("cold_start", "cold start")["seconds"]
@@ -507,6 +574,8 @@ TABLES: dict[str, Callable[[], Table]] = {
         cold_start,
         busy_cores,
         real_size,
+        bench_reports,
+        scaling,
         cpu_unet,
         cpu_unet_batch_2,
         cpu_sdxl,

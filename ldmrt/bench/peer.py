@@ -25,6 +25,7 @@ from pydantic import BaseModel
 
 from ldmrt.bench.memory import peak_resident
 from ldmrt.bench.onnx_networks import Open, exchange, open_onnxruntime, open_openvino
+from ldmrt.bench.pictures import control_picture
 from ldmrt.graph import dtype_of
 from ldmrt.samplers.registry import default_sampler, resolve
 
@@ -37,6 +38,7 @@ class Task(BaseModel):
     Attributes:
         name: a key of `PROGRAMS`.
         model: a folder in the diffusers layout.
+        controlnet: the folder of a ControlNet that is to steer it, by `ldmrt.bench.pictures.control_picture`.
         device: torch's name of it.
         dtype: precision.
         threads: torch's.
@@ -53,6 +55,7 @@ class Task(BaseModel):
 
     name: str
     model: Path
+    controlnet: Path | None = None
     device: str
     dtype: str
     threads: int
@@ -83,6 +86,8 @@ def compiled(task: Task, _stack: ExitStack) -> Draw:
     mode = "reduce-overhead" if cuda else None
     pipe.unet = torch.compile(pipe.unet, mode=mode, fullgraph=True, dynamic=False)
     pipe.vae.decode = torch.compile(pipe.vae.decode, mode=mode, fullgraph=True, dynamic=False)
+    if task.controlnet is not None:
+        pipe.controlnet = torch.compile(pipe.controlnet, mode=mode, fullgraph=True, dynamic=False)
     return _drawing(pipe, task)
 
 
@@ -123,20 +128,26 @@ def _opened(task: Task) -> Any:
         each.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other programs, about themselves
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(task.model), torch_dtype=dtype_of(task.dtype), local_files_only=True
-        )
+        options = {"torch_dtype": dtype_of(task.dtype), "local_files_only": True}
+        if task.controlnet is None:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(str(task.model), **options)
+        else:
+            controlnet = diffusers.ControlNetModel.from_pretrained(str(task.controlnet), **options)
+            pipe = diffusers.AutoPipelineForText2Image.from_pretrained(
+                str(task.model), controlnet=controlnet, **options
+            )
     pipe = pipe.to(task.device)
     pipe.set_progress_bar_config(disable=True)
     if default_sampler(pipe.scheduler.config) != task.sampler:
         pipe.scheduler = getattr(diffusers, resolve(task.sampler).sampler.scheduler).from_config(pipe.scheduler.config)
-    for network in (pipe.unet, pipe.vae):
+    for network in (pipe.unet, pipe.vae, *(() if task.controlnet is None else (pipe.controlnet,))):
         network.to(memory_format=torch.channels_last)
     return pipe
 
 
 def _drawing(pipe: Any, task: Task) -> Draw:
     """A call of diffusers' pipeline."""
+    control = {} if task.controlnet is None else {"image": control_picture(task.width, task.height)}
 
     def draw() -> Any:
         # Ours are drawn in float32; diffusers would draw other numbers in a half precision.
@@ -152,6 +163,7 @@ def _drawing(pipe: Any, task: Task) -> Draw:
             generator=generators,
             latents=latents.to(task.device, dtype_of(task.dtype)),
             output_type="np",
+            **control,
         ).images
 
     return draw

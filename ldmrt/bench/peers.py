@@ -33,13 +33,14 @@ _ON_CPU_ALONE = ("onnxruntime", "openvino")
 _ALIKE = {"float32": 40.0, "bfloat16": 20.0, "float16": 20.0}
 
 
-def check_peers(names: Sequence[str], model: Path | None, pipe: Pipeline) -> None:
+def check_peers(names: Sequence[str], model: Path | None, pipe: Pipeline, *, controlled: bool = False) -> None:
     """Check that other programs can draw what a pipeline draws.
 
     Args:
         names: of `PEERS`.
         model: the folder that the bundle was built from, if that is known.
         pipe: ours.
+        controlled: whether a ControlNet steers it.
 
     Raises:
         BadRequest: one cannot.
@@ -58,6 +59,10 @@ def check_peers(names: Sequence[str], model: Path | None, pipe: Pipeline) -> Non
             raise BadRequest(
                 f"--against {name} is compared on a CPU, not on {pipe.device}: use --device cpu", param="against"
             )
+        if controlled and name in _ON_CPU_ALONE:
+            raise BadRequest(
+                f"--against {name} is compared without ControlNets: choose diffusers or torch.compile", param="against"
+            )
         if not pipe.bundle.manifest.model.tokenizers:
             raise BadRequest(f"--against {name} is for models that read a text, and this one does not", param="against")
         if model is None:
@@ -68,7 +73,16 @@ def check_peers(names: Sequence[str], model: Path | None, pipe: Pipeline) -> Non
             )
 
 
-def beside(name: str, model: Path, pipe: Pipeline, request: dict[str, Any], label: str, *, runs: int) -> Peer:
+def beside(
+    name: str,
+    model: Path,
+    pipe: Pipeline,
+    request: dict[str, Any],
+    label: str,
+    *,
+    runs: int,
+    controlnet: Path | None = None,
+) -> Peer:
     """Time another program, in a process of its own, and ours in turn: from a prompt to pixels in memory.
 
     Args:
@@ -78,6 +92,7 @@ def beside(name: str, model: Path, pipe: Pipeline, request: dict[str, Any], labe
         request: our arguments.
         label: of the case.
         runs: of each.
+        controlnet: the folder of the ControlNet that steers both.
 
     Raises:
         LdmrtError: it failed, or the pictures are not the same, so that their times mean nothing.
@@ -86,7 +101,10 @@ def beside(name: str, model: Path, pipe: Pipeline, request: dict[str, Any], labe
     def ours() -> Any:
         return pipe(**request, output_type="np").images
 
-    with tempfile.TemporaryDirectory() as folder, process(name, model, pipe, request, Path(folder)) as peer:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        process(name, model, pipe, request, Path(folder), controlnet=controlnet) as peer,
+    ):
         theirs = Path(folder) / "theirs.npy"
         peer.ask(f"write {theirs}")
         alike = psnr(ours(), np.load(theirs))
@@ -177,7 +195,9 @@ class Process:
 
 
 @contextmanager
-def process(name: str, model: Path, pipe: Pipeline, request: dict[str, Any], folder: Path) -> Iterator[Process]:
+def process(
+    name: str, model: Path, pipe: Pipeline, request: dict[str, Any], folder: Path, *, controlnet: Path | None = None
+) -> Iterator[Process]:
     """Another program, loaded, until the end of the block.
 
     Raises:
@@ -185,9 +205,10 @@ def process(name: str, model: Path, pipe: Pipeline, request: dict[str, Any], fol
     """
     record = pipe.bundle.manifest.model
     task = {
-        **request,
+        **{key: value for key, value in request.items() if key != "control_image"},  # a peer draws it again
         "name": name,
         "model": str(model),
+        "controlnet": None if controlnet is None else str(controlnet),
         "device": str(pipe.device),
         "dtype": pipe.dtype,
         "threads": torch.get_num_threads(),

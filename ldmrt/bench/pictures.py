@@ -10,9 +10,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw
 
 from ldmrt.bench.flops import costs
 from ldmrt.bench.report import STAGES, Series, Work
+from ldmrt.components import CONTROLLED_STEP, STEP, controlnet, parts
 from ldmrt.graph import specialize
 from ldmrt.pipeline import Pipeline, Result
 
@@ -127,10 +129,22 @@ def batches_of(pipe: Pipeline, size: tuple[int, int], *, guidance: bool) -> list
     return sorted({count // (2 if guidance else 1) for count in rows} - {0})
 
 
-def work_of(pipe: Pipeline, size: tuple[int, int], images: int, rows: int, evaluations: int) -> Work | None:
+def control_picture(width: int, height: int) -> Image.Image:
+    """What a ControlNet is given to follow: the outlines of a circle and a square."""
+    picture = Image.new("RGB", (width, height))
+    draw, side, line = ImageDraw.Draw(picture), min(width, height), max(1, min(width, height) // 128)
+    draw.ellipse((side // 8, side // 8, side // 2, side // 2), outline="white", width=line)
+    draw.rectangle((side // 2, side // 2, side - side // 8, side - side // 8), outline="white", width=line)
+    return picture
+
+
+def work_of(
+    pipe: Pipeline, size: tuple[int, int], images: int, rows: int, evaluations: int, *, controlled: bool = False
+) -> Work | None:
     """What the pictures of a call take, counted in the graphs; None where the steps are not run from a graph of ours.
 
-    The text encoder reads the prompt, and the empty prompt where there is guidance.
+    The text encoder reads the prompt, and the empty prompt where there is guidance. With `controlled` all ControlNets of the bundle run at every
+    step.
     """
     if pipe.kind != "torch":
         return None
@@ -146,9 +160,13 @@ def work_of(pipe: Pipeline, size: tuple[int, int], images: int, rows: int, evalu
         times = -(-entries // fixed)
         return times * sum(one.flops for one in found), times * sum(one.nbytes for one in found)
 
-    step_flops, step_bytes = count("step", rows)
+    networks = [parts(CONTROLLED_STEP if controlled else STEP)]
+    if controlled:
+        networks += [parts(f"{controlnet(each.name)}.step") for each in pipe.bundle.manifest.controlnets]
+    steps = [count(step, rows) for _, _, step in networks]
+    step_flops, step_bytes = (sum(each) for each in zip(*steps, strict=True))
     texts = sum(count(name, rows // images)[0] for name in pipe.bundle.manifest.model.tokenizers)
-    before = count("context", rows)[0] + count("schedule", evaluations * rows)[0]
+    before = sum(count(context, rows)[0] + count(schedule, evaluations * rows)[0] for context, schedule, _ in networks)
     after = count("decoder", images)[0]
     return Work(
         picture_flops=texts + before + evaluations * step_flops + after, step_flops=step_flops, step_bytes=step_bytes

@@ -68,7 +68,7 @@ class Place(_Record):
     """What drew it.
 
     Attributes:
-        bundle: its folder, or `built-in`.
+        bundle: its folder's name, without where that lies; or `built-in`.
         dtype: precision of the engines.
         device: torch's name of it.
         threads: torch's, on the CPU.
@@ -91,11 +91,13 @@ class Build(_Record):
         seconds: of `build_engines`, verification included.
         engines: made.
         reused: engines that were there; they take next to nothing of the time.
+        peak_resident_bytes: the most memory that the build, a process of its own, had; None where that was not measured.
     """
 
     seconds: float
     engines: int
     reused: int
+    peak_resident_bytes: int | None = None
 
 
 class Cold(_Record):

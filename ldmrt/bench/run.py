@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from ldmrt.bench.measure import copy_rate, gemm_rate
 from ldmrt.bench.nvml import Watch, watching
 from ldmrt.bench.others import Others
 from ldmrt.bench.peers import beside, check_peers
-from ldmrt.bench.pictures import WARMUP, batches_of, draw_times, draws_per_run, work_of
+from ldmrt.bench.pictures import WARMUP, batches_of, control_picture, draw_times, draws_per_run, work_of
 from ldmrt.bench.report import Case, Machine, Place, Report, Settings
 from ldmrt.bench.subject import OnProgress, Subject
 from ldmrt.bench.trust import doubts
@@ -71,12 +72,14 @@ class _Variant:
     pipe: Pipeline
     job: Job
     images: int
+    controlled: bool
 
     @property
     def request(self) -> dict[str, Any]:
         """The arguments of the pipeline."""
         job = self.job
-        return {
+        control = {"control_image": control_picture(job.width, job.height)} if self.controlled else {}
+        return control | {
             "prompt": job.prompts[0],
             "seed": SEED,
             "num_inference_steps": job.num_inference_steps,
@@ -104,21 +107,33 @@ def bench(subject: Subject, plan: Plan, on_progress: OnProgress = lambda what, d
         LdmrtError: a process failed, or another program's pictures are not ours.
     """
     pipes, notes = _pipelines(subject.bundle, plan)
-    variants = [variant for pipe in pipes for variant in _variants(pipe, plan)]
+    controlled = subject.controlnet is not None
+    variants = [variant for pipe in pipes for variant in _variants(pipe, plan, controlled=controlled)]
     first = variants[0]
-    check_peers(plan.against, subject.model, first.pipe)
-    cold = cold_starts(
-        _generate(subject.bundle, first),
-        runs=min(plan.runs, FEWEST),
-        on_run=_counter("cold starts", min(plan.runs, FEWEST), on_progress),
-    )
+    check_peers(plan.against, subject.model, first.pipe, controlled=controlled)
+    with tempfile.TemporaryDirectory() as folder:
+        cold = cold_starts(
+            _generate(subject.bundle, first, Path(folder)),
+            runs=min(plan.runs, FEWEST),
+            on_run=_counter("cold starts", min(plan.runs, FEWEST), on_progress),
+        )
     with watching(first.pipe.device) as (watch, missing):
         cases = [_measured(variant, plan.runs, watch, on_progress) for variant in variants]
     peers = []
     if subject.model is not None:  # else `check_peers` has seen that there are none
         for number, name in enumerate(plan.against):
             on_progress(f"against {name}", number, len(plan.against))
-            peers.append(beside(name, subject.model, first.pipe, first.request, cases[0].label, runs=plan.runs))
+            peers.append(
+                beside(
+                    name,
+                    subject.model,
+                    first.pipe,
+                    first.request,
+                    cases[0].label,
+                    runs=plan.runs,
+                    controlnet=subject.controlnet,
+                )
+            )
     job, device = first.job, first.pipe.device
     cuda = device.type == "cuda"
     return Report(
@@ -129,7 +144,7 @@ def bench(subject: Subject, plan: Plan, on_progress: OnProgress = lambda what, d
             guidance_scale=job.guidance_scale,
         ),
         place=Place(
-            bundle="built-in" if subject.bundle == builtin_bundle() else str(subject.bundle),
+            bundle="built-in" if subject.bundle == builtin_bundle() else subject.bundle.resolve().name,
             dtype=first.pipe.dtype,
             device=str(device),
             threads=torch.get_num_threads(),
@@ -166,7 +181,7 @@ def _pipelines(bundle: Path, plan: Plan) -> tuple[list[Pipeline], list[str]]:
     return pipes, notes
 
 
-def _variants(pipe: Pipeline, plan: Plan) -> list[_Variant]:
+def _variants(pipe: Pipeline, plan: Plan, *, controlled: bool) -> list[_Variant]:
     """The cases of a pipeline, the one to quote first.
 
     Raises:
@@ -193,10 +208,10 @@ def _variants(pipe: Pipeline, plan: Plan) -> list[_Variant]:
     found = []
     for size in plan.sizes or (None,):
         guided = job(size, plan.guidance_scale)
-        found += [_Variant(pipe, guided, images) for images in _batches(pipe, guided, plan.batches)]
+        found += [_Variant(pipe, guided, images, controlled) for images in _batches(pipe, guided, plan.batches)]
     if found[0].job.do_cfg:
         bare = job(plan.sizes[0] if plan.sizes else None, 1.0)
-        found.insert(1, _Variant(pipe, bare, found[0].images))
+        found.insert(1, _Variant(pipe, bare, found[0].images, controlled))
     return found
 
 
@@ -211,10 +226,10 @@ def _batches(pipe: Pipeline, job: Job, wanted: Sequence[int]) -> list[int]:
     return list(dict.fromkeys(wanted)) or there
 
 
-def _generate(bundle: Path, variant: _Variant) -> list[str]:
-    """The arguments of `ldmrt generate` for a case."""
+def _generate(bundle: Path, variant: _Variant, folder: Path) -> list[str]:
+    """The arguments of `ldmrt generate` for a case; a control image is written into `folder`."""
     job, pipe = variant.job, variant.pipe
-    options = {
+    options: dict[str, object] = {
         "--seed": SEED,
         "--steps": job.num_inference_steps,
         "--guidance-scale": job.guidance_scale,
@@ -226,6 +241,10 @@ def _generate(bundle: Path, variant: _Variant) -> list[str]:
         "--dtype": pipe.dtype,
         "--device": pipe.device,
     }
+    if variant.controlled:
+        path = folder / "control.png"
+        control_picture(job.width, job.height).save(path)
+        options["--control-image"] = path
     return [job.prompts[0], *(str(part) for option in options.items() for part in option)]
 
 
@@ -263,7 +282,7 @@ def _measured(variant: _Variant, runs: int, watch: Watch | None, on_progress: On
         evaluations=evaluations,
         rows=rows,
         **times.series(),
-        work=work_of(pipe, (job.width, job.height), images, rows, evaluations),
+        work=work_of(pipe, (job.width, job.height), images, rows, evaluations, controlled=variant.controlled),
         machine=Machine(
             gemm_before=before,
             gemm_after=after,

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import torch
 
-import ldmrt
+from ldmrt.bench.building import build_apart
 from ldmrt.bench.report import Build
 from ldmrt.bundle import MANIFEST, Bundle
 from ldmrt.errors import BuildError
 from ldmrt.pipeline import builtin_bundle
 
 OnProgress = Callable[[str, int, int], None]
+
+# At the end of an architecture's name: with a ControlNet.
+CONTROLLED = "-controlnet"
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,14 @@ class Wish:
 
 @dataclass(frozen=True)
 class Subject:
-    """A bundle, the folder of the model that it was built from, if that is known, and its building, if it was built now."""
+    """A bundle, the folder of the model that it was built from, if that is known, its building, if it was built now, and the folder of the
+    ControlNet that is to steer it, if one is.
+    """
 
     bundle: Path
     model: Path | None
     build: Build | None = None
+    controlnet: Path | None = None
 
 
 def subject(
@@ -56,7 +62,8 @@ def subject(
 
     Args:
         folder: a bundle, or a model in the diffusers layout; None for an architecture.
-        arch: `shapes`, or one of `ldmrt.export.random_checkpoint`; None for `shapes`, the built-in model.
+        arch: `shapes`, or one of `ldmrt.export.random_checkpoint`, after whose name may stand `-controlnet`; None for `shapes`, the built-in
+            model.
         cache: where random weights and the bundles of models are kept, by their paths. What is there already is not made again.
         wish: what to build, if anything is.
         on_progress: called with (what is being done, steps done, steps in all).
@@ -73,11 +80,13 @@ def subject(
     if arch in (None, "shapes"):
         builtin = builtin_bundle()
         return Subject(builtin, builtin) if _has(builtin, wish) else _built(builtin, cache, wish, on_progress)
-    model = cache / "bench" / str(arch)
-    if not model.is_dir():
-        on_progress(f"random weights of {arch}", 0, 1)
-        _random_weights(str(arch), model)
-    return _built(model, cache, wish, on_progress)
+    name = str(arch).removesuffix(CONTROLLED)
+    model, controlnet = cache / "bench" / name, cache / "bench" / str(arch)
+    for each in dict.fromkeys((model, controlnet)):
+        if not each.is_dir():
+            on_progress(f"random weights of {each.name}", 0, 1)
+            _random_weights(name, each, controlnet=each != model)
+    return _built(model, cache, wish, on_progress, None if controlnet == model else controlnet)
 
 
 def _has(bundle: Path, wish: Wish) -> bool:
@@ -96,32 +105,32 @@ def _has(bundle: Path, wish: Wish) -> bool:
     )
 
 
-def _random_weights(arch: str, out: Path) -> None:
+def _random_weights(arch: str, out: Path, *, controlnet: bool) -> None:
     try:
-        from ldmrt.export.random_checkpoint import write_checkpoint
+        from ldmrt.export.random_checkpoint import write_checkpoint, write_controlnet
     except ImportError as error:
         raise BuildError(f"--arch {arch} needs {error.name}: pip install 'ldmrt[export]'") from error
-    write_checkpoint(arch, out, dtype=torch.float16)
+    (write_controlnet if controlnet else write_checkpoint)(arch, out, dtype=torch.float16)
 
 
-def _built(model: Path, cache: Path, wish: Wish, on_progress: OnProgress) -> Subject:
-    name = hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:16]
-    bundle = cache / "bench" / f"{model.resolve().name}-{name}"
+def _built(model: Path, cache: Path, wish: Wish, on_progress: OnProgress, controlnet: Path | None = None) -> Subject:
+    named = (controlnet or model).resolve()
+    bundle = cache / "bench" / f"{named.name}-{hashlib.sha256(str(named).encode()).hexdigest()[:16]}"
     bundle.parent.mkdir(parents=True, exist_ok=True)
     there = {record.key for record in Bundle.open(bundle).manifest.engines} if (bundle / MANIFEST).is_file() else set()
     # The best precision of a GPU, which the builder, who needs none, does not ask for by itself.
     best = "float16" if torch.cuda.is_available() else "auto"
     start = time.perf_counter()
-    made = ldmrt.build_engines(
-        model,
-        bundle,
-        engine=wish.engine or "auto",
-        sizes=wish.sizes or None,
-        batch_sizes=tuple(wish.batches) or (1,),
-        dtype=wish.dtype or best,
-        on_progress=on_progress,
-    )
+    options = {
+        "engine": wish.engine or "auto",
+        "sizes": wish.sizes or None,
+        "batch_sizes": tuple(wish.batches) or (1,),
+        "dtype": wish.dtype or best,
+        "controlnets": [] if controlnet is None else [controlnet],
+    }
+    peak = build_apart(model, bundle, options, on_progress)
     seconds = time.perf_counter() - start
-    new = [record for record in made.manifest.engines if record.key not in there]
-    build = Build(seconds=seconds, engines=len(new), reused=len(made.manifest.engines) - len(new))
-    return Subject(bundle, model, build)
+    engines = Bundle.open(bundle).manifest.engines
+    new = [record for record in engines if record.key not in there]
+    build = Build(seconds=seconds, engines=len(new), reused=len(engines) - len(new), peak_resident_bytes=peak)
+    return Subject(bundle, model, build, controlnet)

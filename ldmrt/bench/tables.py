@@ -99,6 +99,8 @@ def _machine(report: Report) -> Iterator[list[str]]:
     if report.build is not None:
         build = report.build
         yield ["build", f"{build.seconds:.1f} s: {build.engines} engines made, {build.reused} were there"]
+        if build.peak_resident_bytes is not None:
+            yield ["peak memory of the build", _gigabytes(build.peak_resident_bytes)]
     yield ["peak memory of a cold start", _gigabytes(report.cold.peak_resident_bytes)]
     if machine.peak_device_bytes is not None:
         yield ["peak memory of the GPU", _gigabytes(machine.peak_device_bytes)]

@@ -19,6 +19,7 @@ class Architecture(StrEnum):
 
     shapes = "shapes"
     sd15 = "sd15"
+    sd15_controlnet = "sd15-controlnet"
     sd21 = "sd21"
     sdxl = "sdxl"
 

@@ -17,6 +17,7 @@ import torch
 from ldmrt.bench import peers
 from ldmrt.bench.peer import PROGRAMS, Task, serve
 from ldmrt.bench.peers import beside, check_peers, in_turn, process, psnr
+from ldmrt.bench.pictures import control_picture
 from ldmrt.errors import BadRequest, LdmrtError
 from ldmrt.pipeline import Pipeline
 
@@ -60,6 +61,7 @@ def test_diffusers_draws_the_same_in_its_own_process(pipe: Pipeline, tiny_model:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, about torch
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino", "torch.compile"])
 def test_the_others_draw_the_same(name: str, pipe: Pipeline, tiny_model: Path) -> None:
     pytest.importorskip("torch" if name == "torch.compile" else name)
@@ -67,6 +69,21 @@ def test_the_others_draw_the_same(name: str, pipe: Pipeline, tiny_model: Path) -
     with ExitStack() as stack, torch.inference_mode():
         found = PROGRAMS[name](task, stack)()
     assert psnr(found, pipe(**REQUEST, output_type="np").images) > 60  # float32 twice, 3 steps
+
+
+def test_diffusers_follows_the_same_control_image(
+    tiny_model: Path, tiny_bundle_controlled: Path, tiny_controlnets: list[Path]
+) -> None:
+    pipe = Pipeline.from_bundle(tiny_bundle_controlled, "cpu")
+    task = task_of("diffusers", tiny_model, pipe).model_copy(update={"controlnet": tiny_controlnets[0]})
+    with ExitStack() as stack, torch.inference_mode():
+        found = PROGRAMS["diffusers"](task, stack)()
+    # The bundle has two ControlNets.
+    ours = pipe(**REQUEST, control_image=[control_picture(64, 64), None], output_type="np").images
+    assert psnr(found, ours) > 60  # float32 twice, 3 steps
+    assert psnr(pipe(**REQUEST, output_type="np").images, ours) < 50
+    with pytest.raises(BadRequest, match="without ControlNets"):
+        check_peers(["openvino"], tiny_model, pipe, controlled=True)
 
 
 def task_of(name: str, model: Path, pipe: Pipeline) -> Task:
@@ -95,7 +112,7 @@ def test_times_of_other_pictures_are_not_compared(
             return 1.0
 
     @contextmanager
-    def other(*_: Any) -> Iterator[Other]:
+    def other(*_: Any, **__: Any) -> Iterator[Other]:
         yield Other()
 
     monkeypatch.setattr(peers, "process", other)

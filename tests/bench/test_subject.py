@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from ldmrt.bench.pictures import control_picture, work_of
 from ldmrt.bench.subject import Wish, subject
 from ldmrt.export import random_checkpoint
-from ldmrt.pipeline import builtin_bundle
+from ldmrt.pipeline import Pipeline, builtin_bundle
 
 
 def test_a_bundle_is_taken_as_it_is(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -57,6 +58,8 @@ def test_an_architecture_gets_weights_and_a_bundle_once(
     assert found.bundle.is_relative_to(tmp_path)
     assert found.build is not None
     assert found.build.seconds > 0
+    assert found.build.peak_resident_bytes is not None
+    assert found.build.peak_resident_bytes > 50e6  # of a process with torch in it
     assert (found.build.engines > 5, found.build.reused) == (True, 0)
     assert seen[0] == f"random weights of {tiny_architecture}"
     assert len(set(seen)) > 3  # the build tells, too
@@ -71,6 +74,24 @@ def test_an_architecture_gets_weights_and_a_bundle_once(
     assert again.build is not None
     assert (again.build.engines, again.build.reused) == (0, found.build.engines)
     assert (found.bundle / "ldmrt.json").read_bytes() == manifest
+
+
+def test_an_architecture_may_come_with_a_controlnet(tiny_architecture: str, tmp_path: Path) -> None:
+    found = subject(None, f"{tiny_architecture}-controlnet", tmp_path, Wish(dtype="float32"))
+    assert found.model == tmp_path / "bench" / tiny_architecture
+    assert found.controlnet == tmp_path / "bench" / f"{tiny_architecture}-controlnet"
+    pipe = Pipeline.from_bundle(found.bundle, "cpu")
+    assert [each.name for each in pipe.bundle.manifest.controlnets] == [found.controlnet.name]
+    free, controlled = (
+        pipe("a red circle", seed=1, num_inference_steps=1, output_type="np", control_image=control).images
+        for control in (None, control_picture(64, 64))
+    )
+    assert abs(free - controlled).max() > 1e-3  # it has a say
+    works = [work_of(pipe, (64, 64), 1, 2, 5, controlled=each) for each in (False, True)]
+    assert works[0] is not None
+    assert works[1] is not None
+    assert 1.2 < works[1].step_flops / works[0].step_flops < 1.8  # a ControlNet is the U-Net's first half
+    assert works[1].picture_flops - works[0].picture_flops > 5 * (works[1].step_flops - works[0].step_flops)
 
 
 @pytest.fixture

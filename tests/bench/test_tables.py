@@ -38,11 +38,12 @@ def test_every_figure_has_its_place() -> None:
 
 def test_what_was_built_and_a_gpu_are_told() -> None:
     on_gpu = case(machine=machine(gpu=GPU, peak_device_bytes=3 * 10**9, others=0.04), work=None)
-    made = report(cases=(on_gpu,), build=Build(seconds=12.34, engines=6, reused=2))
+    made = report(cases=(on_gpu,), build=Build(seconds=12.34, engines=6, reused=2, peak_resident_bytes=4_560_000_000))
     _, rates, about = tables(made)
     assert rates.rows[0][4:7] == ["-", "-", "-"]
     found = {row[0]: row[1] for row in about.rows}
     assert found["build"] == "12.3 s: 6 engines made, 2 were there"
+    assert found["peak memory of the build"] == "4.56 GB"
     assert found["peak memory of the GPU"] == "3.00 GB"
     assert found["GPU clock"] == "1900 to 1980 MHz"
     assert found["GPU power and temperature"] == "512 W, 61 C"

@@ -1,0 +1,33 @@
+"""Builds in another process: what they raise arrives here, and so does their end."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldmrt.bench.building import build_apart
+from ldmrt.errors import BuildError
+
+
+def test_an_error_of_the_build_is_raised_here(tmp_path: Path) -> None:
+    seen: list[tuple[object, ...]] = []
+    with pytest.raises(BuildError, match=str(tmp_path / "none")):
+        build_apart(tmp_path / "none", tmp_path / "bundle", {}, lambda *now: seen.append(now))
+    assert not (tmp_path / "bundle").exists()
+
+
+class Dying:
+    """The process that reads it ends."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (3,)
+
+
+def test_a_process_that_ends_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(
+        BuildError, match=r"stopped with exit code 3; try it alone: ldmrt build-engines .*model --out DIR"
+    ):
+        build_apart(tmp_path / "model", tmp_path / "bundle", {"dtype": Dying()}, lambda *_: None)
