@@ -278,9 +278,11 @@ class _Build:
             self.keep([record for record in reused if record])
             self.progress(f"{label}: already built")
             return
-        # What stands in for a plan that cannot run here is slow, and so is the original of a large model: real inputs must do.
-        kinds = ("real",) if self.options.for_absent_gpus else ("random", "real")
-        tried = [trial for trial in trials() if trial.kind in kinds]
+        # What stands in for a plan that cannot run here is slow, and so is the original of a large model: an entry of real inputs must do.
+        if self.options.for_absent_gpus:
+            tried = [trial.first() for trial in trials() if trial.kind == "real"]
+        else:
+            tried = [trial for trial in trials() if trial.kind in ("random", "real")]
         with _beside(
             partial(reference_outputs, architectures.reference(component, checkpoint), tried, component.outputs)
         ) as expected:
@@ -303,8 +305,8 @@ class _Build:
         found = next((record for record in old if record.key == key), None)
         if found is None:
             modules = {key: module for module, (_, key) in checkpoint.keys.items()}
-            # What random inputs reach, the extreme ones exceed.
-            tried = [trial for trial in trials() if trial.kind != "random"]
+            # What random inputs reach, the extreme ones exceed; and of real ones an entry stands for the others.
+            tried = [trial.first() if trial.kind == "real" else trial for trial in trials() if trial.kind != "random"]
             ranges = audit(draft.graph, lambda name: checkpoint.read(modules[name], torch.float32), tried)
             widened = {name: float(f"{largest:.3g}") for name, largest in too_large(ranges).items()}
             found = AuditRecord(

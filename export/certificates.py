@@ -102,7 +102,9 @@ def _outputs(
             return bundle.load(record, device)
         from ldmrt.engines.onnxruntime import OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine(bundle.checked(record.files[1]), threads=torch.get_num_threads(), once=True)
+        # A VAE's weights are few and its convolutions many: prepared for them it takes half the time, even for one run.
+        once = record.component not in ("decoder", "encoder")
+        return OnnxRuntimeEngine(bundle.checked(record.files[1]), threads=torch.get_num_threads(), once=once)
 
     # One engine after the other: several of a large network do not fit into memory together.
     return {

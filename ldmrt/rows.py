@@ -10,6 +10,11 @@ import torch
 _AXIS = {"hidden_states": 1}
 
 
+def axis(name: str) -> int:
+    """The dimension of an output in which its rows lie."""
+    return _AXIS.get(name, 0)
+
+
 def run_rows(
     run: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]],
     inputs: Mapping[str, torch.Tensor],
@@ -24,5 +29,5 @@ def run_rows(
         index = (torch.arange(start, start + rows) % count).to(next(iter(inputs.values())).device)
         result = run({name: tensor[index] for name, tensor in inputs.items()})
         left = min(rows, count - start)
-        parts.append({name: tensor.narrow(_AXIS.get(name, 0), 0, left) for name, tensor in result.items()})
-    return {name: torch.cat([part[name] for part in parts], _AXIS.get(name, 0)) for name in parts[0]}
+        parts.append({name: tensor.narrow(axis(name), 0, left) for name, tensor in result.items()})
+    return {name: torch.cat([part[name] for part in parts], axis(name)) for name in parts[0]}

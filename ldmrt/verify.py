@@ -18,7 +18,7 @@ from ldmrt.bundle import Bundle, Certificate, EngineRecord, FileRecord, write_ma
 from ldmrt.components import is_step, parts
 from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.errors import BuildError, BundleError
-from ldmrt.rows import run_rows
+from ldmrt.rows import axis, run_rows
 from ldmrt.weights import WeightFile, write
 
 # float32: sums in another order. bfloat16 keeps 8 bits and float16 11, and rounding piles up over a hundred layers.
@@ -45,6 +45,12 @@ class Trial:
     kind: str
     inputs: Tensors
     expected: Tensors | None = None
+
+    def first(self) -> Trial:
+        """The first entry alone."""
+        alone = {name: tensor[:1] for name, tensor in self.inputs.items()}
+        expected = self.expected and {name: tensor.narrow(axis(name), 0, 1) for name, tensor in self.expected.items()}
+        return Trial(self.kind, alone, expected)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

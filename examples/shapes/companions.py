@@ -18,14 +18,14 @@ _CHANGED = ("conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0")
 
 
 def build_first_stage() -> VQModel:
-    """The first stage of the upscaler: (N, 3, 128, 128) pictures in [-1, 1] to (N, 3, 32, 32) latents, each one of 2048 codes."""
+    """The first stage of the upscaler: (N, 3, 128, 128) pictures in [-1, 1] to (N, 3, 32, 32) latents, each one of 4096 codes."""
     return VQModel(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 64),
         layers_per_block=1,
         latent_channels=3,
-        num_vq_embeddings=2048,
+        num_vq_embeddings=4096,
         norm_num_groups=8,
         sample_size=128,
         mid_block_add_attention=False,
