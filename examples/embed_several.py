@@ -20,13 +20,16 @@ PROMPT = "a red circle on a white background"
 def opened(model: str, device: str | None) -> ldmrt.Pipeline:
     """A pipeline of `FOLDER=BUDGET`."""
     folder, _, budget = model.rpartition("=")
+    if not folder:
+        raise SystemExit(f"--model is {model!r}, expected FOLDER=BUDGET, such as sd15=6GB")
     return ldmrt.Pipeline.from_bundle(folder, device, memory_budget=budget)
 
 
 def told(pipe: ldmrt.Pipeline) -> str:
     """How a pipeline keeps within its part, in a line."""
     plan = pipe.memory_plan()
-    assert plan is not None  # it has a budget
+    if plan is None:
+        return f"{pipe.bundle.path.name}: no budget"
     stays = "all stays in memory" if not plan.staged else f"{', '.join(plan.staged)} in memory only while they work"
     return f"{pipe.bundle.path.name}: {plan.needed / 1e6:.0f} of {plan.budget / 1e6:.0f} MB; {stays}"
 
