@@ -312,7 +312,7 @@ def test_a_thread_that_fails_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPat
         def fail(_: object) -> None:
             raise RuntimeError
 
-        monkeypatch.setattr(one, "_watch", fail)
+        monkeypatch.setattr(one, "_listen", fail)
         with pytest.raises(Cancelled):
             handle.result(PATIENCE)
         until(lambda: one.state is State.BROKEN)
