@@ -32,6 +32,7 @@ class Life:
         rows: of its batches, by size; none until it is ready.
         running: the images that it has, by the number under which it knows them.
         withdrawn: those that it was told to give up.
+        fruitful: whether anything has come of what it was given.
     """
 
     process: subprocess.Popen[bytes]
@@ -40,6 +41,7 @@ class Life:
     rows: dict[tuple[int, int], int] = field(default_factory=dict)
     running: dict[int, Image] = field(default_factory=dict)
     withdrawn: set[int] = field(default_factory=set)
+    fruitful: bool = False
     _numbers: int = 0
 
     @classmethod

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,6 +46,14 @@ class Order(Ticket):
     brought: dict[str, Pictures.Image | None]
     told: OnStep | None
     images_made: dict[int, Pictures.Image] = field(default_factory=dict)
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """The same for requests that ask for the same."""
+        digest = hashlib.sha256(json.dumps(asdict(self.request)).encode("ascii"))
+        for picture in self.brought.values():
+            digest.update(b"" if picture is None else packed(picture))
+        return digest.digest()
 
     @staticmethod
     def of(image: Image) -> Order:

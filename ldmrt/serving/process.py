@@ -23,11 +23,14 @@ from ldmrt.serving.handle import Handle
 from ldmrt.serving.life import Life
 from ldmrt.serving.logs import FIELDS, log
 from ldmrt.serving.order import Order, scaled
+from ldmrt.serving.quarantine import Quarantine
 from ldmrt.serving.service import Service
 from ldmrt.serving.ticket import Image
 from ldmrt.serving.wire import error_of, facts_of
 
 _TICK = 0.05
+# Lives in a row of which nothing has come: after the second there is a pause before the next, and after the third nothing more is accepted.
+_PAUSING, _REFUSING = 2, 3
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 
 
@@ -80,6 +83,8 @@ class EngineProcess(Service):
             end.settimeout(0)
         self._dropped = False
         self._life: Life | None = None
+        self._quarantine = Quarantine(self._register.clock)
+        self._fruitless = 0
         self._next_start, self._pause = 0.0, 0.0
         self.restarts = 0
         # The system ends the process with the thread that has started it, so that is one which stays.
@@ -108,9 +113,12 @@ class EngineProcess(Service):
             BadRequest: a value cannot be used; the error names it.
             EngineMismatch: the batches have no room for guidance.
             Overloaded: too many images wait; `retry_after` says for how long.
-            Unavailable: it is closed.
+            Unavailable: it is closed, or cannot be started again.
+            Quarantined: it was lost again and again while it made such a request.
         """
         with self._register.receiving():
+            if self._state is State.DOWN:
+                raise Unavailable("the engine cannot be started again, which is tried now and then: ask later")
             now, due = self._deadline(timeout)
             job, material = checked(self._model, self.facts.defaults, request, image=image, mask_image=mask_image)
             if job.do_cfg and self._most_rows[job.width, job.height] < 2:
@@ -137,6 +145,7 @@ class EngineProcess(Service):
                 },
                 told=on_progress,
             )
+            self._quarantine.check(order)
             self._register.add(order)
         self._wake()
         return order.handle
@@ -206,6 +215,7 @@ class EngineProcess(Service):
         elif "id" not in header:
             self._refused(header)
         elif (image := life.running.get(header["id"])) is not None:
+            life.fruitful = True
             if kind == "step":
                 self._step(image, message)
                 return
@@ -243,6 +253,7 @@ class EngineProcess(Service):
         order = Order.of(image)
         self._register.left(image)
         if order.error is None and (result := order.result(self._register.clock())) is not None:
+            self._quarantine.served(order)
             self._register.serve(order, result)
 
     def _count(self, work: dict[str, float] | None) -> None:
@@ -253,23 +264,27 @@ class EngineProcess(Service):
 
     def _lose(self, life: Life, reason: str) -> None:
         """Do without a process: what it had ends, and another is started."""
-        code = life.end(at_once=True)
         self._life = None
-        told = {"reason": reason, "exit_code": code, "images": len(life.running)}
-        log.error("the engine was lost", extra={FIELDS: told})
-        for image in life.running.values():
+        lost = list(life.running.values())
+        if self._begun.done():
+            self.restarts += 1
+            self._fruitless = 0 if life.fruitful else self._fruitless + 1
+            self._pause = (
+                min(_LONGEST_PAUSE, max(_FIRST_PAUSE, 2 * self._pause)) if self._fruitless >= _PAUSING else 0.0
+            )
+            self._state = State.DOWN if self._fruitless >= _REFUSING else State.LOADING
+            self._next_start = time.monotonic() + self._pause
+            self._quarantine.lost(map(Order.of, lost))
+        for image in lost:  # before the process has ended, for which one that hangs in the system may take long
             self._register.fail(image.ticket, Unavailable("the engine was lost while it made this: ask again"))
             self._register.left(image)
+        code = life.end(at_once=True)
+        log.error("the engine was lost", extra={FIELDS: {"reason": reason, "exit_code": code, "images": len(lost)}})
         if not self._begun.done():
             self._begun.set_exception(
                 LdmrtError(f"the engine's process ended with {code} before it was ready: {reason}")
             )
             self._dropped = True
-            return
-        self.restarts += 1
-        self._state = State.LOADING
-        self._pause = 0.0 if life.rows else min(_LONGEST_PAUSE, max(_FIRST_PAUSE, 2 * self._pause))
-        self._next_start = time.monotonic() + self._pause
 
     def _end(self) -> None:
         """Let the process go, and everything that was left."""
