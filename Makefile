@@ -6,6 +6,7 @@
 # make builtin compiles the built-in model again
 # make sanitize  the C++ operators' tests under the address and undefined behaviour sanitizers
 # make bench-quick  ratios of speed beside those of the ledger, under three minutes on two cores
+# make soak  mixed traffic against `ldmrt serve` (ARGS="--seconds 30 --faults --no-record")
 # make benchmarks  operators and components under pytest-benchmark (ARGS="-k attention --benchmark-save=NAME")
 # make clean   removes what the others made
 #
@@ -21,7 +22,7 @@ MARKS  ?= not slow and not gpu and not rtx and not browser
 # Python files are not listed: the install is editable, so they are used as they are.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: demo test test-rtx test-browser check format-check lint types check-native sanitize bench-quick benchmarks format builtin clean
+.PHONY: demo test test-rtx test-browser check format-check lint types check-native sanitize bench-quick soak benchmarks format builtin clean
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/ldmrt generate "a red circle on a white background" --seed 2 --out demo.png
@@ -74,6 +75,10 @@ sanitize: $(VENV)/.stamp-test
 # Fails only far outside what the ledger has of processors with the same instructions.
 bench-quick: $(VENV)/.stamp-test
 	@$(BIN)/python benchmarks/quick.py $(ARGS)
+
+# Fails where a picture is wrong, a request is not accounted for, or the server does not end well.
+soak: $(VENV)/.stamp-test
+	@$(BIN)/python benchmarks/soak.py $(ARGS)
 
 benchmarks: $(VENV)/.stamp-test
 	@$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(ARGS)

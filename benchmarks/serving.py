@@ -1,11 +1,12 @@
 """Serving under load: the batcher against one request at a time and against static batching, on the built-in shapes model.
 
-    python benchmarks/serving.py [--requests 200] [--load 0.8] [--of batcher] [--device cpu] [--threads 1]
+    python benchmarks/serving.py [--requests 200] [--load 0.8] [--of batcher] [--http] [--device cpu] [--threads 1]
 
 Open loop: requests of 4 to 50 steps arrive as a Poisson process, whether the others are finished or not, the same ones at the same times for
 each way to serve them. First each way's capacity is measured, all requests being there at once; the rate is a share of one of them. A latency counts from the
 planned arrival to the picture. Every request wants one preview on its way. Static batching takes up to as many requests as its batch holds, in the order of their
-arrival, and gives all of them back when the last has made its steps; one at a time is the same with a batch of one.
+arrival, and gives all of them back when the last has made its steps; one at a time is the same with a batch of one. With --http the batcher is compared with
+`ldmrt serve`, asked over HTTP for streams by threads of this process: what the server itself costs.
 
 The rows go to results/serving.jsonl.
 """
@@ -20,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -31,6 +33,7 @@ from ldmrt.pipeline import Pipeline, delivered
 from ldmrt.request import Request
 from ldmrt.samplers.estimate import estimate
 from ldmrt.serving import Batcher, Progress, Stats
+from served import Served, cpu_seconds
 
 LEDGER = Path(__file__).resolve().parent / "results" / "serving.jsonl"
 STEPS = (4, 8, 20, 30, 50)
@@ -97,6 +100,53 @@ class StepLevel:
     def stats(self) -> Stats:
         """The batcher's own account."""
         return self._batcher.stats()
+
+
+class OverHttp:
+    """`ldmrt serve`, asked by a thread for each request.
+
+    Args:
+        device: of its engine, like the next.
+        threads: see there.
+    """
+
+    def __init__(self, device: str, threads: int) -> None:
+        self._options = ("--device", device, "--max-waiting", "10000"), threads
+
+    def __enter__(self) -> Self:
+        options, threads = self._options
+        self._served = Served(*options, threads=threads)
+        self._pool = ThreadPoolExecutor(256)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+        self._served.__exit__(*error)
+
+    def submit(self, visit: Visit) -> None:
+        self._pool.submit(self._ask, visit)
+
+    def _ask(self, visit: Visit) -> None:
+        request = visit.request
+        body = {
+            "prompt": request.prompt,
+            "steps": request.num_inference_steps,
+            "seed": request.seed,
+            "sampler": request.sampler,
+            "stream": True,
+            "partial_images": 1,
+        }
+        with self._served.client.stream("POST", "/v1/images/generations", json=body) as answer:
+            for line in answer.iter_lines():
+                if line == "event: image_generation.partial_image":
+                    visit.preview = time.perf_counter()
+                elif line == "event: error":
+                    raise RuntimeError(line)
+        visit.finish()
+
+    def cpu_seconds(self) -> float:
+        """Processor time of the process that speaks with clients."""
+        return cpu_seconds(self._served.pid)
 
 
 class Static:
@@ -222,21 +272,24 @@ def main() -> None:
     parser.add_argument("--burst", type=int, default=40, help="requests that a capacity is measured with")
     parser.add_argument("--load", type=float, default=0.8, help="the rate, as a share of a capacity")
     parser.add_argument("--of", choices=("batcher", "static batching", "one at a time"), default="batcher")
+    parser.add_argument("--http", action="store_true", help="the batcher and `ldmrt serve`, and no others")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--threads", type=int, default=None, help="of the engines; on a shared machine several wait long for each other"
     )
     parser.add_argument("--no-record", action="store_true", help="print only")
     args = parser.parse_args()
+    if args.http and args.of != "batcher":
+        parser.error("--http compares with the batcher alone: leave --of out")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     pipe = Pipeline.from_bundle(device=args.device)
     most = pipe.images_at_a_time(pipe.defaults.width, pipe.defaults.height, guidance=True)
-    ways: dict[str, Callable[[], Server]] = {
-        "batcher": lambda: StepLevel(pipe),
-        "static batching": lambda: Static(pipe, most),
-        "one at a time": lambda: Static(pipe, 1),
-    }
+    ways: dict[str, Callable[[], Server]] = {"batcher": lambda: StepLevel(pipe)}
+    if args.http:
+        ways["over HTTP"] = lambda: OverHttp(args.device, args.threads or 0)
+    else:
+        ways |= {"static batching": lambda: Static(pipe, most), "one at a time": lambda: Static(pipe, 1)}
     capacities = {}
     for name, make in ways.items():
         with make() as server:
@@ -248,9 +301,13 @@ def main() -> None:
         planned = visits(args.requests, rate)
         with make() as server:
             before = server.stats() if isinstance(server, StepLevel) else None
+            cpu = server.cpu_seconds() if isinstance(server, OverHttp) else 0.0
             found = figures(planned, serve(server, planned))
             if isinstance(server, StepLevel) and before is not None:
                 found |= own_cost(before, server.stats())
+            if isinstance(server, OverHttp):
+                spent = (server.cpu_seconds() - cpu) / len(planned)
+                found["server_cpu_milliseconds_per_request"] = round(1e3 * spent, 2)
         found |= {
             "rate": round(rate, 3),
             "load": args.load,
@@ -263,7 +320,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
         }
         if not args.no_record:
-            append(LEDGER, f"serving: {name}", found)
+            append(LEDGER, f"{'serving over HTTP' if args.http else 'serving'}: {name}", found)
         sys.stdout.write(f"{name}: {found}\n")
 
 

@@ -20,6 +20,7 @@ from ldmrt.errors import (
     LdmrtError,
     NumericalError,
     Overloaded,
+    Quarantined,
     Unavailable,
 )
 
@@ -54,6 +55,7 @@ __all__ = [
     "NumericalError",
     "Overloaded",
     "Pipeline",
+    "Quarantined",
     "Result",
     "Unavailable",
     "build_engines",

@@ -51,6 +51,10 @@ class Unavailable(LdmrtError):
     """What was asked is closed, broken, or lent to another."""
 
 
+class Quarantined(LdmrtError):
+    """The engine was lost again and again while it made such a request, which is not tried again for a while."""
+
+
 class Cancelled(LdmrtError):
     """The caller withdrew the request."""
 

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
-import atexit
 import contextlib
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 import torch
 
-from ldmrt.errors import BadRequest, Cancelled, LdmrtError
+from ldmrt.errors import BadRequest, Cancelled
 from ldmrt.material import Brought
 from ldmrt.pipeline import OutputType, Pipeline, check_output_type
 from ldmrt.request import Request
 from ldmrt.serving.batch import Batch
 from ldmrt.serving.engine import Facts, State
 from ldmrt.serving.handle import Handle, OnProgress
-from ldmrt.serving.register import Errand, Register, Stats
+from ldmrt.serving.register import Errand
+from ldmrt.serving.service import Service
 from ldmrt.serving.ticket import Ticket
 from ldmrt.serving.worker import Worker, known, one_line
 
 T = TypeVar("T")
 
 
-class Batcher:
+class Batcher(Service):
     """Runs a pipeline for many at once. Images of different requests share a batch and join and leave it between two steps.
 
     The pipeline is lent to the batcher until that is closed. docs/embedding.md says what may be called from where.
@@ -52,8 +49,7 @@ class Batcher:
     restarts = 0
 
     def __init__(self, pipeline: Pipeline, *, max_waiting: int = 64, rows: int | None = None) -> None:
-        if max_waiting < 1:
-            raise BadRequest(f"max_waiting is {max_waiting}, expected 1 or more", param="max_waiting")
+        super().__init__("batcher", max_waiting)
         if pipeline.memory_budget is not None:
             raise BadRequest(
                 "the pipeline has a memory budget, and a batcher encodes, denoises and decodes side by side, with all engines in memory: "
@@ -62,16 +58,9 @@ class Batcher:
             )
         self._pipeline = pipeline
         self.facts = Facts.of(pipeline)
-        self._state = State.READY
-        self._register = Register(max_waiting)
         self._batches = {size: Batch(pipeline, size, rows) for size in pipeline.defaults.sizes}
         self._worker = Worker(pipeline, self._register, self._batches, alone=rows is not None)
-        begun: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(begun,), name="ldmrt-batcher", daemon=True)
-        self._thread.start()
-        begun.result()
-        # At the end of the interpreter, before torch is taken down under the thread.
-        atexit.register(self.close, drain=False)
+        self._begin()
 
     def submit(
         self,
@@ -102,17 +91,14 @@ class Batcher:
             Overloaded: too many images wait; `retry_after` says for how long.
             Unavailable: the batcher is closed, or broken.
         """
-        self._register.count(received=1)
-        try:
+        with self._register.receiving():
             check_output_type(output_type)
-            if timeout is not None and not timeout > 0:
-                raise BadRequest(f"timeout is {timeout}, expected seconds, more than 0", param="timeout")
             if previews < 0 or (previews and on_progress is None):
                 raise BadRequest(
                     f"previews is {previews}, expected 0 or more, with on_progress to get them", param="previews"
                 )
+            now, due = self._deadline(timeout)
             job, material = self._pipeline.resolve(request, **brought)
-            now = self._register.clock()
             ticket: Ticket
             ticket = Ticket(
                 handle=Handle(job, lambda: self._register.fail(ticket, Cancelled("the request was withdrawn"))),
@@ -125,13 +111,10 @@ class Batcher:
                 on_progress=on_progress,
                 priority=priority,
                 submitted=now,
-                due=None if timeout is None else now + timeout,
+                due=due,
             )
             self._batches[ticket.size].check(ticket)
             self._register.add(ticket)
-        except LdmrtError:
-            self._register.count(rejected=1)
-            raise
         return ticket.handle
 
     def call(self, work: Callable[[Pipeline], T]) -> Future[T]:
@@ -155,55 +138,16 @@ class Batcher:
         self._register.add_errand(Errand(run, future))
         return future
 
-    def stats(self) -> Stats:
-        """What was done until now."""
-        return self._register.stats()
-
-    @property
-    def state(self) -> State:
-        """Whether it takes requests."""
-        return self._state
-
-    def close(self, *, drain: bool = True) -> None:
-        """Accept nothing more, and end the thread; the pipeline is free again. Closing twice does nothing.
-
-        Args:
-            drain: finish what was accepted; else it ends with `Cancelled`.
-        """
-        if self._state is State.READY:
-            self._state = State.CLOSED
-        dropped = None if drain else "the batcher was closed before the request was finished"
-        self._register.close("the batcher is closed: make a new one", drop=dropped)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-        atexit.unregister(self.close)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(drain=error is None)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Closes without holding up the event loop."""
-        await asyncio.to_thread(self.close, drain=error is None)
-
-    def _run(self, begun: Future[None]) -> None:
+    def _run(self) -> None:
         try:
             with self._pipeline.lend(), torch.inference_mode():
-                begun.set_result(None)
+                self._state = State.READY
+                self._begun.set_result(None)
                 while (errands := self._register.wait()) is not None:
                     self._worker.turn(errands)
         except Exception as error:  # noqa: BLE001 - a thread that ends must leave nobody waiting
-            if not begun.done():
-                begun.set_exception(error)
+            if not self._begun.done():
+                self._begun.set_exception(error)
                 return
             with contextlib.suppress(RuntimeError):  # of a GPU that answers no more
                 self._worker.stop()

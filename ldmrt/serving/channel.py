@@ -9,8 +9,6 @@ import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 _LENGTHS = struct.Struct("!IB")  # of the header in bytes, and how many blobs follow it
 _BLOB = struct.Struct("!Q")
 _MOST_HEADER = 1 << 20
@@ -105,20 +103,3 @@ class Channel:
                 raise ChannelError("the other side is gone")
             got += part
         return bytes(data)
-
-
-def packed(picture: Image.Image) -> bytes:
-    """The pixels of an RGB picture."""
-    return picture.convert("RGB").tobytes()
-
-
-def unpacked(pixels: bytes, size: Sequence[int]) -> Image.Image:
-    """The inverse.
-
-    Raises:
-        ChannelError: there are more pixels or fewer.
-    """
-    width, height = (int(side) for side in size)
-    if len(pixels) != width * height * 3:
-        raise ChannelError(f"{len(pixels)} bytes are no picture of {width}x{height}")
-    return Image.frombytes("RGB", (width, height), pixels)

@@ -10,7 +10,6 @@ import sys
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,11 +19,12 @@ from ldmrt.errors import BadRequest, LdmrtError
 from ldmrt.pipeline import Pipeline, Result
 from ldmrt.request import Request
 from ldmrt.serving.batcher import Batcher
-from ldmrt.serving.channel import Channel, ChannelError, Message, packed, unpacked
+from ldmrt.serving.channel import Channel, ChannelError, Message
 from ldmrt.serving.engine import Facts
 from ldmrt.serving.handle import Handle, Progress
 from ldmrt.serving.logs import log, to_stderr
 from ldmrt.serving.register import Stats
+from ldmrt.serving.wire import error_fields, facts_fields, packed, unpacked
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # The parent keeps the queue; what it hands over is to be begun soon.
@@ -102,8 +102,7 @@ class Child:
     def _failed(self, number: int, error: BaseException) -> None:
         if type(error) is LdmrtError:  # an engine's own error, which only the log may tell
             log.error("the engine failed", exc_info=error)
-        kind = type(error).__name__ if isinstance(error, LdmrtError) else "LdmrtError"
-        self._send("error", id=number, type=kind, message=str(error), param=getattr(error, "param", None))
+        self._send("error", id=number, **error_fields(error))
 
     def _send(self, kind: str, blobs: list[bytes] | None = None, **fields: Any) -> None:
         """A message, with what was done since the last one."""
@@ -142,13 +141,12 @@ def _serve(channel: Channel) -> None:
         _warm(pipe)
         batcher = Batcher(pipe, max_waiting=_ROOM)
     except Exception as error:  # noqa: BLE001 - the parent is told, whatever it is
-        kind = type(error).__name__ if isinstance(error, LdmrtError) else "LdmrtError"
         if not isinstance(error, LdmrtError):
             log.error("the engine cannot start", exc_info=error)
-        channel.send("error", type=kind, message=str(error), param=getattr(error, "param", None))
+        channel.send("error", **error_fields(error))
         return
     rows = [[*size, pipe.row_counts(size)[-1]] for size in pipe.defaults.sizes]
-    channel.send("ready", facts=asdict(batcher.facts), rows=rows)
+    channel.send("ready", facts=facts_fields(batcher.facts), rows=rows)
     Child(channel, batcher).serve()
 
 

@@ -21,6 +21,7 @@ class State(StrEnum):
 
     LOADING = "loading"  # requests wait until it is ready
     READY = "ready"
+    DOWN = "down"  # it cannot be started, which is tried now and then; requests are refused meanwhile
     BROKEN = "broken"  # for good
     CLOSED = "closed"
 

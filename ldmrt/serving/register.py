@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,7 +97,22 @@ class Register:
         with self._changed:
             self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()})
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more is accepted."""
+        return self._closed is not None
+
     # ------------------------------------------------------------------------------------------------ coming in
+
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Count a call of `submit`, and its refusal if it ends with an error, whichever that is."""
+        self.count(received=1)
+        try:
+            yield
+        except BaseException:
+            self.count(rejected=1)
+            raise
 
     def add(self, ticket: Ticket) -> None:
         """Let a request wait.

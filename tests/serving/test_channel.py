@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies
-from PIL import Image
 
 import ldmrt.serving
-from ldmrt.serving.channel import Channel, ChannelError, packed, unpacked
+from ldmrt.serving.channel import Channel, ChannelError
 
 Pair = tuple[Channel, socket.socket]
 
@@ -97,13 +96,6 @@ def test_sending_to_nobody(pair: Pair) -> None:
     other.close()
     with pytest.raises(ChannelError):
         channel.send("some", [b"x" * 1_000_000])
-
-
-def test_pictures() -> None:
-    picture = Image.effect_mandelbrot((13, 7), (-2, -1.5, 1, 1.5), 20).convert("RGB")
-    assert unpacked(packed(picture), (13, 7)).tobytes() == picture.tobytes()
-    with pytest.raises(ChannelError):
-        unpacked(packed(picture), (14, 7))
 
 
 def test_nothing_is_pickled() -> None:

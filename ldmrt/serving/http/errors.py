@@ -14,6 +14,7 @@ from ldmrt.errors import (
     DeadlineExceeded,
     NumericalError,
     Overloaded,
+    Quarantined,
     Unavailable,
 )
 
@@ -96,6 +97,11 @@ def of(error: BaseException) -> HttpError:
     if isinstance(error, Unavailable | Cancelled):
         message = "the engine had to stop before the request was finished: try again"
         return HttpError(503, "engine_unavailable", message, headers=_retry(_RETRY_SECONDS))
+    if isinstance(error, Quarantined):
+        message = (
+            "the engine stopped again and again while it made such a request, which is not tried again for a while"
+        )
+        return HttpError(500, "request_quarantined", message, headers=_FINAL)
     if isinstance(error, NumericalError):
         message = "the model made no finite picture of this request: use a smaller guidance_scale, or another sampler"
         return HttpError(500, "numerical_error", message, headers=_FINAL)

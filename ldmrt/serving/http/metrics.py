@@ -81,6 +81,7 @@ class _OfEngine(Collector):
         yield CounterMetricFamily("ldmrt_engine_restarts", "Times that it was started again.", self._engine.restarts)
         yield GaugeMetricFamily("ldmrt_images_waiting", "Images that wait.", stats.waiting)
         yield GaugeMetricFamily("ldmrt_images_running", "Images in batches.", stats.running)
+        yield CounterMetricFamily("ldmrt_requests_received", "Requests that came to the engine.", stats.received)
         ends = CounterMetricFamily("ldmrt_requests", "Requests of the engine, by their end.", labels=["end"])
         for end in ("served", "failed", "rejected", "cancelled"):
             ends.add_metric([end], getattr(stats, end))

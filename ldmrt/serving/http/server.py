@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ldmrt.errors import BadRequest
+from ldmrt.serving.http.connection import Connection
 from ldmrt.serving.http.house import House
 from ldmrt.serving.logs import FIELDS, log
 
@@ -81,6 +82,7 @@ def serve(app: FastAPI, listening: socket.socket, *, drain_seconds: float = 60.0
     house: House = app.state.house
     config = uvicorn.Config(
         app,
+        http=Connection,
         log_config=None,
         log_level="warning",
         access_log=False,

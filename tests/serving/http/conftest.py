@@ -18,7 +18,9 @@ from PIL import Image
 
 from ldmrt.pipeline import Pipeline
 from ldmrt.serving import Batcher
+from ldmrt.serving.engine import Engine
 from ldmrt.serving.http import Keys, Limits, create_app
+from ldmrt.serving.http.connection import Connection
 from ldmrt.serving.http.house import House
 
 PROMPT = "a red circle on a white background"
@@ -30,9 +32,15 @@ class Served:
     """A running server."""
 
     url: str
-    batcher: Batcher
+    engine: Engine
     house: House
     client: httpx2.Client
+    server: uvicorn.Server
+
+    @property
+    def batcher(self) -> Batcher:
+        assert isinstance(self.engine, Batcher)
+        return self.engine
 
     def generate(self, **fields: Any) -> httpx2.Response:
         return self.client.post("/v1/images/generations", json={"prompt": PROMPT, "steps": 2, **fields})
@@ -74,25 +82,36 @@ def shapes() -> Pipeline:
 
 
 @contextmanager
+def listening(
+    engine: Engine, keys: tuple[str, ...] = (), limits: Limits | None = None, connections: int = 800
+) -> Iterator[Served]:
+    """A server over an engine that stays the caller's."""
+    app = create_app(engine, keys=Keys(keys), limits=limits, bundled=True)
+    config = uvicorn.Config(
+        app, port=0, http=Connection, log_config=None, access_log=False, limit_concurrency=connections
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.005)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+        headers = {"authorization": f"Bearer {keys[0]}"} if keys else {}
+        with httpx2.Client(base_url=url, headers=headers, timeout=PATIENCE) as client:
+            yield Served(url, engine, app.state.house, client, server)
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+@contextmanager
 def running(shapes: Pipeline, keys: tuple[str, ...], limits: Limits, **options: Any) -> Iterator[Served]:
-    with Batcher(shapes, **options) as batcher:
-        app = create_app(batcher, keys=Keys(keys), limits=limits, bundled=True)
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        try:
-            while not server.started:
-                assert thread.is_alive()
-                time.sleep(0.005)
-            port = server.servers[0].sockets[0].getsockname()[1]
-            url = f"http://127.0.0.1:{port}"
-            headers = {"authorization": f"Bearer {keys[0]}"} if keys else {}
-            with httpx2.Client(base_url=url, headers=headers, timeout=PATIENCE) as client:
-                yield Served(url, batcher, app.state.house, client)
-        finally:
-            server.should_exit = True
-            thread.join(PATIENCE)
-            assert not thread.is_alive()
+    with Batcher(shapes, **options) as batcher, listening(batcher, keys, limits) as served:
+        yield served
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ CANARY = "at 0x7f5e in /root/secret.py: canary"
         (errors.Unavailable(CANARY), 503, "engine_unavailable", True),
         (errors.Cancelled(CANARY), 503, "engine_unavailable", True),
         (errors.DeadlineExceeded(CANARY), 504, "deadline_exceeded", False),
+        (errors.Quarantined(CANARY), 500, "request_quarantined", False),
         (errors.NumericalError(CANARY), 500, "numerical_error", False),
         (errors.EngineMismatch(CANARY), 500, "internal_error", True),
         (errors.LdmrtError(CANARY), 500, "internal_error", True),

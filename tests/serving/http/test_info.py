@@ -30,6 +30,8 @@ def test_models(served: Served) -> None:
         (State.READY, False, 200, 200, "ready"),
         (State.READY, True, 200, 503, "draining"),
         (State.LOADING, False, 200, 503, "loading"),
+        (State.DOWN, False, 200, 503, "down"),
+        (State.DOWN, True, 200, 503, "draining"),
         (State.BROKEN, False, 503, 503, "broken"),
         (State.CLOSED, True, 200, 503, "draining"),
     ],
