@@ -91,6 +91,8 @@ def attention_native(query: Tensor, key: Tensor, value: Tensor, heads: int, scal
     """`attention` by kernels/cpu/attention.h, without masks. float32, bfloat16 and float16; computes in float32, but for bfloat16,
     where the processor multiplies that: the weights are then rounded to it.
     """
+    # Tokens that are one and the same take no memory, however many there are; packed they would.
+    query, key, value = (each.contiguous() if 0 in each.stride() else each for each in (query, key, value))
     result = memory.new_empty(query, query.shape)
     rows, tokens, width = query.shape
     strides = [stride for tensor in (query, key, value) for stride in tensor.stride()[:2]]

@@ -20,6 +20,7 @@ Body = Literal["triton", "library"]
 
 # Offsets within the weights are 32-bit.
 _MAX_WEIGHTS = 2**31
+_MAX_STEP = 2**31
 # A result of more pixels than this fills any GPU with the tiles of a library.
 _FEW_PIXELS = 1024
 _TINY = 128
@@ -138,7 +139,7 @@ def arranged_weight(weight: Tensor, stride: int, padding: int, tile: winograd.Ti
         padding: on every side.
         tile: by which to convolve float32 (`ldmrt.kernels.winograd.tile`), if by one at all.
     """
-    if takes_packed(weight, weight.shape[1]):
+    if weight.dim() == 4 and takes_packed(weight, weight.shape[1]):
         return pack(weight.movedim(1, -1).flatten(1))
     if tile is not None:
         return winograd.pack(weight, tile)
@@ -146,9 +147,15 @@ def arranged_weight(weight: Tensor, stride: int, padding: int, tile: winograd.Ti
 
 
 def library_weight(weight: Tensor, stride: int, padding: int) -> Tensor:
-    """Weights in the order in which oneDNN's convolution reads them, which else it makes anew at every call; opaque."""
+    """Weights in the order in which oneDNN's convolution reads them, which else it makes anew at every call; opaque.
+
+    Raises:
+        ValueError: there is no such convolution; oneDNN itself may divide by the stride.
+    """
     if weight.device.type != "cpu" or not _takes(weight.dtype):
         return weight
+    if weight.dim() != 4 or 0 in weight.shape or not 1 <= stride < _MAX_STEP or not 0 <= padding < _MAX_STEP:
+        raise ValueError(f"conv2d: weight has shape {tuple(weight.shape)}, stride is {stride}, padding {padding}")
     sides = [stride] * 2, [1] * 2
     made: Tensor = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), [padding] * 2, *sides, 1)
     return made
@@ -158,12 +165,14 @@ def conv2d_native(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tenso
     """`conv2d` by kernels/cpu/matmul_amx.cpp. bfloat16, weights packed.
 
     Raises:
-        ValueError: weight is not of x's channels or dtype.
+        ValueError: weight is not of x's channels or dtype, or stride and padding do not fit.
     """
     rows, channels, height, width = x.shape
-    side = math.isqrt(weight.shape[1] * STEP // channels)
-    if side * side * channels != weight.shape[1] * STEP or x.dtype != weight.dtype:
+    side = math.isqrt(weight.shape[1] * STEP // max(1, channels))
+    fits = 0 < side * side * channels == weight.shape[1] * STEP and channels % STEP == 0
+    if not fits or x.dtype != weight.dtype or x.device != weight.device:
         raise ValueError(f"conv2d: x is {tuple(x.shape)} {x.dtype}, the packed weight is of other channels or dtype")
+    _check_sides(x, side, stride, padding)
     x = x.contiguous(memory_format=torch.channels_last)
     out_height, out_width = ((size + 2 * padding - side) // stride + 1 for size in (height, width))
     out = weight.shape[0] * PANEL
@@ -242,8 +251,12 @@ def _check(x: Tensor, weight: Tensor, stride: int, padding: int) -> None:
         raise TypeError(f"conv2d: weight is {weight.dtype}, expected {x.dtype} as x")
     if weight.device != x.device:
         raise ValueError(f"conv2d: weight is on {weight.device}, expected {x.device} as x")
-    smallest = min(x.shape[2:]) + 2 * padding
-    if stride < 1 or padding < 0 or smallest < weight.shape[2]:
+    _check_sides(x, weight.shape[2], stride, padding)
+
+
+def _check_sides(x: Tensor, side: int, stride: int, padding: int) -> None:
+    # A native body takes 64 bits of a number and no more.
+    if not 1 <= stride < _MAX_STEP or not 0 <= padding < _MAX_STEP or min(x.shape[2:]) + 2 * padding < side:
         raise ValueError(
-            f"conv2d: stride {stride} and padding {padding} do not fit {tuple(x.shape)} and a filter of {weight.shape[2]}"
+            f"conv2d: stride {stride} and padding {padding} do not fit {tuple(x.shape)} and a filter of {side}"
         )

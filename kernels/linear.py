@@ -11,7 +11,7 @@ from ldmrt.kernels import memory, native
 # A panel of weights is so many columns of the result, packed in steps of so many terms, as kernels/cpu/matmul_amx.cpp reads them:
 # two tiles of 16 columns, of pairs of terms.
 PANEL, STEP = 32, 32
-_PACKED_DIMENSIONS = 6
+_PACKED = (2, 16, 16, 2)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -48,8 +48,10 @@ def linear_native(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gate
         gated: weight was packed so; the result is then that of `ldmrt.kernels.linear_geglu`, (..., O / 2).
     """
     inner, out = weight.shape[1] * STEP, weight.shape[0] * PANEL
-    if x.shape[-1] != inner or x.dtype != weight.dtype:
+    if x.shape[-1] != inner or x.dtype != weight.dtype or x.device != weight.device:
         raise RuntimeError(f"linear: x is {tuple(x.shape)} {x.dtype}, expected (..., {inner}) {weight.dtype} as weight")
+    if bias is not None and (bias.shape != (out,) or bias.device != weight.device):
+        raise RuntimeError(f"linear: bias has shape {tuple(bias.shape)}, expected ({out},)")
     lines = x.reshape(-1, inner)
     if lines.stride(1) != 1:
         lines = lines.contiguous()
@@ -87,14 +89,21 @@ def takes_packed(weight: Tensor, inner: int) -> bool:
 def pack(weight: Tensor) -> Tensor:
     """From (O, K), numbers of 2 bytes on the CPU, to (panels, steps, 2 tiles, 16 pairs, 16 columns, 2 terms)."""
     out, inner = weight.shape
-    packed = weight.new_empty(out // PANEL, inner // STEP, 2, 16, 16, 2)
+    packed = weight.new_empty(out // PANEL, inner // STEP, *_PACKED)
     native.run("ldmrt_pack", weight.contiguous(), packed, out, inner)
     return packed
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether a weight is what `pack` made."""
-    return weight.dim() == _PACKED_DIMENSIONS
+    """Whether a weight is as `pack` makes it. The body reads it unchecked, and a graph may give any tensor as a weight."""
+    return (
+        weight.dim() == 2 + len(_PACKED)
+        and weight.shape[2:] == _PACKED
+        and weight.dtype == torch.bfloat16
+        and weight.is_contiguous()
+        and weight.device.type == "cpu"
+        and native.takes_packed()
+    )
 
 
 def _gated(values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ldmrt.kernels import memory, native
 Tile = Literal[2, 4]
 # Columns of packed weights that lie side by side, as kernels/cpu/winograd.cpp reads them.
 PANEL = 16
-_PACKED_DIMENSIONS = 5
+_TILES: tuple[Tile, ...] = (2, 4)
 
 # Pixels from which a picture has so many tiles of 4 x 4 that weights of any number are worth reading at 36 points.
 _LARGE = 1024
@@ -51,16 +51,33 @@ def tile(weight: Sequence[int], height: int, width: int) -> Tile | None:
 
 
 def pack(weight: Tensor, size: Tile) -> Tensor:
-    """From (O, C, 3, 3), float32 on the CPU, O and C multiples of 16, to (S, S, O / 16, C, 16): at S^2 points, S = size + 2."""
-    out, channels = weight.shape[:2]
+    """From (O, C, 3, 3), float32 on the CPU, O and C multiples of 16, to (S, S, O / 16, C, 16): at S^2 points, S = size + 2.
+
+    Raises:
+        ValueError: the weight is another one.
+    """
+    out, channels, *sides = weight.shape
+    if sides != [3, 3] or out % PANEL or channels % PANEL or weight.dtype != torch.float32 or size not in _TILES:
+        raise ValueError(
+            f"conv2d: weight is {tuple(weight.shape)} {weight.dtype}, which has no form for tiles of {size}"
+        )
     packed = weight.new_empty(size + 2, size + 2, out // PANEL, channels, PANEL)
     native.run("ldmrt_winograd_pack", weight.contiguous(), packed, out, channels, size)
     return packed
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether a weight is what `pack` made."""
-    return weight.dim() == _PACKED_DIMENSIONS
+    """Whether a weight is as `pack` makes it. The body reads it unchecked, and a graph may give any tensor as a weight."""
+    return (
+        weight.dim() == 5
+        and weight.shape[0] == weight.shape[1]
+        and weight.shape[0] - 2 in _TILES
+        and weight.shape[3] % PANEL == 0
+        and weight.shape[4] == PANEL
+        and weight.dtype == torch.float32
+        and weight.is_contiguous()
+        and native.serves(weight)
+    )
 
 
 def conv2d_winograd(x: Tensor, weight: Tensor) -> Tensor:
@@ -70,7 +87,7 @@ def conv2d_winograd(x: Tensor, weight: Tensor) -> Tensor:
         ValueError: weight is not of x's channels or dtype.
     """
     rows, channels, height, width = x.shape
-    if weight.shape[3] != channels or x.dtype != weight.dtype:
+    if weight.shape[3] != channels or x.dtype != weight.dtype or x.device != weight.device:
         raise ValueError(f"conv2d: x is {tuple(x.shape)} {x.dtype}, the packed weight is of other channels or dtype")
     x = x.contiguous(memory_format=torch.channels_last)
     out = weight.shape[2] * PANEL

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ldmrt.engines.protocol import TensorSpec
-from ldmrt.errors import BundleError, EngineMismatch
+from ldmrt.errors import BundleError, EngineMismatch, LdmrtError
 from ldmrt.graph import Argument, Dim, Graph, Node, Ref, substitute
 from ldmrt.kernels.convolution import arranged_weight
 from ldmrt.kernels.linear import arranged_gated, arranged_linear
@@ -107,7 +107,12 @@ class TorchEngine:
         self._outputs = graph.output_specs()
         self._bound_inputs: list[torch.Tensor] = []
         self._bound_outputs: list[torch.Tensor] = []
-        self._assemble()
+        try:
+            self._assemble()
+        except (LdmrtError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise self._explain(None, error) from error
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -242,7 +247,9 @@ class TorchEngine:
         key = hashlib.sha256(recipe.key.encode()).hexdigest()
         try:
             return self.parameters.derived(key, recipe.reads, recipe.make)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except (LdmrtError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
             raise self._explain(recipe.last, error) from error
 
     def _with_frees(self, instructions: list[_Instruction], results: list[int]) -> list[_Instruction]:
@@ -270,15 +277,17 @@ class TorchEngine:
         raise EngineMismatch(f"{self.graph.name}: no input has the dimension {dim.name!r}")
 
     def _explain(self, function: Callable[..., Any] | None, error: Exception) -> Exception:
-        """What to raise when an operator fails, which it does in a damaged graph, or for want of memory."""
+        """What to raise when an operator fails, which it does in a damaged graph, or for want of memory. What an operator raises of
+        arguments that make no sense may be any error.
+        """
         reason = " ".join(str(error).split())[:200]
-        if "can't allocate memory" in reason:
+        if isinstance(error, MemoryError) or "allocate memory" in reason:
             return EngineMismatch(
                 f"{self.graph.name}: there is not enough memory; use a smaller size or batch ({reason})"
             )
+        what = "it cannot be laid out" if function is None else f"operator {function} failed"
         return BundleError(
-            f"{self.graph.name}: operator {function} failed ({reason}): the bundle is damaged, "
-            "build it again with `ldmrt build-engines`"
+            f"{self.graph.name}: {what} ({reason}): the bundle is damaged, build it again with `ldmrt build-engines`"
         )
 
     def _wrong_output(self, result: Any, expected: Sequence[int | str]) -> BundleError:
@@ -304,9 +313,9 @@ class TorchEngine:
                     )
                 for number in dying:
                     registers[number] = None
-        except torch.OutOfMemoryError:
+        except (LdmrtError, torch.OutOfMemoryError):
             raise
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except Exception as error:
             raise self._explain(function, error) from error
         return self._result(registers)
 

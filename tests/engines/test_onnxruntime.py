@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 import torch
 
@@ -122,6 +123,29 @@ def test_a_file_that_is_not_onnx(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="ONNX Runtime cannot open") as caught:
         OnnxRuntimeEngine(path, threads=1)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("way", ["a path that leaves", "a full path", "a link that leaves", "a folder that leaves"])
+def test_weights_are_read_from_the_model_s_own_folder_alone(tmp_path: Path, way: str) -> None:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    written(folder, 3)
+    weights = (folder / "weights.safetensors").rename(tmp_path / "weights.safetensors")
+    place = {
+        "a path that leaves": "../weights.safetensors",
+        "a full path": str(weights),
+        "a folder that leaves": "up/weights.safetensors",
+    }.get(way, "weights.safetensors")
+    if way == "a link that leaves":
+        (folder / place).symlink_to(weights)
+    (folder / "up").symlink_to(tmp_path)
+    model = onnx.load(folder / "layer.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = place if entry.key == "location" else entry.value
+    (folder / "layer.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(BundleError, match="ONNX Runtime cannot open"):
+        OnnxRuntimeEngine(folder / "layer.onnx", threads=1)
 
 
 def test_without_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,6 +22,8 @@ def _text(value: str) -> str:
     return value
 
 
+# In a form numbers are text, of which pydantic would take `5_12`, `+5` and ` 5 ` too.
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?", re.ASCII)
 Text = Annotated[str, AfterValidator(_text)]
 
 
@@ -131,10 +134,23 @@ def parse_form(kind: type[F], values: dict[str, str]) -> F:
     Raises:
         HttpError: 400.
     """
+    for name in _numbers(kind) & values.keys():
+        if not _NUMBER.fullmatch(values[name]):
+            raise bad_request(f"{name} is no number, expected one such as 7", name)
     try:
         return kind.model_validate_strings(values)
     except ValidationError as error:
         raise explained(error.errors(include_input=False, include_url=False)) from None
+
+
+@cache
+def _numbers(kind: type[Fields]) -> frozenset[str]:
+    """What the fields of numbers may be called."""
+    fields = {
+        name: field for name, field in kind.model_fields.items() if field.annotation in (int | None, float | None)
+    }
+    others = [field.validation_alias for field in fields.values()]
+    return frozenset(fields) | {str(name) for one in others if isinstance(one, AliasChoices) for name in one.choices}
 
 
 def explained(errors: Any) -> HttpError:

@@ -93,7 +93,9 @@ async def edits(request: Request) -> Response:
         raise bad_request(f"mask has {_size(mask.size)} pixels, expected the image's {_size(image.size)}", "mask")
     if mask is None and here.engine.facts.takes_mask and image.has_transparency_data:
         mask = image
-    given = {"image": image.convert("RGB"), **({} if mask is None else {"mask_image": mask_of(mask)})}
+    given = await here.aside(
+        lambda: {"image": image.convert("RGB"), **({} if mask is None else {"mask_image": mask_of(mask)})}
+    )
     return await _answer(request, fields, "image_edit", **given)
 
 

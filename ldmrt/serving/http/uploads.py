@@ -47,14 +47,14 @@ async def read_form(request: Request, limits: Limits) -> Form:
     )
     parser.spool_max_size = limits.form_bytes
     try:
-        data = await parser.parse()
+        return await _sorted(await parser.parse())
     except (MultiPartException, KeyError, ValueError):
         message = "the form cannot be read: send one of a few fields, one image, and perhaps a mask"
         raise HttpError(400, "invalid_form", message, headers={"x-should-retry": "false"}) from None
-    try:
-        return await _sorted(data)
     finally:
-        await data.close()
+        # Not `FormData.close`: a part that has no end is not in there, and its file would be left to the garbage collector.
+        for file in parser._files_to_close_on_error:
+            file.close()
 
 
 async def _sorted(data: FormData) -> Form:
@@ -93,8 +93,9 @@ def open_picture(data: bytes, limits: Limits, *, param: str) -> Image.Image:
                 raise bad_request(message, param)
             image.load()
             return ImageOps.exif_transpose(image)
-    # Pillow's own words may name addresses of memory, and its warnings are of pictures that are too large.
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except HttpError:
+        raise
+    except Exception:  # noqa: BLE001 - Pillow raises anything, in words that may name addresses of memory
         raise bad_request(f"{param} cannot be read as a picture: send PNG, JPEG or WebP", param) from None
 
 

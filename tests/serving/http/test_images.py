@@ -306,6 +306,25 @@ def test_edits_that_cannot_be(bad: Served, files: dict[str, Any], fields: dict[s
         refused(answer, 400, param)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("n", value) for value in ("1_0", "+2", " 2 ", "２", "0x2", "", "2,0", "true", "\ud800")],
+        *[("strength", value) for value in ("1_0", " .5", "+0.5", "０.５", "NaN", "1e999", ".5", "0_0.5")],
+        *[("stream", value) for value in ("2", "ja", "")],
+        ("seed", "9" * 5000),
+        ("prompt", "a\0b"),
+        ("size", "５１２x512"),
+    ],
+    ids=_short,
+)
+def test_a_form_s_values_are_no_more_than_they_say(bad: Served, field: str, value: str) -> None:
+    image = png(Image.new("RGB", (64, 64)))
+    sent = value.encode("utf-8", "surrogatepass")
+    answer = bad.client.post("/v1/images/edits", files={"image": image}, data={"steps": "3", field: sent})
+    refused(answer, 400, field)
+
+
 def test_an_edit_of_json_is_415(bad: Served) -> None:
     answer = bad.client.post("/v1/images/edits", json={"prompt": "a"})
     assert refused(answer, 415)["code"] == "unsupported_media_type"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,13 +13,21 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from ldmrt.errors import BadRequest
-from ldmrt.serving.http import create_app
+from ldmrt.pipeline import Pipeline
+from ldmrt.serving.http import Limits, create_app
 from ldmrt.serving.http.keys import OPEN, VARIABLE, Keys
 
-from .conftest import Serving, refused
+from .conftest import Served, Serving, refused, running
 
 KEY, OTHER = "k" * 24, "o" * 24
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+
+
+@pytest.fixture(scope="module")
+def closed() -> Iterator[Served]:
+    """One server, and so one pipeline, for all who have no key."""
+    with running(Pipeline.from_bundle(device="cpu"), (KEY,), Limits()) as one:
+        yield one
 
 
 def routes(app: object) -> set[str]:
@@ -43,6 +54,34 @@ def test_every_route_is_closed_but_those_that_say_nothing(serving: Serving) -> N
     for path in OPEN:
         assert served.client.get(path, headers={"authorization": ""}).status_code == 200
     assert served.batcher.stats().received == 0
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/metrics/", "//metrics", "/./metrics", "/%6detrics", "/metrics%2f", "/%2fmetrics", "/health/live/../../metrics", "/health/live/..%2f..%2fmetrics",
+        "/health/live%2f..%2f..%2fmetrics", "/health/live;/metrics", "/metrics;/health/live", "/metrics?/health/live", "/health//live", "/HEALTH/LIVE", "/health/live/",
+        "/health/live%00", "/health/live%20", "/\\metrics", "http://localhost/metrics", "http://localhost/v1/models", "/v1/models/%2e%2e", "/v1//models", "*", "/%",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS", "get", "PROPFIND"])
+def test_no_spelling_of_a_path_opens_it(closed: Served, method: str, target: str) -> None:
+    host, port = closed.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    assert re.match(rb"HTTP/1\.1 40[01] ", answer), answer
+    assert b"ldmrt_" not in answer
+    assert b"shapes" not in answer
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("GET", "HEAD")])
+def test_an_open_path_is_open_for_reading_alone(closed: Served, method: str) -> None:
+    for path in sorted(OPEN):
+        answer = closed.client.request(method, path, headers={"authorization": ""})
+        assert answer.status_code == 405, (method, path)
 
 
 def test_who_has_one_of_the_keys_is_served(serving: Serving) -> None:

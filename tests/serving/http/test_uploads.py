@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from typing import Any
@@ -73,6 +74,53 @@ def test_what_is_refused(data: bytes) -> None:
     assert (caught.value.status, caught.value.param) == (400, "mask")
     assert "0x7" not in caught.value.message
     assert "BytesIO" not in caught.value.message
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_of_many_frames_there_is_the_first(form: str) -> None:
+    frames = [Image.new("RGB", (8, 4), colour) for colour in ("red", *["blue", "green"] * 100)]
+    out = io.BytesIO()
+    frames[0].save(out, format=form, save_all=True, append_images=frames[1:], lossless=True)
+    assert open_picture(out.getvalue(), LIMITS, param="image").convert("RGB").getpixel((0, 0))[0] > 200
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
+def test_a_png_of_any_mode(mode: str) -> None:
+    data = written("PNG", mode=mode)
+    assert open_picture(data, LIMITS, param="image").convert("RGB").size == (8, 4)
+    assert mask_of(open_picture(data, LIMITS, param="mask")).size == (8, 4)
+
+
+def test_a_text_that_unpacks_to_more_than_it_may() -> None:
+    text = b"zTXt" + b"a\0\0" + zlib.compress(bytes(64 << 20))
+    png = written("PNG")
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    with pytest.raises(HttpError, match="image cannot be read as a picture"):
+        open_picture(png[:33] + chunk + png[33:], LIMITS, param="image")
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_damage_is_refused_or_harmless(form: str) -> None:
+    """Each byte wrong, and the file ended at each: Pillow's errors are many, and none of them comes through."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "text"
+    data = written(form, (12, 8), exif=exif.tobytes())
+    refused: list[HttpError] = []
+    for position in range(len(data)):
+        for damaged in (data[:position], data[:position] + bytes([data[position] ^ 0x81]) + data[position + 1 :]):
+            try:
+                picture = open_picture(damaged, LIMITS, param="image")
+            except HttpError as error:
+                refused.append(error)
+            else:
+                width, height = picture.size
+                assert width * height <= LIMITS.upload_pixels
+                picture.convert("RGB")
+    assert len(refused) > len(data) / 2
+    says = (
+        r"image (cannot be read as a picture: send PNG, JPEG or WebP|has \d+x\d+ pixels, expected at most 1000 in all)"
+    )
+    assert all(error.status == 400 and re.fullmatch(says, error.message) for error in refused)
 
 
 def test_the_limit_of_pixels() -> None:
