@@ -22,7 +22,7 @@ MARKS  ?= not slow and not gpu and not rtx and not browser
 # Python files are not listed: the install is editable, so they are used as they are.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: demo test test-rtx test-browser check format-check lint types check-native sanitize bench-quick soak benchmarks format builtin clean
+.PHONY: demo test test-rtx test-browser check format-check lint types check-native sanitize bench-quick soak benchmarks format builtin installed clean
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/ldmrt generate "a red circle on a white background" --seed 2 --out demo.png
@@ -87,6 +87,9 @@ format: $(VENV)/.stamp-lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# All that the other targets install, at once.
+installed: $(VENV)/.stamp-lint $(VENV)/.stamp-rtx $(VENV)/.stamp-browser
+
 # pip learnt dependency groups in 25.1.
 $(VENV)/.stamp-venv:
 	@$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else 'ldmrt needs Python 3.11 to 3.13, and $(PYTHON) is ' + sys.version.split()[0] + '; name another one: make PYTHON=python3.11')"
@@ -105,7 +108,7 @@ $(VENV)/.stamp-test: $(SOURCES) | $(VENV)/.stamp-venv
 	@touch $@ $(VENV)/.stamp-demo
 
 $(VENV)/.stamp-rtx: $(VENV)/.stamp-test
-	$(INSTALL) --editable ".[tensorrt-rtx]"
+	$(INSTALL) "ldmrt[tensorrt-rtx]"
 	@touch $@
 
 $(VENV)/.stamp-browser: $(VENV)/.stamp-test
