@@ -6,12 +6,17 @@ import json
 import random
 from typing import Any
 
-VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 16, 64, 255, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64, -(2**31), -(2**63), 10**30, 10**400,
-    0.5, -0.0, 1e308, 5e-324, float("nan"), float("inf"), -float("inf"), "", " ", "a", "1", "nan", "..", "../../etc/passwd", "/etc/passwd", "a\0b", "\ud800", "\n",
-    "\x1b[2J", "x" * 5000, "é", "💥", "__class__", "{}", "http://127.0.0.1:9/", [], [[]], {}, [None], [0] * 100, {"": {}}, {"ref": "x"}, {"dim": "rows", "factor": 2**40},
-    {"dtype": "quint8"}, {"float": "nan"},
+_NUMBERS: tuple[Any, ...] = (
+    0, 1, -1, 2, 3, 7, 16, 64, 255, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64, -(2**31), -(2**63), 10**30, 10**400, 0.5, -0.0, 1e308, 5e-324,
+    float("nan"), float("inf"), -float("inf"), True, False,
 )  # fmt: skip
+_TEXTS: tuple[Any, ...] = (
+    "", " ", "a", "1", "nan", "..", "../../etc/passwd", "/etc/passwd", "a\0b", "\ud800", "\n", "\x1b[2J", "x" * 5000, "é", "💥", "__class__", "{}", "http://127.0.0.1:9/",
+)  # fmt: skip
+_OTHERS: tuple[Any, ...] = (
+    None, [], [[]], {}, [None], [0] * 100, {"": {}}, {"ref": "x"}, {"dim": "rows", "factor": 2**40}, {"dtype": "quint8"}, {"float": "nan"}, [2**40], [-1, -1], ["a", "b"],
+)  # fmt: skip
+VALUES = (*_NUMBERS, *_TEXTS, *_OTHERS)
 
 
 def damaged(draw: random.Random, data: bytes, *, first: int | None = None) -> bytes:
@@ -55,7 +60,14 @@ def changed(draw: random.Random, value: Any, times: int | None = None) -> Any:
         holder, key = draw.choice(places)
         way = draw.randrange(8)
         if way <= 3:
-            holder[key] = draw.choice(VALUES)
+            alike = (
+                _NUMBERS
+                if isinstance(holder[key], int | float)
+                else _TEXTS
+                if isinstance(holder[key], str)
+                else _OTHERS
+            )
+            holder[key] = draw.choice(alike if draw.random() < 0.7 else VALUES)
         elif way == 4:
             other, its = draw.choice(places)
             holder[key] = json.loads(json.dumps(other[its]))

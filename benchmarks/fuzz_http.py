@@ -415,7 +415,8 @@ def complaint(sent: bytes, answer: Answer, *, closed: bool) -> str | None:
         return f"it says {leak[0]!r}"
     if CANARY.encode() in said:
         return "it repeats the prompt"
-    plain = b"Invalid HTTP request received." in answer.body  # uvicorn's own, of what is no HTTP
+    # uvicorn's own, of what is no HTTP; to HEAD it has no body.
+    plain = answer.status == 400 and b"text/plain" in answer.headers
     if answer.status >= 400 and not plain and answer.body and not _is_envelope(answer.body):
         return "an error in another form"
     if answer.status >= 400 and not plain and b"x-request-id" not in answer.headers.lower():

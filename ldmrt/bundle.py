@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ldmrt import tokenizer
 from ldmrt.components import CLASS_LABELS, CONTROLLED_STEP, CONTROLNET_NAME, LAYOUT, SEGMENTATION, STEP
 from ldmrt.engines.activation import ActivationMemory
 from ldmrt.engines.protocol import Engine, TensorSpec
@@ -29,6 +30,8 @@ from ldmrt.weights import WeightFile, read_header, sha256
 
 FORMAT = 1
 MANIFEST = "ldmrt.json"
+# Bytes of the manifest, and of a graph: ten times what the largest have.
+_LARGEST_JSON = 16 << 20
 # The kind of a model that finishes what another has begun.
 REFINER = "stable-diffusion-xl-refiner"
 
@@ -327,7 +330,7 @@ class Bundle:
                 f"{folder} {hint}it has no {MANIFEST}; build one with `ldmrt build-engines MODEL --out DIR`"
             )
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
+            data = json.loads(_text(file))
             found = data["format"] if isinstance(data, dict) else None
             if found != FORMAT:
                 raise BundleError(
@@ -396,10 +399,19 @@ class Bundle:
         return path
 
     def check_tokenizers(self) -> dict[str, Path]:
-        """The folder of each text encoder's tokenizer, all files checked."""
-        for record in self.manifest.tokenizer_files:
-            self.checked(record)
-        return {encoder: self.locate(name) for encoder, name in self.manifest.model.tokenizers.items()}
+        """The folder of each text encoder's tokenizer, all files checked.
+
+        Raises:
+            BundleError: a file is missing or damaged, or there is one that the manifest does not name.
+        """
+        named = {self.checked(record) for record in self.manifest.tokenizer_files}
+        folders = {encoder: self.locate(name) for encoder, name in self.manifest.model.tokenizers.items()}
+        for path in (folder / name for folder in folders.values() for name in tokenizer.FILES):
+            if path not in named and path.exists():
+                raise BundleError(
+                    f"{path} would be read, and {self.path / MANIFEST} does not name it: remove it, or build the bundle again"
+                )
+        return folders
 
     def find(
         self,
@@ -421,12 +433,20 @@ class Bundle:
         return sorted(found, key=lambda engine: engine.rows or 0)
 
     def graph(self, record: EngineRecord) -> Graph:
-        """The graph of a `torch` engine."""
+        """The graph of a `torch` engine.
+
+        Raises:
+            BundleError: a file is missing or damaged, or is no graph.
+        """
         path = self.checked(record.files[0])
+        try:
+            text = _text(path)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path} cannot be read ({str(error)[:120]}); build the bundle again") from error
         constants = {
             name: tensor for extra in record.files[1:] for name, tensor in WeightFile(self.checked(extra)).items()
         }
-        return from_json(path.read_text(encoding="utf-8"), constants, where=str(path))
+        return from_json(text, constants, where=str(path))
 
     def load(self, record: EngineRecord, device: torch.device, *, weight_budget: int | None = None) -> Engine:
         """Load an engine onto a device. Weights are shared between the engines of one opened bundle.
@@ -549,6 +569,19 @@ class Bundle:
         if parameters is not None and file is not None:
             parameters.unload()
             file.unmap()
+
+
+def _text(path: Path) -> str:
+    """A JSON file as text.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is too large, or is no text.
+    """
+    size = path.stat().st_size
+    if size > _LARGEST_JSON:
+        raise ValueError(f"it has {size} bytes, expected {_LARGEST_JSON} at most")
+    return path.read_text(encoding="utf-8")
 
 
 def _as_agreed(record: EngineRecord, engine: Engine) -> Engine:

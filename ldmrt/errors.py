@@ -6,9 +6,20 @@ The command line prints it as it stands, so it must read well without a tracebac
 
 from __future__ import annotations
 
+# Characters of a message. Names in it may be as long as whoever wrote a file liked.
+_LONGEST = 2000
+
 
 class LdmrtError(Exception):
     """Base of all errors raised by ldmrt. `except ldmrt.LdmrtError` catches each of the others."""
+
+    def __str__(self) -> str:
+        """The message, one line whatever the names in it: what a terminal would not print but obey is escaped."""
+        text = super().__str__()
+        if text.isprintable() and len(text) <= _LONGEST:
+            return text
+        shown = text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+        return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in shown)
 
 
 class BadRequest(LdmrtError, ValueError):

@@ -19,6 +19,8 @@ from ldmrt.errors import BadRequest, BundleError
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 TimestepSpacing = Literal["leading", "linspace", "trailing"]
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+# Training timesteps: a thousand times those of any model.
+_MOST_STEPS = 1 << 20
 
 # What a diffusers class means by a key that its configuration file leaves out, where that differs from _DEFAULTS.
 # Files written by old versions carry few keys, so these decide real pictures.
@@ -111,8 +113,8 @@ class NoiseSchedule:
             raise _unsupported(
                 "trained_betas", f"{len(self.trained_betas)} values", f"{self.train_steps}, one a timestep"
             )
-        if self.train_steps < 1:
-            raise _unsupported("num_train_timesteps", self.train_steps, "at least 1")
+        if not 1 <= self.train_steps <= _MOST_STEPS:
+            raise _unsupported("num_train_timesteps", self.train_steps, f"1 to {_MOST_STEPS}")
         if not self.clip_sample_range > 0:
             raise _unsupported("clip_sample_range", self.clip_sample_range, "a positive number")
         if not 0 < self.dynamic_thresholding_ratio <= 1:
@@ -194,7 +196,7 @@ class NoiseSchedule:
             )
         except BadRequest:
             raise
-        except (TypeError, ValueError) as error:
+        except (ArithmeticError, TypeError, ValueError) as error:
             raise BadRequest(f"scheduler_config.json holds a value of the wrong type: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -221,7 +223,7 @@ class NoiseSchedule:
                     "clip_sample_range": math.inf if clip is None else clip,
                 }
             )
-        except (TypeError, ValueError) as error:
+        except (ArithmeticError, TypeError, ValueError) as error:
             raise BundleError(
                 f"the bundle's noise schedule cannot be read ({error}): build the bundle again"
             ) from error

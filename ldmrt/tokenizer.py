@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +33,16 @@ _SPECIAL = {
     "pad_token": "<|endoftext|>",
 }
 _DEFAULT_LENGTH = 77
+# What is read of a folder.
+FILES = (
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 # Where no limit is known, transformers writes int(1e30).
 _LONGEST = 1 << 20
 # Text is in lower case, and UTF-8 has no such bytes.
@@ -112,7 +123,7 @@ class Tokenizer:
             listed = _read_json(folder / "special_tokens_map.json")
             special |= {key: value for key in _SPECIAL if (value := listed.get(key)) is not None}
         special = _SPECIAL | special
-        try:
+        with _reading(folder):
             backend = Backend(_model(folder, whole, unk_token=_content(special["unk_token"])))
             backend.normalizer = normalizers.Sequence(
                 [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -126,12 +137,6 @@ class Tokenizer:
             added = _added_tokens(folder, config, whole, special)
             known = backend.get_vocab_size(with_added_tokens=False)
             backend.add_tokens([_added_token(value) for value in [*added.values(), *special.values()]])
-        except BundleError:
-            raise
-        except Exception as error:
-            raise BundleError(
-                f"the tokenizer in {folder} cannot be read ({' '.join(str(error).split())[:200]}); copy or build it again"
-            ) from error
         for token_id, value in added.items():
             found = backend.token_to_id(_content(value))
             if found != token_id:
@@ -161,13 +166,9 @@ class Tokenizer:
         cls, folder: Path, config: dict[str, Any], whole: dict[str, Any], model_max_length: int | None
     ) -> Tokenizer:
         """BERT's (`ldmrt.wordpiece`), whose windows begin with [CLS] and end with [SEP]."""
-        special = {key: _content(config.get(key) or token) for key, token in wordpiece.SPECIAL.items()}
-        try:
+        with _reading(folder):
+            special = {key: _content(config.get(key) or token) for key, token in wordpiece.SPECIAL.items()}
             backend = wordpiece.read(folder, config, whole, special)
-        except Exception as error:
-            raise BundleError(
-                f"the tokenizer in {folder} cannot be read ({' '.join(str(error).split())[:200]}); copy or build it again"
-            ) from error
         vocabulary = backend.get_vocab()
         return cls(
             backend,
@@ -297,6 +298,19 @@ def window_ends(ids: list[int], room: int, comma_id: int | None, within: Contain
     return [*ends, len(ids)]
 
 
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Whatever damaged files come to is one error. The tokenizers library raises plain exceptions, and where it panics what is none."""
+    try:
+        yield
+    except (BundleError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise BundleError(
+            f"the tokenizer in {folder} cannot be read ({' '.join(str(error).split())[:200]}); copy or build it again"
+        ) from error
+
+
 def _model(folder: Path, whole: dict[str, Any], *, unk_token: str) -> models.BPE:
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     settings: dict[str, Any] = {
@@ -360,7 +374,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(
             f"{path} cannot be read ({' '.join(str(error).split())[:200]}); copy or build it again"
         ) from error

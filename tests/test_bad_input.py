@@ -266,6 +266,16 @@ def forge(bundle: Path, component: str, change: Callable[[dict[str, Any]], objec
     (bundle / MANIFEST).write_text(json.dumps(data), encoding="utf-8")
 
 
+def overwritten(bundle: Path, component: str, content: bytes) -> None:
+    """Put something else in the place of a component's graphs, with its hash in the manifest."""
+    data = manifest_of(bundle)
+    for engine in data["engines"]:
+        if engine["component"] == component:
+            (bundle / engine["files"][0]["file"]).write_bytes(content)
+            engine["files"][0]["sha256"] = hashlib.sha256(content).hexdigest()
+    (bundle / MANIFEST).write_text(json.dumps(data), encoding="utf-8")
+
+
 def names(data: dict[str, Any], file: str) -> None:
     """Have the manifest name another weight file."""
     next(iter(data["weights"].values()))["file"] = file
@@ -318,6 +328,21 @@ BAD_BUNDLES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "tokenizer flipped": (lambda b: flip(b / "tokenizer/merges.txt"), ("merges.txt", "damaged")),
     "weights missing": (lambda b: next(b.glob("weights/vae*")).unlink(), ("vae", "missing")),
     "tokenizer missing": (lambda b: shutil.rmtree(b / "tokenizer"), ("tokenizer", "missing")),
+    "a tokenizer's file that nobody named": (
+        lambda b: (b / "tokenizer/added_tokens.json").write_text("{}"),
+        ("added_tokens.json", "does not name"),
+    ),
+    "a tokenizer's link that nobody named": (
+        lambda b: (b / "tokenizer/vocab.txt").symlink_to("/etc/hostname"),
+        ("vocab.txt", "does not name"),
+    ),
+    "a manifest of 20 MB": (lambda b: (b / MANIFEST).write_text("[" + "1," * (10 << 20)), ("ldmrt.json", "at most")),
+    "a graph that is no text": (lambda b: overwritten(b, "step", b"\xff\xfe{"), ("step", "cannot be read")),
+    "a graph of 20 MB": (lambda b: overwritten(b, "step", b" " * (20 << 20)), ("step", "at most")),
+    "more timesteps than there is memory": (
+        lambda b: change_manifest(b, lambda d: d["model"]["schedule"].update(train_steps=2**40)),
+        ("num_train_timesteps", "expected 1 to"),
+    ),
     "a path with ..": (lambda b: change_manifest(b, lambda d: names(d, "../x.safetensors")), ("outside",)),
     "an absolute path": (lambda b: change_manifest(b, lambda d: names(d, "/etc/passwd")), ("outside",)),
     "a path with a null": (lambda b: change_manifest(b, lambda d: names(d, "weights/\0")), ("ldmrt.json",)),
@@ -337,6 +362,18 @@ def test_bundles(bundle: Path, case: str) -> None:
     damage, words = BAD_BUNDLES[case]
     damage(bundle)
     complaint(lambda: draw(bundle), *words)
+
+
+def test_a_message_is_one_line_whatever_the_names_in_it(bundle: Path) -> None:
+    """A terminal would obey some of them."""
+    forge(bundle, "step", lambda graph: graph["outputs"].append(["a", "\x1b[2J\n\ud800" + "x" * 5000]))
+    with pytest.raises(BundleError) as caught:
+        draw(bundle)
+    text = str(caught.value)
+    assert text.isprintable()
+    assert len(text) < 2500
+    assert text.endswith("rebuild it with `ldmrt build-engines`")
+    assert str(BundleError("a\tb\r\x9b31m\u202e")) == "a\\tb\\r\\x9b31m\\u202e"
 
 
 def test_a_model_is_not_a_bundle(tiny_model: Path) -> None:

@@ -27,7 +27,7 @@ PEER = ROOT / "ldmrt" / "bench" / "peer.py"
 
 
 def faults(source: str, *, modules: set[str]) -> Iterator[str]:
-    """Everything in a source that is not allowed, with its line."""
+    """Everything in a source that is not allowed, calls with their lines."""
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -36,7 +36,7 @@ def faults(source: str, *, modules: set[str]) -> Iterator[str]:
             names = [node.module or ""]
         for name in names:
             if name.partition(".")[0] in modules:
-                yield f"line {node.lineno}: imports {name}"
+                yield f"imports {name}"
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             if called in BUILTINS or called in CALLS:
@@ -90,5 +90,5 @@ def test_no_source_loads_code_runs_a_shell_or_unpickles(paths: list[Path], modul
 
 def test_the_one_place_that_reads_pickles_lets_them_make_tensors_alone() -> None:
     found = list(faults(CONVERT.read_text(encoding="utf-8"), modules=MODULES))
-    assert sorted(fault.partition(": ")[2] for fault in found) == ["calls torch.load", "imports pickle"]
+    assert sorted(fault.rpartition(": ")[2] for fault in found) == ["calls torch.load", "imports pickle"]
     assert "weights_only=True" in CONVERT.read_text(encoding="utf-8")

@@ -13,7 +13,10 @@ from ldmrt.cli import app
 from tests import kinds
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -21,6 +24,17 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_and_sources_that_are_named_exist(page: Path) -> None:
+    named = re.findall(
+        r"`((?:tests|ldmrt|kernels|export|benchmarks)/[\w/.-]+\.(?:py|jsonl))(?:::(\w+))?`", page.read_text()
+    )
+    assert named or page.name != "SECURITY.md"
+    for file, function in named:
+        assert (ROOT / file).is_file(), file
+        assert not function or f"\ndef {function}(" in (ROOT / file).read_text(), f"{file}::{function}"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/embedding.md", "docs/tasks.md"])

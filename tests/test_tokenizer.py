@@ -178,6 +178,29 @@ def tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_folder(folder)
 
 
+def test_what_the_library_panics_at_is_an_error_of_ours(tmp_path: Path) -> None:
+    """A merge whose result is not in the vocabulary; what it raises then is no `Exception`."""
+    model = {"type": "BPE", "vocab": {"a": 0, "b</w>": 1}, "merges": ["a b</w>"]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    with pytest.raises(BundleError, match="cannot be read"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", "[" * 100_000),
+        ("vocab.txt", "[PAD]"),
+    ],
+)
+def test_settings_of_another_form(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    if name == "vocab.txt":
+        (tmp_path / "tokenizer_config.json").write_text('{"cls_token": ["a"]}')
+    with pytest.raises(BundleError, match="cannot be read"):
+        Tokenizer.from_folder(tmp_path)
+
+
 @pytest.mark.parametrize("pad", [END, "!"], ids=["sd1", "sd2"])
 @pytest.mark.parametrize("generation", ["first", "decoder", "json"])
 def test_ids_are_those_of_transformers(tmp_path: Path, pad: str, generation: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
+from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 import fuzz_http
@@ -79,6 +81,7 @@ def test_requests_made_of_the_document_get_the_answers_that_it_promises(ports: l
     schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{ports[0]}/openapi.json")
     tried = []
     for found in schema.get_all_operations():
+        assert isinstance(found, Ok)
         operation = found.ok()
         if mode is GenerationMode.NEGATIVE and not operation.body:
             continue
@@ -87,7 +90,7 @@ def test_requests_made_of_the_document_get_the_answers_that_it_promises(ports: l
             max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
         )
         @given(case=operation.as_strategy(generation_mode=mode))
-        def attempt(case: schemathesis.Case) -> None:
+        def attempt(case: schemathesis.Case[Any]) -> None:
             # What the document allows may be refused by the model's sizes, or the limits.
             case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
