@@ -13,8 +13,8 @@ def companion(name: str) -> Path:
     """Where a companion of the built-in shapes model lies, for `build_engines` or `Pipeline.load_lora`.
 
     Args:
-        name: `edges` (the folder of a ControlNet), `inpainting` (of a U-Net, whose base is the built-in model), or `outlines` (the file
-            of a LoRA).
+        name: `edges` (the folder of a ControlNet), `inpainting` (of a U-Net, whose base is the built-in model), `outlines` (the file
+            of a LoRA), or `upscaler` (the folder of a model that draws pictures four times as wide and high, without their noise).
 
     Raises:
         BadRequest: there is none of that name.

@@ -95,7 +95,7 @@ def save_upscaler(folder: Path, stage: VQModel, unet: UNet2DModel) -> None:
         "vqvae": ["diffusers", "VQModel"],
     }
     architecture.write_json(folder / "model_index.json", index)
-    architecture.write_json(folder / "ldmrt-defaults.json", {"num_inference_steps": 10})
+    architecture.write_json(folder / "ldmrt-defaults.json", {"num_inference_steps": 4})
 
 
 def save_lora(path: Path, unet: UNet2DConditionModel) -> None:

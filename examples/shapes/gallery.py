@@ -15,7 +15,19 @@ from PIL import Image
 import generator
 import ldmrt
 from edges import draw_edges
-from evaluate_companions import KINDS, as_edges, as_mask, build, drawn, inpaintings, solid_scenes, unseen_layouts
+from evaluate_companions import (
+    KINDS,
+    NOISE,
+    as_edges,
+    as_mask,
+    build,
+    drawn,
+    inpaintings,
+    smaller,
+    solid_scenes,
+    to_bytes,
+    unseen_layouts,
+)
 from ldmrt.companions import companion
 from ldmrt.pipeline import builtin_bundle
 
@@ -131,6 +143,29 @@ def fillings(folder: Path) -> Exhibit:
     )  # fmt: skip
 
 
+def enlargements(folder: Path) -> Exhibit:
+    """From small pictures, clean and noisy."""
+    pipe = build(folder, "upscaler", companion("upscaler").parent)
+    rng = np.random.default_rng(6)
+    rows: list[list[generator.Picture]] = [[], [], [], []]
+    for seed, layout in enumerate(unseen_layouts(COLUMNS, two=True)):
+        truth = generator.draw(layout)
+        small, smooth = smaller(truth, NOISE if seed >= COLUMNS // 2 else 0, rng)
+        made = pipe(image=small, seed=seed, output_type="np").images[0]
+        seen = np.asarray(small.resize((truth.shape[1], truth.shape[0]), Image.Resampling.NEAREST))
+        for row, picture in zip(rows, (seen, smooth, to_bytes(made), truth), strict=True):
+            row.append(picture)
+    code = (
+        'ldmrt.build_engines(ldmrt.companion("upscaler"), "larger")   # takes seconds, once\n'
+        'pipe = ldmrt.Pipeline.from_bundle("larger")\npipe(image=small).images[0]'
+    )
+    return Exhibit(
+        "larger", "Larger, and without noise",
+        "A model for super-resolution; from above: pictures of 32 x 32, the right half of them with noise; as a bicubic filter enlarges them; as the "
+        "model draws them, four times as wide and high; and what they were made of.", code, rows,
+    )  # fmt: skip
+
+
 def styles(pipe: ldmrt.Pipeline) -> Exhibit:
     """In another style, and back."""
     scenes = solid_scenes(COLUMNS)
@@ -156,6 +191,7 @@ def exhibits(work: Path) -> Iterator[Exhibit]:
     yield beginnings(pipe)
     yield controls(work / "edges")
     yield fillings(work / "inpainting")
+    yield enlargements(work / "upscaler")
     yield styles(pipe)
 
 
