@@ -476,24 +476,29 @@ _CHANGES = (
 _BUILDERS = {"diffusers", "transformers", "onnx", "tensorrt"}
 
 
+def prepare(kinds: Sequence[str]) -> None:
+    """Import here, once, what is imported when a case is opened."""
+    _draw(_BUNDLE)
+    Image.init()
+    if any(KINDS[kind].builds for kind in kinds):
+        _match(_BUNDLE)
+
+
 def run(
     kinds: Sequence[str], seeds: Iterator[int], over: Callable[[], bool]
 ) -> tuple[dict[str, dict[str, int]], list[Finding]]:
     """Attempt cases of these kinds in turn until it is over; of each kind how many ended well and with an error of ours, and what was found."""
-    _draw(_BUNDLE)  # what is imported at the first use is imported here, once
-    Image.init()
-    if any(KINDS[kind].builds for kind in kinds):
-        _match(_BUNDLE)
     ends = {kind: {"fine": 0, "refused": 0} for kind in kinds}
     findings = []
     turns = cycle(kinds)
-    while not over():
+    while True:
         for case, end in attempts([(next(turns), next(seeds)) for _ in range(_TOGETHER)]):
             if end in ("fine", "refused"):
                 ends[case[0]][end] += 1
             else:
                 findings.append(Finding(*case, end))
-    return ends, findings
+        if over():
+            return ends, findings
 
 
 def attempts(cases: Sequence[tuple[str, int]]) -> Iterator[tuple[tuple[str, int], str]]:
