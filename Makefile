@@ -85,7 +85,7 @@ sanitize: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest -q tests/kernels/test_sampler.py tests/kernels/test_group_norm.py tests/kernels/test_add_group_norm.py \
 	  tests/kernels/test_layer_norm.py tests/kernels/test_geglu.py tests/kernels/test_upsample.py tests/kernels/test_attention.py \
 	  tests/kernels/test_linear.py tests/kernels/test_linear_geglu.py tests/kernels/test_convolution.py \
-	  tests/kernels/test_winograd.py -k "native or cpp or cpu or packed"
+	  tests/kernels/test_winograd.py tests/test_hostile_graphs.py -k "native or cpp or cpu or packed"
 
 # Fails only far outside what the ledger has of processors with the same instructions.
 bench-quick: $(VENV)/.stamp-test

@@ -125,9 +125,9 @@ def artefacts(seconds: float, seed: int, kinds: list[str] | None, *, record: boo
     torch.set_num_threads(1)  # a process that is forked has but one
     import fuzz_artefacts
 
-    over = deadline(seconds)
     chosen = kinds or list(fuzz_artefacts.KINDS)
-    ends, findings = fuzz_artefacts.run(chosen, itertools.count(seed), over)
+    fuzz_artefacts.prepare(chosen)
+    ends, findings = fuzz_artefacts.run(chosen, itertools.count(seed), deadline(seconds))
     cases = sum(sum(one.values()) for one in ends.values()) + len(findings)
     figures = {"cases": cases, "seed": seed, "seconds": seconds, "of": ends, "findings": len(findings)}
     _tell("artefacts", figures, [f"{one.kind} {one.seed}: {one.what}" for one in findings], record=record)

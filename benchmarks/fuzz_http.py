@@ -392,8 +392,8 @@ def answers(received: bytes) -> list[Answer]:
             raise ValueError(f"no answer begins with {received[:40]!r}")
         length = re.search(rb"\r\ncontent-length: (\d+)", head, re.IGNORECASE)
         size = int(length[1]) if length else len(rest)
-        if size > len(rest):  # of HEAD, or cut
-            size = 0 if rest.startswith(b"HTTP/1.1 ") else len(rest)
+        if rest.startswith(b"HTTP/1.1 "):  # that to HEAD had no body
+            size = 0
         found.append(Answer(int(status[1]), head, rest[:size]))
         received = rest[size:]
     return found

@@ -189,6 +189,8 @@ STEMS = {
     "text_encoder_2": "model",
 }
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+# Of a block or a network; with more it would take hours to be made, and no model has them.
+_MOST_LAYERS = 1000
 # Halves of a model, by how their files are called: taken where there is nothing else.
 VARIANTS = ("fp16", "bf16")
 
@@ -680,8 +682,8 @@ def _check_values(
     check("unet/config.json", configs["unet"], "time_cond_proj_dim", "a whole number")
     noised = LOW_RES_SCHEDULER in kind.schedulers
     check("unet/config.json", configs["unet"], "num_class_embeds", "a whole number", optional=not noised)
-    check("vae/config.json", configs["vae"], "latent_channels", "a whole number")
-    check("vae/config.json", configs["vae"], "scaling_factor", "a number")
+    for key, what in (("latent_channels", "a whole number"), ("scaling_factor", "a number")):
+        check("vae/config.json", configs["vae"], key, what, optional=key not in configs["vae"])
     check("vae/config.json", configs["vae"], "shift_factor", "a number")
     for key in ("width", "height", "num_inference_steps"):
         check("ldmrt-defaults.json", defaults, key, "a whole number")
@@ -690,11 +692,23 @@ def _check_values(
         resolve(str(defaults.get("sampler", "ddim")))
     except BadRequest as error:
         raise BuildError(f"{path / 'ldmrt-defaults.json'}: {error}") from error
+    _check_layers(path, kind, configs)
     channels = configs["vae"].get("block_out_channels")
     if not isinstance(channels, list) or not 1 <= len(channels) <= 8:
         raise BuildError(
             f"{path / 'vae/config.json'}: block_out_channels is {str(channels)[:40]!r}, expected a list; copy the model again"
         )
+
+
+def _check_layers(path: Path, kind: Kind, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse networks that are deeper than any."""
+    for folder in kind.classes:
+        for key, value in configs[folder].items():
+            deep = value if isinstance(value, list) else [value]
+            if "layers" in key and any(isinstance(one, int | float) and not one <= _MOST_LAYERS for one in deep):
+                raise BuildError(
+                    f"{path / folder / 'config.json'}: {key} is {str(value)[:40]}, expected {_MOST_LAYERS} at most; copy the model again"
+                )
 
 
 def _width_key(kind: Kind, folder: str) -> str:

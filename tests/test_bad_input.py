@@ -125,6 +125,16 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "config is missing": (lambda m: (m / "vae/config.json").unlink(), ("vae/config.json",)),
     "config of other types": (lambda m: edit(m / "vae/config.json", block_out_channels="abc"), ("vae",)),
     "config of no sense": (lambda m: edit(m / "unet/config.json", block_out_channels=[7, 9, 11]), ("unet",)),
+    "no channels of latents": (
+        lambda m: (m / "vae/config.json").write_text(
+            (m / "vae/config.json").read_text().replace('"latent_channels": 4', '"latent_channels": null')
+        ),
+        ("vae", "latent_channels", "expected a whole number"),
+    ),
+    "more layers than there is time for": (
+        lambda m: edit(m / "unet/config.json", layers_per_block=10**9),
+        ("layers_per_block", "at most"),
+    ),
     "config lacks a key": (lambda m: edit(m / "vae/config.json", block_out_channels=None), ("vae",)),
     "sample size is text": (lambda m: edit(m / "unet/config.json", sample_size="big"), ("sample_size",)),
     "activation unknown": (lambda m: edit(m / "text_encoder/config.json", hidden_act="no"), ("text_encoder",)),

@@ -67,6 +67,15 @@ def test_what_is_wrong_with_an_answer_is_seen(status: int, body: bytes, closed: 
     assert word in found
 
 
+def test_answers_are_told_apart() -> None:
+    head, more = b"HTTP/1.1 404 Not Found\r\ncontent-length: 9", b"HTTP/1.1 400 Bad Request\r\nconnection: close"
+    both = head + b"\r\n\r\n" + more + b"\r\n\r\nbody"  # to HEAD, which has no body, and to what is none
+    assert fuzz_http.answers(both) == [Answer(404, head, b""), Answer(400, more, b"body")]
+    assert fuzz_http.answers(head + b"\r\n\r\ncut") == [Answer(404, head, b"cut")]
+    with pytest.raises(ValueError, match="no answer begins with"):
+        fuzz_http.answers(b"nonsense")
+
+
 def test_an_answer_without_an_id_is_seen() -> None:
     body = b'{"error": {"message": "m", "type": "t", "param": null, "code": "c"}}'
     assert complaint(b"", Answer(400, b"HTTP/1.1", body), closed=False) == "no request id"
