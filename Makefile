@@ -1,12 +1,16 @@
 # make demo    a fresh machine with Python 3.11 to 3.13 -> a picture
-# make test    a fresh machine -> the test suite (without slow, gpu, rtx and browser)
+# make test    a fresh machine -> the test suite (without slow, gpu, rtx, browser and ray)
 # make test-rtx  the tests marked rtx
 # make test-browser  the tests marked browser, in Debian's chromium
-# make check   format, lint, types
+# make test-ray  the tests marked ray, on a cluster of two nodes on this machine
+# make check   format, lint, types, and the files of docs/deploy
 # make builtin compiles the built-in model again
 # make sanitize  the C++ operators' tests under the address and undefined behaviour sanitizers
 # make bench-quick  ratios of speed beside those of the ledger, under three minutes on two cores
 # make benchmarks  operators and components under pytest-benchmark (ARGS="-k attention --benchmark-save=NAME")
+# make lock    resolves anew what the container images hold
+# make sbom    the bills of materials of the images, from their locks
+# make audit   known vulnerabilities of what they hold
 # make clean   removes what the others made
 #
 # Each works in .venv, which it makes on the first call; later calls are instant unless a file named below has changed.
@@ -16,12 +20,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
-MARKS  ?= not slow and not gpu and not rtx and not browser
+MARKS  ?= not slow and not gpu and not rtx and not browser and not ray
 
 # Python files are not listed: the install is editable, so they are used as they are.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: demo test test-rtx test-browser check format-check lint types check-native sanitize bench-quick benchmarks format builtin clean
+.PHONY: demo test test-rtx test-browser test-ray check format-check lint types deployable check-native sanitize bench-quick benchmarks format builtin lock sbom audit clean
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/ldmrt generate "a red circle on a white background" --seed 2 --out demo.png
@@ -39,7 +43,11 @@ test-rtx: $(VENV)/.stamp-rtx
 test-browser: $(VENV)/.stamp-browser
 	@$(BIN)/python -m pytest -m "browser and not slow" tests/serving/http/test_page.py $(ARGS)
 
-check: format-check lint types
+# Installs ray. Its replicas are processes of their own: one test at a time.
+test-ray: $(VENV)/.stamp-ray
+	@$(BIN)/python -m pytest -m "ray and not slow" tests/serving/test_ray_app.py $(ARGS)
+
+check: format-check lint types deployable
 
 format-check: $(VENV)/.stamp-lint
 	$(BIN)/ruff format --check .
@@ -54,7 +62,14 @@ types: $(VENV)/.stamp-lint
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/ldmrt
 	@ln -s $(CURDIR)/ldmrt/* $(TYPES)/ldmrt/
 	@ln -s $(CURDIR)/kernels $(CURDIR)/export $(TYPES)/ldmrt/
-	$(BIN)/mypy --python-executable $(BIN)/python $(TYPES)/ldmrt $(wildcard tests examples benchmarks)
+	$(BIN)/mypy --python-executable $(BIN)/python $(TYPES)/ldmrt $(wildcard tests examples benchmarks) .ci/audit.py
+
+# docs/deploy, as far as it can be checked without Docker and a cluster; tests/test_deploy.py holds it against the server.
+YAML := {extends: default, rules: {line-length: {max: 160}, document-start: disable, comments: {min-spaces-from-content: 1}}}
+deployable: $(VENV)/.stamp-lint
+	$(BIN)/hadolint docs/deploy/Dockerfile
+	$(BIN)/yamllint --strict --config-data "$(YAML)" docs/deploy
+	$(BIN)/kubernetes-validate --quiet --strict $(filter-out %/kustomization.yaml,$(wildcard docs/deploy/kubernetes/cpu/*.yaml))
 
 # A wheel without the native library is legal (no compiler) but never what we want to test.
 check-native: $(VENV)/.stamp-test
@@ -107,6 +122,14 @@ $(VENV)/.stamp-browser: $(VENV)/.stamp-test
 	$(INSTALL) --group browser
 	@touch $@
 
+$(VENV)/.stamp-ray: $(VENV)/.stamp-test
+	$(INSTALL) --editable ".[ray]"
+	@touch $@
+
+$(VENV)/.stamp-supply: $(VENV)/.stamp-venv
+	$(INSTALL) --group supply
+	@touch $@
+
 $(VENV)/.stamp-lint: $(VENV)/.stamp-test
 	$(INSTALL) --group lint
 	@touch $@
@@ -115,6 +138,26 @@ $(VENV)/.stamp-lint: $(VENV)/.stamp-test
 builtin: $(VENV)/.stamp-test
 	rm -rf ldmrt/builtin/shapes/graphs ldmrt/builtin/shapes/ldmrt.json
 	$(BIN)/ldmrt build-engines ldmrt/builtin/shapes --out ldmrt/builtin/shapes --dtype float32 --batch 1 --batch 4
+
+# What the images install, from PyPI, each with the hashes of its files. torch for CPUs alone is in PyTorch's own index: the Dockerfile names it.
+LOCKS := docs/deploy/lock
+LOCK = $(BIN)/uv pip compile --quiet --upgrade --default-index https://pypi.org/simple --python-version 3.12 \
+  --python-platform x86_64-manylinux_2_28 --constraint constraints.txt --generate-hashes --no-header --no-annotate
+lock: $(VENV)/.stamp-supply
+	$(LOCK) --extra serve pyproject.toml --output-file $(LOCKS)/gpu.txt
+	$(LOCK) --extra serve pyproject.toml --output-file $(LOCKS)/cpu.txt --no-emit-package torch --no-emit-package triton \
+	  $$(grep -oE '^(cuda|nvidia)-[a-z0-9-]+' $(LOCKS)/gpu.txt | sed 's/^/--no-emit-package /')
+	printf '%s\n' "scikit-build-core>=1.1" cmake ninja | $(LOCK) - --output-file $(LOCKS)/build.txt
+
+SBOM = $(BIN)/python -P -W ignore::UserWarning -m cyclonedx_py requirements --pyproject pyproject.toml --output-reproducible
+sbom: $(VENV)/.stamp-supply
+	@mkdir -p build/sbom
+	@$(SBOM) --output-file build/sbom/gpu.cdx.json $(LOCKS)/gpu.txt
+	@(cat $(LOCKS)/cpu.txt; sed -n 's/^ARG TORCH_CPU=/torch==/p' docs/deploy/Dockerfile) | $(SBOM) --output-file build/sbom/cpu.cdx.json -
+	@ls build/sbom/*
+
+audit: $(VENV)/.stamp-supply
+	@$(BIN)/python -P .ci/audit.py $(LOCKS)/gpu.txt $(LOCKS)/build.txt
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.png
