@@ -164,7 +164,7 @@ def locked(name: str) -> dict[str, str]:
     """Names and versions of a lock; each line is an exact version, and each version has its hashes."""
     text = (DEPLOY / "lock" / f"{name}.txt").read_text(encoding="utf-8")
     assert "://" not in text  # no index's address, nor what is fetched from one
-    found = {}
+    found: dict[str, str] = {}
     for entry in re.split(r"\n(?=\S)", re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE)):
         line, *hashes = (part.strip(" \\\n") for part in entry.split("\\\n"))
         requirement = Requirement(line)
