@@ -26,7 +26,7 @@ MARKS  ?= not slow and not gpu and not rtx and not browser and not ray
 # Python files are not listed: the install is editable, so they are used as they are.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: demo test test-rtx test-browser test-ray check format-check lint types deployable check-native sanitize bench-quick benchmarks format builtin lock sbom audit clean
+.PHONY: demo test test-rtx test-browser test-ray check format-check lint types deployable check-native sanitize bench-quick soak benchmarks format builtin lock sbom audit installed clean
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/ldmrt generate "a red circle on a white background" --seed 2 --out demo.png
@@ -131,7 +131,7 @@ $(VENV)/.stamp-browser: $(VENV)/.stamp-test
 	@touch $@
 
 $(VENV)/.stamp-ray: $(VENV)/.stamp-test
-	$(INSTALL) --editable ".[ray]"
+	$(INSTALL) "ldmrt[ray]"
 	@touch $@
 
 $(VENV)/.stamp-supply: $(VENV)/.stamp-venv
