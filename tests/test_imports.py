@@ -23,6 +23,7 @@ HEAVY = (
     "starlette",
     "uvicorn",
     "prometheus_client",
+    "ray",
 )
 
 # Put before a script, it makes those packages look as if they were not installed.
@@ -102,6 +103,18 @@ except ldmrt.BuildError as error:
     assert "diffusers" in message
     assert "pip install 'ldmrt[export]'" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_the_application_for_ray_says_in_one_line_what_it_needs() -> None:
+    code = """
+import sys
+sys.modules["ray"] = None  # as if it were not installed
+try:
+    import ldmrt.serving.ray_app
+except ImportError as error:
+    print(error)
+"""
+    assert python(code) == "ray is not installed: pip install 'ldmrt[ray]'"
 
 
 def test_every_public_name_is_there() -> None:
