@@ -422,28 +422,6 @@ def test_a_node_that_is_killed_and_another_that_comes(
 
 
 @pytest.mark.slow
-def test_replicas_come_and_go_with_the_queue(
-    deployed: Callable[..., Fleet], pictures: dict[int, np.ndarray[Any, Any]]
-) -> None:
-    scaling = {
-        "min_replicas": 1,
-        "max_replicas": 2,
-        "target_ongoing_requests": 2,
-        "look_back_period_s": 2,
-        "upscale_delay_s": 1,
-        "downscale_delay_s": 3,
-    }
-    fleet = deployed({}, autoscaling_config=scaling)
-    assert fleet.running() == 1
-    with load(fleet, pictures, 8) as clients:
-        fleet.until(lambda: fleet.running() == 2)
-        clients.more(20)
-    with load(fleet, pictures, 1) as clients:
-        fleet.until(lambda: len(fleet.replicas()) == 1)
-        clients.more(5)
-
-
-@pytest.mark.slow
 def test_another_bundle_by_config_and_back_from_one_that_cannot_start(
     deployed: Callable[..., Fleet], pictures: dict[int, np.ndarray[Any, Any]], tmp_path: Path
 ) -> None:
