@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "reliability.md")
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[^>]+) -->\n)(?P<body>.*?)(<!-- end of table -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -196,6 +196,65 @@ def serving() -> Table:
                 *(f"{seconds(latency[key])} s" for key in ("p50", "p95", "p99")),
                 f"{seconds(row['preview_seconds']['p50'])} s",
                 f"{row['images_per_second']:.2f}",
+            ]
+        )
+    return table
+
+
+def soak() -> Table:
+    """Mixed traffic, with faults in the first half."""
+    row = find("soak", "soak with faults")
+    memory, faults, requests, pictures = (row[name] for name in ("memory", "faults", "requests", "images"))
+    ends = ", ".join(f"{requests[end]} {end}" for end in ("served", "failed", "rejected", "cancelled"))
+    gained = {name: f"{memory[f'{name}_mib_per_100_requests']:+.2f} MiB" for name in ("server", "engine")}
+    ready = faults["seconds_until_ready"]
+    return [
+        ["", ""],
+        ["how long, by how many clients", f"{row['seconds'] / 60:.0f} minutes, {row['clients']}"],
+        ["requests that came to the engine", f"{requests['received']}: {ends}"],
+        ["clients that went in the midst of it; requests for what cannot be", f"{row['gone']}; {row['bad']}"],
+        ["connections that only take room", f"{row['idle_connections']}, {row['turned_out']} times turned out"],
+        ["pictures compared; least PSNR", f"{pictures}; {row['least_decibels']:.0f} dB"],
+        ["of them to the bit as alone", percent(row["same_bits"] / pictures)],
+        ["anything wrong", str(row["wrong"] or "nothing")],
+        ["engine killed; stopped, as if it hung", f"{faults['killed']}; {faults['stopped']} times"],
+        ["503 after a kill, the latest in the two seconds after it", f"{faults['most_seconds_until_503']} s"],
+        ["ready again after a loss, p50; at the latest", f"{ready['p50']} s; {ready['most']} s"],
+        [
+            "answers of 503; refused as lost twice",
+            f"{row['errors'].get('engine_unavailable', 0)}; {row['errors'].get('request_quarantined', 0)}",
+        ],
+        [
+            "the server's memory at the end; gained with 100 requests",
+            f"{memory['server_mib']:.0f} MiB; {gained['server']}",
+        ],
+        ["the engine's", f"{memory['engine_mib']:.0f} MiB; {gained['engine']}"],
+    ]
+
+
+def overload() -> Table:
+    """More than can be served."""
+    table = [
+        [
+            "asked, as a multiple of what can be served",
+            "requests/s",
+            "goodput, of what can be served",
+            "refused: p50, p99",
+            "most images that waited (64 may)",
+            "server's memory gained",
+        ]
+    ]
+    for factor in (2, 5, 10):
+        row = find("soak", f"overload: {factor} times")
+        refused = row["seconds_until_rejected"]
+        table.append(
+            [
+                str(factor),
+                f"{row['asked_per_second']:.1f}",
+                percent(row["goodput"]),
+                f"{milliseconds(refused['p50'])} ms, {milliseconds(refused['p99'])} ms",
+                str(row["most_waiting"]),
+                f"{row['server_mib_gained']:+.1f} MiB",
             ]
         )
     return table
@@ -504,6 +563,8 @@ TABLES: dict[str, Callable[[], Table]] = {
         gpu_sd15_pictures,
         gpu_sdxl,
         serving,
+        soak,
+        overload,
         cold_start,
         busy_cores,
         real_size,
