@@ -234,6 +234,34 @@ def soak() -> Table:
     ]
 
 
+def overload() -> Table:
+    """More than can be served."""
+    table = [
+        [
+            "asked, as a multiple of what can be served",
+            "requests/s",
+            "goodput, of what can be served",
+            "refused: p50, p99",
+            "most images that waited (64 may)",
+            "server's memory gained",
+        ]
+    ]
+    for factor in (2, 5, 10):
+        row = find("soak", f"overload: {factor} times")
+        refused = row["seconds_until_rejected"]
+        table.append(
+            [
+                str(factor),
+                f"{row['asked_per_second']:.1f}",
+                percent(row["goodput"]),
+                f"{milliseconds(refused['p50'])} ms, {milliseconds(refused['p99'])} ms",
+                str(row["most_waiting"]),
+                f"{row['server_mib_gained']:+.1f} MiB",
+            ]
+        )
+    return table
+
+
 def cold_start() -> Table:
     """From nothing to a picture."""
     times = find("cold_start", "cold start")["seconds"]
@@ -603,6 +631,7 @@ TABLES: dict[str, Callable[[], Table]] = {
         gpu_sdxl,
         serving,
         soak,
+        overload,
         cold_start,
         busy_cores,
         real_size,
