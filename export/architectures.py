@@ -447,6 +447,7 @@ def reference(component: Component, checkpoint: Checkpoint) -> torch.nn.Module:
 
     A weight is in memory only while its layer runs: those of a whole network in float32 may not fit beside a build.
     """
+    component.module.float()  # on the meta device, where weights are until they are read; some networks cast to what they see there
     module = component.original
     for path, layer in module.named_modules():
         prefix = f"{path}." if path else ""

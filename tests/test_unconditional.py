@@ -54,6 +54,14 @@ def close(found: Any, model: Path, steps: int) -> None:
     assert -10 * (torch.from_numpy(found.images) - pictures).square().mean().log10() > 60
 
 
+def test_it_is_verified_in_bfloat16(tiny_model_ldm: Path, tmp_path: Path) -> None:
+    """Its network casts the times to the precision that it sees its weights in: the original must see float32."""
+    built = ldmrt.build_engines(tiny_model_ldm, tmp_path / "b", dtype="bfloat16")
+    (step,) = built.find("step")
+    assert step.dtype == "bfloat16"
+    assert step.certificate.status == "verified"
+
+
 @pytest.mark.covers("latent diffusion without text", "new pictures")
 def test_pictures_are_those_of_diffusers(bundle: Bundle, tiny_model_ldm: Path) -> None:
     pipe = ldmrt.Pipeline.from_bundle(bundle.path, "cpu")
