@@ -23,6 +23,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "tensorrt": ("tensorrt",),
     "tensorrt-rtx": ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings"),
     "serve": ("fastapi", "starlette", "uvicorn", "prometheus-client", "python-multipart"),
+    "ray": ("ray",),
     "bench": ("matplotlib", "nvidia-ml-py"),
 }
 # What decides how fast a CPU is at this, as /proc/cpuinfo calls it.

@@ -390,6 +390,7 @@ def test_a_model_is_not_a_bundle(tiny_model: Path) -> None:
     complaint(lambda: Bundle.open(tiny_model), "is a model, not a bundle", "build-engines")
 
 
+@pytest.mark.slow
 def test_a_damaged_bundle_is_cured_by_building_again(tiny_model: Path, bundle: Path) -> None:
     """What the messages advise must work."""
     flip(next(bundle.glob("graphs/decoder*.json")))

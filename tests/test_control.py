@@ -120,6 +120,7 @@ def test_one_of_two(tiny_model: Path, tiny_controlnets: list[Path], pipe: Pipeli
     compare(pipe, reference(tiny_model, tiny_controlnets[1:]), alone)
 
 
+@pytest.mark.slow
 def test_onnxruntime(tiny_model: Path, tiny_controlnets: list[Path], pipe: Pipeline, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     path = tmp_path / "onnx"

@@ -110,6 +110,7 @@ def theirs_xl(tiny_model_xl_inpainting: Path) -> Any:
     return reference(tiny_model_xl_inpainting)
 
 
+@pytest.mark.slow
 @pytest.mark.covers("Stable Diffusion 2.x", "inpainting")
 def test_the_same_pictures_as_diffusers_v(tmp_path: Path) -> None:
     write_model(tmp_path / "v", version=2, seed=6, inpainting=True)

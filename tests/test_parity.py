@@ -371,6 +371,7 @@ def test_bfloat16(tiny_model: Path, reference: Any, tmp_path: Path) -> None:
         compare(pipe, reference, CASES[name], limit=LATENTS_BFLOAT16, decibels=PSNR_BFLOAT16)
 
 
+@pytest.mark.slow
 def test_weights_of_several_precisions_in_one_file(tiny_model: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "mixed")
     precisions = (torch.float32, torch.float16, torch.bfloat16)

@@ -1,14 +1,24 @@
-"""A build in a process of its own, so that the memory it took is not missing from what is measured after it."""
+"""A build in a process of its own, so that the memory it took is not missing from what is measured after it.
+
+    python -P -m ldmrt.bench.building
+
+The one line on standard input is what to build, as JSON; each line on standard output is a message: how far it is, what it raised, or the most memory
+that it had, which is the last.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import ldmrt
+from ldmrt import errors
 from ldmrt.bench.memory import peak_resident
 from ldmrt.errors import BuildError, LdmrtError
 
@@ -21,7 +31,7 @@ def build_apart(model: Path, bundle: Path, options: dict[str, Any], on_progress:
     Args:
         model: see `ldmrt.build_engines`.
         bundle: the folder.
-        options: its other arguments.
+        options: its other arguments, as JSON has them.
         on_progress: called with (what is being done, steps done, steps in all).
 
     Returns:
@@ -31,33 +41,46 @@ def build_apart(model: Path, bundle: Path, options: dict[str, Any], on_progress:
         LdmrtError: what the build raised.
         BuildError: the process has ended in the middle.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_build, args=(sender, model, bundle, options), daemon=True)
-    child.start()
-    sender.close()
-    try:
-        while True:
-            found = receiver.recv()
-            if isinstance(found, int):
-                return found
-            if isinstance(found, LdmrtError):
-                raise found
-            on_progress(*found)
-    except EOFError:
-        child.join()
-        raise BuildError(
-            f"the build of {model.name} stopped with exit code {child.exitcode}"
-            f"{', for want of memory it may be' if child.exitcode == -9 else ''}; try it alone: ldmrt build-engines {model} --out DIR"
-        ) from None
-    finally:
-        child.terminate()
-        child.join()
+    task = json.dumps({"model": str(model), "out": str(bundle), **options})
+    command = [sys.executable, "-P", "-m", "ldmrt.bench.building"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            if child.stdin is None or child.stdout is None:
+                raise BuildError(f"the build of {model.name} cannot be spoken with")
+            with contextlib.suppress(BrokenPipeError):  # it has ended already, which its exit code tells
+                child.stdin.write(task)
+                child.stdin.close()
+            for line in child.stdout:
+                message = json.loads(line)
+                if "peak" in message:
+                    return int(message["peak"])
+                if "error" in message:
+                    raise getattr(errors, message["error"])(message["told"])
+                on_progress(message["what"], message["done"], message["total"])
+        finally:
+            child.terminate()
+    raise BuildError(
+        f"the build of {model.name} stopped with exit code {child.returncode}"
+        f"{', for want of memory it may be' if child.returncode == -9 else ''}; try it alone: ldmrt build-engines {model} --out DIR"
+    )
 
 
-def _build(sender: Connection, model: Path, bundle: Path, options: dict[str, Any]) -> None:
+def main() -> None:
+    """The process."""
+    # Libraries print: what is ours to answer on is put aside, and standard output goes where errors go.
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    task = json.loads(sys.stdin.read())
+
+    def tell(**message: Any) -> None:
+        replies.write(json.dumps(message) + "\n")
+
     try:
-        ldmrt.build_engines(model, bundle, **options, on_progress=lambda *now: sender.send(now))
-        sender.send(peak_resident())
+        ldmrt.build_engines(**task, on_progress=lambda what, done, total: tell(what=what, done=done, total=total))
+        tell(peak=peak_resident())
     except LdmrtError as error:
-        sender.send(error)
+        tell(error=type(error).__name__, told=str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -126,7 +126,7 @@ def _built(model: Path, cache: Path, wish: Wish, on_progress: OnProgress, contro
         "sizes": wish.sizes or None,
         "batch_sizes": tuple(wish.batches) or (1,),
         "dtype": wish.dtype or best,
-        "controlnets": [] if controlnet is None else [controlnet],
+        "controlnets": [] if controlnet is None else [str(controlnet)],
     }
     peak = build_apart(model, bundle, options, on_progress)
     seconds = time.perf_counter() - start

@@ -76,6 +76,7 @@ def test_an_architecture_gets_weights_and_a_bundle_once(
     assert (found.bundle / "ldmrt.json").read_bytes() == manifest
 
 
+@pytest.mark.slow
 def test_an_architecture_may_come_with_a_controlnet(tiny_architecture: str, tmp_path: Path) -> None:
     found = subject(None, f"{tiny_architecture}-controlnet", tmp_path, Wish(dtype="float32"))
     assert found.model == tmp_path / "bench" / tiny_architecture

@@ -34,5 +34,6 @@ def test_operators_are_timed_beside_their_floor(tmp_path: Path) -> None:
     assert all(0 < one["extra_info"]["share of floor"] < 10 for one in found)
 
 
+@pytest.mark.slow
 def test_components_are_compared() -> None:
     assert "2 passed" in run("benchmarks/test_components.py", "-k", "decoder", "--benchmark-disable")

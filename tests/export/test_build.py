@@ -346,6 +346,7 @@ def half(path: Path) -> None:
     save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
 
 
+@pytest.mark.slow
 def test_in_place_from_half_precision(tiny_model: Path, tmp_path: Path) -> None:
     """The model's own folder becomes the bundle: its weights are used as they lie, here in float16, and computed in float32."""
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))

@@ -56,6 +56,7 @@ def test_what_a_control_image_alone_decides_runs_once(tiny_model: Path, tiny_con
     assert "controlnet_cond_embedding.conv_out" in str(parts.context.outputs)
 
 
+@pytest.mark.slow
 def test_a_second_build_keeps_the_first_ones_controlnets(
     tiny_model: Path, tiny_controlnets: list[Path], tiny_bundle_controlled: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +116,7 @@ def test_names(tiny_model: Path, tiny_controlnets: list[Path], tmp_path: Path) -
         with_controlnets(source, [shutil.copytree(tiny_controlnets[1], tmp_path / "two words")])
 
 
+@pytest.mark.slow
 @pytest.mark.rtx
 def test_plans(tiny_model: Path, tiny_controlnets: list[Path], tmp_path: Path) -> None:
     """TensorRT plans of the parts that run at every step, in float16; what runs once per request is on the torch engine."""

@@ -232,6 +232,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ldmrt.export.build.certified", lambda *given: given[4])  # the plans themselves cannot run
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("a_gpu")
 def test_a_bundle_of_such_plans(tiny_model: Path, tmp_path: Path) -> None:
     bundle = ldmrt.build_engines(tiny_model, tmp_path / "out", engine="tensorrt", plugins=True)

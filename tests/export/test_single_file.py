@@ -103,6 +103,7 @@ def test_a_picture_is_diffusers_picture(
         ldmrt.build_engines(model, bundle.path, dtype="float32")
 
 
+@pytest.mark.slow
 @pytest.mark.covers("Stable Diffusion 1.x", "from one file")
 @pytest.mark.parametrize(("name", "base"), [(MODELS[3], MODELS[0]), (MODELS[4], MODELS[2])])
 def test_an_inpainting_file_on_the_base_of_another_kind(

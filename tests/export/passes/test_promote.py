@@ -94,6 +94,7 @@ def test_the_added_embeddings_of_xl_are_of_one_type(tiny_model_xl: Path, fused: 
     assert any(pooled.name in node.refs() for node in joined)
 
 
+@pytest.mark.slow
 def test_the_onnx_of_xl_in_float16_is_strictly_typed(
     tiny_model_xl: Path, tmp_path: Path, assert_strictly_typed: Callable[[Path], None]
 ) -> None:
