@@ -101,6 +101,7 @@ def test_the_same_pictures_as_diffusers(pipe: Pipeline, theirs: Any, name: str) 
 
 
 @pytest.mark.covers("Stable Diffusion XL", "ControlNet")
+@pytest.mark.slow
 def test_the_same_pictures_as_diffusers_xl(tiny_model_xl: Path, tiny_controlnet_xl: Path, tmp_path: Path) -> None:
     bundle = ldmrt.build_engines(tiny_model_xl, tmp_path / "xl", dtype="float32", controlnets=[tiny_controlnet_xl])
     one = Case(

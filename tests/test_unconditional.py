@@ -72,6 +72,7 @@ def test_pictures_are_those_of_diffusers(bundle: Bundle, tiny_model_ldm: Path) -
     assert {record.rows for record in bundle.manifest.engines if record.component == "step"} == {2}
 
 
+@pytest.mark.slow
 def test_a_first_stage_without_a_codebook(tmp_path: Path, write_model_ldm: Callable[..., None]) -> None:
     model = tmp_path / "kl"
     write_model_ldm(model, seed=5, codebook=False)

@@ -48,6 +48,7 @@ def test_a_model_is_built_and_so_is_the_built_in_one_for_what_it_has_not(
     assert asked[-1] == (tiny_model, Wish())
 
 
+@pytest.mark.slow
 def test_an_architecture_gets_weights_and_a_bundle_once(
     tiny_architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ def run(*arguments: str) -> str:
 
 
 @pytest.mark.skipif(not native.available(), reason="there are no C++ bodies to time")
+@pytest.mark.slow
 def test_operators_are_timed_beside_their_floor(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     few = ("--benchmark-min-rounds=1", "--benchmark-max-time=0.01", "--benchmark-warmup=off")

@@ -102,6 +102,7 @@ def test_the_same_build_again_writes_no_engine(bundle: Path, tiny_model: Path) -
     assert not any("verifying" in what for what in said)
 
 
+@pytest.mark.slow
 def test_adding_a_size_and_a_batch_keeps_the_rest(bundle: Path, tiny_model: Path) -> None:
     before = {slot(record): record for record in Bundle.open(bundle).manifest.engines}
     files = contents(bundle)
@@ -217,6 +218,7 @@ def test_a_folder_that_cannot_be_made(tiny_model: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- LoRAs
 
 
+@pytest.mark.slow
 def test_a_bundle_with_a_lora(
     tiny_model: Path,
     tiny_bundle: Path,

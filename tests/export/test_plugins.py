@@ -169,6 +169,7 @@ def test_the_assembly_takes_pointers_alone(arch: int, tmp_path: Path) -> None:
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize(("dtype", "side"), [(F16, SIDE), (F32, 4)])
+@pytest.mark.slow
 def test_the_file_computes_what_the_graph_does(tmp_path: Path, dtype: torch.dtype, side: int) -> None:
     """Each node of ours launches what its plugin says, on what the node reads: in the interpreter, pointers only."""
     part = graph(dtype, side)

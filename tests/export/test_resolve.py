@@ -16,6 +16,7 @@ from ldmrt.pipeline import Pipeline
 from tests.test_inpainting import QUICK, half, picture
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_unet(tiny_model: Path, tiny_model_inpainting: Path, tmp_path: Path) -> None:
     """It makes the pictures of a model whose folder has that U-Net among the base model's components."""
     unet = tiny_model_inpainting / "unet"

@@ -65,6 +65,7 @@ def test_every_weight_is_found(
 @pytest.mark.covers("Stable Diffusion 2.x", "from one file")
 @pytest.mark.covers("Stable Diffusion XL", "from one file")
 @pytest.mark.parametrize("name", MODELS[1:3])
+@pytest.mark.slow
 def test_a_picture_is_diffusers_picture(
     name: str, tmp_path: Path, request: pytest.FixtureRequest, write_single_file: Write
 ) -> None:
@@ -254,6 +255,7 @@ def real(name: str, *, inpainting: bool = False) -> dict[str, tuple[int, ...]]:
         ("sdxl-refiner", False, "epsilon"),
     ],
 )
+@pytest.mark.slow
 def test_a_known_model_needs_no_config(name: str, inpainting: bool, prediction: str, tmp_path: Path) -> None:
     source = resolve(sparse(tmp_path / "mine.safetensors", real(name, inpainting=inpainting)))
     assert source.kind.inpainting == inpainting
