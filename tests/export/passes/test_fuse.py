@@ -57,7 +57,7 @@ UNETS = {
     "sd21": Parts(22, 2 + 12, 16, 16, 4, 0),
     "sdxl": Parts(17, 2 + 9, 11, 70, 3, 0),
 }
-SLOW = [pytest.param(name, marks=pytest.mark.slow if name == "sdxl" else ()) for name in UNETS]
+SLOW = [pytest.param(name, marks=pytest.mark.slow if name in ("sd21", "sdxl") else ()) for name in UNETS]
 
 
 def config(name: str, folder: str) -> dict[str, Any]:
