@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import ldmrt
 from ldmrt import errors
 from ldmrt.bench.memory import peak_resident
+from ldmrt.bench.replies import open_replies
 from ldmrt.errors import BuildError, LdmrtError
 
 OnProgress = Callable[[str, int, int], None]
@@ -45,12 +45,9 @@ def build_apart(model: Path, bundle: Path, options: dict[str, Any], on_progress:
     command = [sys.executable, "-P", "-m", "ldmrt.bench.building"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         try:
-            if child.stdin is None or child.stdout is None:
-                raise BuildError(f"the build of {model.name} cannot be spoken with")
-            with contextlib.suppress(BrokenPipeError):  # it has ended already, which its exit code tells
-                child.stdin.write(task)
-                child.stdin.close()
-            for line in child.stdout:
+            with contextlib.suppress(BrokenPipeError), cast("TextIO", child.stdin) as told:
+                told.write(task)  # if it has ended already, its exit code tells
+            for line in cast("TextIO", child.stdout):
                 message = json.loads(line)
                 if "peak" in message:
                     return int(message["peak"])
@@ -67,9 +64,7 @@ def build_apart(model: Path, bundle: Path, options: dict[str, Any], on_progress:
 
 def main() -> None:
     """The process."""
-    # Libraries print: what is ours to answer on is put aside, and standard output goes where errors go.
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    replies = open_replies()
     task = json.loads(sys.stdin.read())
 
     def tell(**message: Any) -> None:

@@ -9,7 +9,6 @@ of another drawing; each is answered by a line of JSON, and so is the task, once
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from pydantic import BaseModel
 from ldmrt.bench.memory import peak_resident
 from ldmrt.bench.onnx_networks import Open, exchange, open_onnxruntime, open_openvino
 from ldmrt.bench.pictures import control_picture
+from ldmrt.bench.replies import open_replies
 from ldmrt.graph import dtype_of
 from ldmrt.samplers.registry import default_sampler, resolve
 
@@ -189,9 +189,7 @@ def serve(draw: Draw, commands: TextIO, replies: TextIO) -> None:
 
 def main() -> None:
     """The process."""
-    # Libraries print: what is ours to answer on is put aside, and standard output goes where errors go.
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    replies = open_replies()
     warnings.simplefilter("ignore")
     task = Task.model_validate_json(sys.stdin.readline())
     torch.set_num_threads(task.threads)
