@@ -23,11 +23,12 @@ import torch
 from ldmrt import material
 from ldmrt.bundle import Bundle
 from ldmrt.material import Material
-from ldmrt.pipeline import builtin_bundle
+from ldmrt.opening import builtin_bundle
 from ldmrt.request import Defaults, Job, Request, resolve
 from ldmrt.samplers.make import sampler_table
 from ldmrt.samplers.table import SamplerTable
 from ldmrt.schedule import NoiseSchedule
+from ldmrt.serving.aside import AtOnce
 from ldmrt.serving.handle import Handle
 from ldmrt.serving.register import Register
 from ldmrt.serving.ticket import Image, Ticket
@@ -103,7 +104,7 @@ class Replica:
     def __init__(self, cost: Mapping[int, float], image: float) -> None:
         self.model, self.register = Model(cost, image), Register(sys.maxsize)
         self.register.clock = lambda: self.model.now
-        self._worker = Worker(self.model, self.register, {SIZE: self.model}, alone=False)  # type: ignore[arg-type,dict-item]
+        self._worker = Worker(self.model, self.register, {SIZE: self.model}, AtOnce(), alone=False)  # type: ignore[arg-type,dict-item]
 
     @property
     def present(self) -> int:

@@ -21,7 +21,7 @@ from ldmrt.bench.ledger import append
 from ldmrt.bench.measure import gemm_rate
 from ldmrt.bundle import Bundle
 from ldmrt.graph import dtype_name
-from ldmrt.pipeline import builtin_bundle
+from ldmrt.opening import builtin_bundle
 
 RESULTS = Path(__file__).parent / "results" / "cpu_breakdown.jsonl"
 # By the start of a function's name; the rest is `other`.

@@ -43,7 +43,8 @@ from ldmrt.image import read_parameters
 from ldmrt.kernels import aot
 from ldmrt.kernels.variant import Variant
 from ldmrt.lora import Lora
-from ldmrt.pipeline import Pipeline, builtin_bundle
+from ldmrt.opening import builtin_bundle
+from ldmrt.pipeline import Pipeline
 from ldmrt.schedule import NoiseSchedule
 from ldmrt.textual_inversion import TextualInversion
 from ldmrt.tokenizer import Tokenizer

@@ -3,7 +3,7 @@
     python benchmarks/quick.py [--factor 1.5] [--record]
 
 Fused operators against their references or torch's own, and the engines and whole pictures of the built-in model against diffusers: in turn in one
-process, so that a ratio does not hang on the machine's mood. Compared with the rows of results/quick.jsonl from processors with the same
+process, so that a ratio does not hang on the machine's mood; and how often what a batcher's model takes holds what the batcher itself takes. Compared with the rows of results/quick.jsonl from processors with the same
 instructions. The exit code is 1 if a ratio lies far below them: below the median by four times the recorded spread, and by a third at least.
 With --record the ratios are appended.
 """
@@ -16,6 +16,7 @@ import math
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,10 @@ from ldmrt.bench.ledger import append
 from ldmrt.bench.measure import alternate
 from ldmrt.export.verify import noise
 from ldmrt.kernels import native
-from ldmrt.pipeline import Pipeline, builtin_bundle
+from ldmrt.opening import builtin_bundle
+from ldmrt.pipeline import Pipeline
+from ldmrt.request import Request
+from ldmrt.serving import Batcher
 from shapes import PROMPT, diffusers_pipeline
 
 LEDGER = Path(__file__).resolve().parent / "results" / "quick.jsonl"
@@ -157,6 +161,36 @@ def measure(pair: Pair, seconds: float) -> Ratio:
     return median_of_ratios(times["other"], times["ours"])
 
 
+def batcher(seconds: float) -> Ratio:
+    """What the model takes over what the batcher itself does, over rounds of four requests that share its batches: the server's own share."""
+    model: list[float] = []
+    own: list[float] = []
+    with Batcher(Pipeline.from_bundle(device="cpu")) as serving:
+        end = time.perf_counter() + seconds
+        while len(own) < 6 or time.perf_counter() < end:
+            before = serving.stats()
+            handles = [
+                serving.submit(Request(prompt=PROMPT, num_inference_steps=steps, seed=steps), output_type="np")
+                for steps in (2, 4, 6, 8)
+            ]
+            for handle in handles:
+                handle.result()
+            # The last turn is counted behind its pictures.
+            serving.call(lambda pipe: None).result()
+            after = serving.stats()
+            model.append(after.model_seconds - before.model_seconds)
+            own.append(after.own_seconds - before.own_seconds)
+    return median_of_ratios(model[1:], own[1:])  # at first engines are loaded
+
+
+def ratios(work: Path, seconds: float) -> Iterator[tuple[str, Ratio]]:
+    """All of them."""
+    with torch.inference_mode():
+        for pair in (*operators(), *engines(work), pictures()):
+            yield pair.name, measure(pair, seconds)
+    yield "batcher: its model's time over its own", batcher(seconds)
+
+
 def main() -> None:
     """Measure, compare, and append if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -170,15 +204,14 @@ def main() -> None:
     for column in ("", "now", "95 % interval", "recorded", "rows", "fails below", ""):
         table.add_column(column, justify="right" if column else "left")
     failed = 0
-    with tempfile.TemporaryDirectory() as work, torch.inference_mode():
-        for pair in (*operators(), *engines(Path(work)), pictures()):
-            ratio = measure(pair, arguments.seconds)
-            rows = before.get(pair.name, [])
+    with tempfile.TemporaryDirectory() as work:
+        for name, ratio in ratios(Path(work), arguments.seconds):
+            rows = before.get(name, [])
             limit = least(rows, arguments.factor)
             slower = limit is not None and ratio.value < limit
             failed += slower
             table.add_row(
-                pair.name,
+                name,
                 f"{ratio.value:.2f}",
                 f"{ratio.low:.2f} to {ratio.high:.2f}",
                 f"{statistics.median(rows):.2f}" if rows else "-",
@@ -193,7 +226,7 @@ def main() -> None:
                 }
                 append(
                     LEDGER,
-                    f"quick: {pair.name}",
+                    f"quick: {name}",
                     {**figures, "instructions": level, "threads": torch.get_num_threads()},
                 )
     Console(width=150).print(table)

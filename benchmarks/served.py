@@ -111,3 +111,10 @@ def cpu_seconds(pid: int) -> float:
     """Processor time that a process has taken so far."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def account(before: dict[str, float], after: dict[str, float]) -> dict[str, int]:
+    """How many requests came to the engine, and how they ended."""
+    names = {end: f'ldmrt_requests_total{{end="{end}"}}' for end in ("served", "failed", "rejected", "cancelled")}
+    names |= {"received": "ldmrt_requests_received_total", "present": "ldmrt_requests_present"}
+    return {name: int(after[metric] - before[metric]) for name, metric in names.items()}

@@ -29,7 +29,8 @@ from typing import Any, Protocol, Self
 import torch
 
 from ldmrt.bench.ledger import append, summary
-from ldmrt.pipeline import Pipeline, delivered
+from ldmrt.delivery import delivered
+from ldmrt.pipeline import Pipeline
 from ldmrt.request import Request
 from ldmrt.samplers.estimate import estimate
 from ldmrt.serving import Batcher, Progress, Stats

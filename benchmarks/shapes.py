@@ -17,7 +17,8 @@ import torch
 from ldmrt.bench.ledger import append, summary
 from ldmrt.bench.measure import alternate
 from ldmrt.kernels import native
-from ldmrt.pipeline import Pipeline, builtin_bundle
+from ldmrt.opening import builtin_bundle
+from ldmrt.pipeline import Pipeline
 from ldmrt.verify import relative_error
 
 LEDGER = Path(__file__).resolve().parent / "results" / "shapes.jsonl"

@@ -1,7 +1,6 @@
 """Mixed traffic against `ldmrt serve` of the built-in model, for a long time, with faults: is every picture right, and does anything leak?
 
     python benchmarks/soak.py [--seconds 600] [--faults] [--clients 8] [--device cpu] [--threads 1] [--no-record]
-    python benchmarks/soak.py --overload 2,5,10 [--seconds 60]
 
 Clients ask without a pause, each for one thing at a time: pictures, streams with previews, edits with masks and without, of several steps, seeds, samplers and
 guidance scales, from a catalogue whose pictures a `Pipeline` has made before. Every so often one goes in the midst of an answer, or asks for what
@@ -9,17 +8,12 @@ cannot be, while some hundred connections only take room. A picture is right if 
 some pixels by one level, while another seed or step is below 40 dB. With --faults the engine's process is killed, or stopped as if it hung, during the first
 half of the time; the slope of the processes' memory is that of the last two fifths. At the end every request must be accounted for.
 
-With --overload requests arrive in a Poisson process at so many times the rate that can be served, whether others are finished or not.
-
 The exit code is 1 if anything is wrong. Rows go to results/soak.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import base64
-import io
 import json
 import os
 import random
@@ -37,127 +31,19 @@ from typing import Any
 
 import httpx2
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from catalogue import BAD, GENERATIONS, Item, Pixels, catalogue, decibels, decoded
 from ldmrt.bench.ledger import append, summary
 from ldmrt.pipeline import Pipeline
-from served import Served, resident
+from served import Served, account, resident
 
 LEDGER = Path(__file__).resolve().parent / "results" / "soak.jsonl"
-PROMPTS = (
-    "a red circle on a white background",
-    "a blue square",
-    "a green star left of a yellow circle",
-    "a purple triangle on a black background",
-)
-SAMPLERS = ("ddim", "euler", "euler a", "dpm++ 2m karras", "unipc", "heun")
-GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 RIGHT_DECIBELS = 50.0
 STEP_SECONDS = 5.0
 MOST_FAULT_SECONDS = 15.0
 WAITING = 64
-
-Pixels = npt.NDArray[np.int16]
-
-
-@dataclass(frozen=True)
-class Item:
-    """Something to ask for, and what comes of it.
-
-    Attributes:
-        path: where it is asked.
-        fields: of the request.
-        files: the pictures that it brings.
-        wanted: the pixels of each picture.
-    """
-
-    path: str
-    fields: dict[str, Any]
-    files: dict[str, bytes]
-    wanted: list[Pixels]
-
-    def asked(self, **more: Any) -> dict[str, Any]:
-        """Arguments of an HTTP client."""
-        fields = {**self.fields, **more}
-        if self.path == GENERATIONS:
-            return {"url": self.path, "json": fields}
-        texts = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in fields.items()}
-        return {"url": self.path, "data": texts, "files": {name: (name, data) for name, data in self.files.items()}}
-
-
-def catalogue(pipe: Pipeline, count: int) -> list[Item]:
-    """The same every time."""
-    drawn, items = random.Random(11), []
-    for number in range(count):
-        prompt, steps, seed = drawn.choice(PROMPTS), drawn.choice((4, 8, 12, 20)), drawn.randrange(2**31)
-        given: dict[str, Any] = {
-            "num_inference_steps": steps,
-            "seed": seed,
-            "sampler": drawn.choice(SAMPLERS),
-            "guidance_scale": drawn.choice((1.0, 3.0, 5.0)),
-        }
-        fields: dict[str, Any] = {"prompt": prompt, **given}
-        files: dict[str, bytes] = {}
-        if number % 4 == 3:
-            begin = Image.effect_mandelbrot((160, 140), (-2, -1.5 + 0.01 * number, 1, 1.5), 20).convert("RGB")
-            files["image"] = png(begin)
-            given["image"] = begin
-            if number % 8 == 7:
-                hole = Image.new("L", begin.size, 0)
-                hole.paste(255, (40, 30, 120, 110))
-                clear = begin.copy()
-                clear.putalpha(Image.eval(hole, lambda value: 255 - value))
-                files["mask"] = png(clear)
-                given["mask_image"] = hole
-            else:
-                fields["strength"] = given["strength"] = 0.6
-        else:
-            fields["n"] = given["num_images_per_prompt"] = drawn.choice((1, 1, 2))
-        pictures = pipe(prompt, **given).images
-        items.append(Item(EDITS if files else GENERATIONS, fields, files, [pixels(picture) for picture in pictures]))
-    return items
-
-
-# What cannot be, and the status that it gets.
-BAD: tuple[tuple[str, dict[str, Any], int], ...] = (
-    (GENERATIONS, {"json": {"prompt": "a", "n": 0}}, 400),
-    (GENERATIONS, {"json": {"prompt": "a", "size": "1x1"}}, 400),
-    (GENERATIONS, {"json": {"prompt": "a", "sampler": "magic"}}, 400),
-    (GENERATIONS, {"json": {"prompt": "a" * 5000}}, 400),
-    (GENERATIONS, {"json": {"prompt": "a", "model": "another"}}, 404),
-    (GENERATIONS, {"json": {"prompt": "a", "steps": 2, "guidance_scale": 3e38}}, 500),  # NaN
-    (GENERATIONS, {"content": b"{", "headers": {"content-type": "application/json"}}, 400),
-    (GENERATIONS, {"content": b" " * 300_000, "headers": {"content-type": "application/json"}}, 413),
-    (EDITS, {"data": {"prompt": "a"}, "files": {"image": ("image", b"GIF89a")}}, 400),
-    (EDITS, {"json": {"prompt": "a"}}, 415),
-    ("/nowhere", {"json": {}}, 404),
-)
-
-
-def png(image: Image.Image) -> bytes:
-    """Its file."""
-    out = io.BytesIO()
-    image.save(out, format="PNG")
-    return out.getvalue()
-
-
-def pixels(image: Image.Image) -> Pixels:
-    """(height, width, 3)."""
-    return np.asarray(image.convert("RGB"), dtype=np.int16)
-
-
-def decoded(text: str) -> Pixels:
-    """The pixels of a picture in an answer."""
-    return pixels(Image.open(io.BytesIO(base64.b64decode(text))))
-
-
-def decibels(one: Pixels, other: Pixels) -> float:
-    """The peak signal to noise ratio; infinite for the same pixels."""
-    error = float(((one - other).astype(np.float64) ** 2).mean())
-    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
 @dataclass
@@ -397,13 +283,6 @@ class Memory:
         return found
 
 
-def account(before: dict[str, float], after: dict[str, float]) -> dict[str, int]:
-    """How many requests came to the engine, and how they ended."""
-    names = {end: f'ldmrt_requests_total{{end="{end}"}}' for end in ("served", "failed", "rejected", "cancelled")}
-    names |= {"received": "ldmrt_requests_received_total", "present": "ldmrt_requests_present"}
-    return {name: int(after[metric] - before[metric]) for name, metric in names.items()}
-
-
 def together(*work: Callable[[], object]) -> None:
     """Each on a thread of its own, to the end."""
     threads = [threading.Thread(target=one) for one in work]
@@ -479,100 +358,6 @@ def soak(served: Served, items: Sequence[Item], args: argparse.Namespace) -> tup
     return figures, tally.wrong
 
 
-# ---------------------------------------------------------------------------------------------------- overload
-
-# All alike, so that a rate means one thing; long enough that clients, on the same machine, take little of it.
-LOAD = {"prompt": PROMPTS[0], "steps": 20, "guidance_scale": 5.0, "sampler": "ddim"}
-
-
-async def burst(
-    client: httpx2.AsyncClient, rate: float | None, seconds: float, seen: list[tuple[int, float, bool]]
-) -> None:
-    """Requests as a Poisson process, or 32 of them under way at any time; the status, seconds and Retry-After of each answer."""
-    drawn, tasks = random.Random(7), set[asyncio.Task[None]]()
-
-    async def ask() -> None:
-        began = time.perf_counter()
-        answer = await client.post(GENERATIONS, json=LOAD)
-        seen.append((answer.status_code, time.perf_counter() - began, "retry-after" in answer.headers))
-
-    began = time.monotonic()
-    due = 0.0
-    while due < seconds:
-        if rate is None:
-            while len(tasks) >= 32:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            due = time.monotonic() - began
-        else:
-            due += drawn.expovariate(rate)
-            await asyncio.sleep(began + due - time.monotonic())
-        task = asyncio.create_task(ask())
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def overload(served: Served, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """Goodput at each factor, beside what can be served; the rows, and what is wrong."""
-    rows: list[dict[str, Any]] = []
-    wrong: list[str] = []
-
-    async def run(rate: float | None) -> dict[str, Any]:
-        seen: list[tuple[int, float, bool]] = []
-        waiting: list[float] = []
-        limits = httpx2.Limits(max_connections=None)
-        async with httpx2.AsyncClient(base_url=served.url, timeout=300.0, limits=limits) as client:
-            load = asyncio.create_task(burst(client, rate, 10.0 + args.seconds, seen))
-            await asyncio.sleep(10.0)  # until as many wait as may
-            first, before, began = len(seen), await asyncio.to_thread(served.metrics), time.monotonic()
-            memory = resident(served.pid)
-            while not load.done() and time.monotonic() < began + args.seconds - 1.0:
-                await asyncio.sleep(0.5)
-                waiting.append((await asyncio.to_thread(served.metrics))["ldmrt_images_waiting"])
-            after, ended = await asyncio.to_thread(served.metrics), time.monotonic()
-            grown = resident(served.pid) - memory
-            answers = seen[first:]
-            await load
-        rejected = [seconds for status, seconds, _ in answers if status == 429]
-        ends = account(before, after)
-        if others := Counter(status for status, _, _ in seen if status not in (200, 429)):
-            wrong.append(f"answers that are neither: {dict(others)}")
-        if not all(told for status, _, told in seen if status == 429):
-            wrong.append("a 429 without Retry-After")
-        if max(waiting) > WAITING:
-            wrong.append(f"{max(waiting)} images wait, expected at most {WAITING}")
-        return {
-            "images_per_second": round(ends["served"] / (ended - began), 3),
-            "asked_per_second": round(ends["received"] / (ended - began), 2),
-            "rejected": len(rejected),
-            **({"seconds_until_rejected": summary(rejected)} if rejected else {}),
-            "most_waiting": int(max(waiting)),
-            "server_mib_gained": round(grown / 2**20, 2),
-        }
-
-    peak = asyncio.run(run(None))
-    for factor in args.overload:
-        settle(served)
-        found = asyncio.run(run(factor * peak["images_per_second"]))
-        share = round(found["images_per_second"] / peak["images_per_second"], 3)
-        rows.append({"factor": factor, "seconds": args.seconds, "peak": peak, "goodput": share, **found})
-    settle(served)
-    ends = account(dict.fromkeys(after := served.metrics(), 0.0), after)
-    if ends["received"] != ends["served"] + ends["failed"] + ends["rejected"] + ends["cancelled"]:
-        wrong.append(f"the account is not even: {ends}")
-    if served.stop() != 0:
-        wrong.append("the server did not end well")
-    return rows, wrong
-
-
-def settle(served: Served) -> None:
-    """Until nobody is there."""
-    while served.metrics()["ldmrt_requests_present"]:
-        time.sleep(0.1)
-
-
 # ---------------------------------------------------------------------------------------------------- the command
 
 
@@ -589,7 +374,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--faults", action="store_true")
-    parser.add_argument("--overload", type=lambda text: [float(part) for part in text.split(",")], default=None)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--idle", type=int, default=300, help="connections that only take room")
     parser.add_argument("--items", type=int, default=16, help="of the catalogue")
@@ -598,20 +382,13 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true", help="print only")
     args = parser.parse_args()
     options = ["--device", args.device, "--max-waiting", str(WAITING), "--step-timeout", str(STEP_SECONDS)]
-    if args.overload:
-        with Served(*options, threads=args.threads) as served:
-            rows, wrong = overload(served, args)
-        named = [(f"overload: {row['factor']:g} times", row) for row in rows]
-    else:
-        items = catalogue(Pipeline.from_bundle(device=args.device), args.items)
-        with Served(*options, threads=args.threads) as served:
-            figures, wrong = soak(served, items, args)
-        named = [("soak with faults" if args.faults else "soak", figures)]
-    console = Console(width=160)
-    for name, row in named:
-        console.print(name, table(row))
-        if not args.no_record:
-            append(LEDGER, name, {**row, "device": args.device, "threads": args.threads})
+    items = catalogue(Pipeline.from_bundle(device=args.device), args.items)
+    with Served(*options, threads=args.threads) as served:
+        figures, wrong = soak(served, items, args)
+    name = "soak with faults" if args.faults else "soak"
+    Console(width=160).print(name, table(figures))
+    if not args.no_record:
+        append(LEDGER, name, {**figures, "device": args.device, "threads": args.threads})
     for text in wrong[:20]:
         sys.stdout.write(f"wrong: {text}\n")
     sys.exit(1 if wrong else 0)

@@ -14,7 +14,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,15 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "reliability.md")
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[^>]+) -->\n)(?P<body>.*?)(<!-- end of table -->)", re.DOTALL)
+
+# Of `ldmrt bench`, by what is drawn.
+BENCH_REPORTS = {
+    "bench-sd15": "SD1.5, 512 x 512",
+    "bench-sd15-onnxruntime": "SD1.5, 512 x 512, float32",
+    "bench-sd15-ddim": "SD1.5, 256 x 256, DDIM",
+    "bench-sd15-controlnet": "SD1.5 and a ControlNet, 512 x 512",
+    "bench-sdxl": "SDXL, 1024 x 1024",
+}
 
 Row = dict[str, Any]
 Table = list[list[str]]  # the first is the header
@@ -188,9 +197,19 @@ def gpu_sdxl() -> Table:
 
 def serving() -> Table:
     """A load that the batcher alone can carry."""
+    return latencies({what: f"serving: {what}" for what in ("batcher", "static batching", "one at a time")})
+
+
+def serving_http() -> Table:
+    """The same load, asked within the process and over HTTP."""
+    return latencies({what: f"serving over HTTP: {what}" for what in ("batcher", "over HTTP")})
+
+
+def latencies(names: Mapping[str, str]) -> Table:
+    """What clients saw of each way to serve, by the name of its row."""
     table = [["", "p50", "p95", "p99", "to the first preview, p50", "images/s"]]
-    for what in ("batcher", "static batching", "one at a time"):
-        row = find("serving", f"serving: {what}")
+    for what, name in names.items():
+        row = find("serving", name)
         latency = row["latency_seconds"]
         table.append(
             [
@@ -340,7 +359,7 @@ def bench_reports() -> Table:
     table = [
         ["", "ldmrt, s", "its, s", "ldmrt is faster by (95 %)", "pictures agree", "its peak memory", "its start, s"]
     ]
-    for file, what in (("bench-sd15", "SD1.5, 512 x 512"),):
+    for file, what in BENCH_REPORTS.items():
         report = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
         for peer in report["against"]:
             ours, theirs = (peer[name]["summary"]["p50"] for name in ("ours_seconds", "theirs_seconds"))
@@ -630,6 +649,7 @@ TABLES: dict[str, Callable[[], Table]] = {
         gpu_sd15_pictures,
         gpu_sdxl,
         serving,
+        serving_http,
         soak,
         overload,
         cold_start,

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from ldmrt.pipeline import builtin_bundle
+from ldmrt.opening import builtin_bundle
 
 ARCHITECTURES = Path(__file__).parent / "known"
 CLASSES: dict[str, Any] = {

@@ -19,7 +19,8 @@ _WARM_UPS = 2
 
 
 class Recorder:
-    """Records work on one GPU. The graphs share a memory pool: they run one after the other, never at once.
+    """Records work on one GPU. The graphs share a memory pool: they run one after the other, never at once. What runs beside them needs a
+    recorder of its own.
 
     Args:
         device: the GPU.

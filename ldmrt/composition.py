@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ldmrt.conditioning import MOST_PIXELS
+from ldmrt.delivery import OutputType, delivered
 from ldmrt.errors import BadRequest
 from ldmrt.material import Material
 from ldmrt.noise import Generators, Noise
-from ldmrt.pipeline import OutputType, delivered
 from ldmrt.request import Job, Request
 from ldmrt.samplers.table import SamplerTable
 

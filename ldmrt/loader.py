@@ -68,6 +68,7 @@ class EngineLoader:
         self._staged = staged
         self._engines: dict[str, Engine] = {}
         self._weights: dict[str, str] = {}
+        self._apart: dict[str, Recorder] = {}
         if self.kind not in kinds:
             raise EngineMismatch(
                 f"{bundle.path} has no {self.kind} engine, it has {', '.join(kinds) or 'none'}; "
@@ -107,7 +108,25 @@ class EngineLoader:
             return engine
         # Capturing takes as long as several runs: too long for what is unloaded after one.
         stays = self.plan is None or record.weights in self.plan.resident
-        return CapturedEngine(engine, self.recorder) if stays else engine
+        return CapturedEngine(engine, self._apart.get(record.component, self.recorder)) if stays else engine
+
+    def set_apart(self, component: str) -> None:
+        """Let the engines of a component have memory of their own, so that they may run on one stream while others run on another.
+
+        Raises:
+            EngineMismatch: engines of this kind share it.
+        """
+        if self.kind != "torch":
+            raise EngineMismatch(
+                f"{self.kind} engines share the memory that they compute in, so none runs beside another: use the torch engine"
+            )
+        if self.recorder is None or component in self._apart:
+            return
+        self._apart[component] = recorder = Recorder(self.device)
+        for record in self.records(component):
+            match self._engines.get(record.key):
+                case CapturedEngine() as captured:
+                    captured.record_with(recorder)
 
     def unload(self, *, except_for: AbstractSet[str]) -> None:
         """Let engines go, and the weights that they read; who has them must have given them up.

@@ -16,10 +16,11 @@ from torch.nn import functional
 
 from ldmrt.composition import Composition, add, check_output_type, check_size, deliver, field, request_of
 from ldmrt.conditioning import Picture, read
+from ldmrt.delivery import OutputType
 from ldmrt.errors import BadRequest
 from ldmrt.extension import Extension
 from ldmrt.noise import Generators
-from ldmrt.pipeline import OutputType, Pipeline
+from ldmrt.pipeline import Pipeline
 from ldmrt.tiling import Tiling
 
 _OVERLAP = 2  # half a window

@@ -5,37 +5,37 @@ from __future__ import annotations
 import os
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Literal, Unpack
 
 import torch
 
-from ldmrt import choices, control, image as pixels
+from ldmrt import choices, control
 from ldmrt.adapters import Adapters
-from ldmrt.bundle import REFINER, Bundle, EngineRecord, ModelRecord
+from ldmrt.asking import check_text, checked, default_strength, prompts_of
+from ldmrt.bundle import REFINER, Bundle, EngineRecord
 from ldmrt.capture import Recorder
 from ldmrt.classes import ClassLabels
 from ldmrt.components import CONTROLNET, STEP, parts
 from ldmrt.conditioning import Picture, encode
-from ldmrt.config import parse_device
 from ldmrt.decoding import Decoding, decode
+from ldmrt.delivery import OutputType, check_output_type, delivered
 from ldmrt.denoise import Denoiser
 from ldmrt.denoisers import Denoisers, room_for
 from ldmrt.errors import BadRequest, EngineMismatch, NumericalError, Unavailable
 from ldmrt.guidance import embedding
 from ldmrt.layout import Layout
-from ldmrt.loader import EngineLoader, kinds_of
+from ldmrt.loader import EngineLoader
 from ldmrt.lora import Lora
 from ldmrt.material import Brought, Material, Start, resolve as resolve_material
 from ldmrt.memory_plan import MemoryPlan, Stage, parse_bytes
 from ldmrt.needs import Workload
 from ldmrt.noise import Generators, Noise
+from ldmrt.opening import builtin_bundle, device_of, first_that_loads
 from ldmrt.parameters import Parameters
 from ldmrt.request import Defaults, Job, LongPrompt, Request, resolve
 from ldmrt.residency import Residency
@@ -46,7 +46,6 @@ from ldmrt.segmentation import SemanticMap
 from ldmrt.text import Embedding, Given, PromptEncoder, TextModel, Windows
 from ldmrt.textual_inversion import TextualInversion, Words
 
-OutputType = Literal["pil", "np", "latent"]
 Capture = Literal["step", "loop", "image", "off"]
 OnStep = Callable[[int, torch.Tensor], None]
 Text = tuple[Embedding, Embedding | None]
@@ -115,7 +114,7 @@ class Pipeline:
             max_steps=self.schedule.train_steps,
             max_clip_skip=self._prompts.layers - 1,
             guidance_embedded=model.guidance_embedding is not None,
-            strength=_strength(model),
+            strength=default_strength(model),
             refines=model.kind == REFINER,
             takes_aesthetic_scores=model.requires_aesthetics_score,
         )
@@ -170,16 +169,19 @@ class Pipeline:
                 'capture is "image", which keeps the decoder in memory; with memory_budget use step', param="capture"
             )
         bundle = Bundle.open(builtin_bundle() if path is None else path)
-        place = _device(device)
+        place = device_of(device)
         if place.type == "cuda":
             choices.apply(place)
         recorder = Recorder(place) if place.type == "cuda" and capture != "off" else None
 
         def load(kind: str | None) -> Pipeline:
             loader = EngineLoader(bundle, place, kind, dtype, recorder, weight_budget, staged=budget is not None)
-            return cls(loader, capture=capture, memory_budget=budget)
+            pipe = cls(loader, capture=capture, memory_budget=budget)
+            if fallback and budget is None:  # within which engines come and go, and are torch's, which run everywhere
+                loader.load_all((pipe.defaults.width, pipe.defaults.height))
+            return pipe
 
-        return _first_that_loads(load, bundle, engine) if fallback else load(engine)
+        return first_that_loads(load, bundle, engine) if fallback else load(engine)
 
     def __call__(
         self,
@@ -293,7 +295,7 @@ class Pipeline:
         """
         job = resolve(
             Request(
-                prompt=_prompts(prompt, prompt_embeds, class_labels),
+                prompt=prompts_of(prompt, prompt_embeds, class_labels),
                 negative_prompt=negative_prompt,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
@@ -345,7 +347,7 @@ class Pipeline:
         )
         table = self.table(job)
         given = Given(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
-        _check_text(self.bundle.manifest.model, job, given)
+        check_text(self.bundle.manifest.model, job, given)
         clock = _Clock(self._synchronize if self.exact_timings else lambda: None)
         workload = Workload(size, tuple(names), material.is_encoded, room_for(table.evaluations))
         with self._engines(for_pictures=True), torch.inference_mode():
@@ -670,6 +672,19 @@ class Pipeline:
         """Latents (n, C, h, w) to pixels (n, 3, H, W) in [-1, 1]."""
         return decode(self._loader, latents, size)
 
+    def set_decoder_apart(self) -> None:
+        """Let the decoder be used on one stream while the denoising network is on another.
+
+        Raises:
+            BadRequest: there are no streams, or the engines share the memory that they compute in.
+        """
+        if self.device.type != "cuda":
+            raise BadRequest(f"decoding overlaps with steps on a GPU, and this is {self.device}", param="overlap")
+        try:
+            self._loader.set_apart("decoder")
+        except EngineMismatch as error:
+            raise BadRequest(str(error), param="overlap") from error
+
     # ------------------------------------------------------------------------------------------------ stages
 
     @contextmanager
@@ -756,15 +771,6 @@ def _lent() -> Unavailable:
     return Unavailable("the pipeline is lent to a batcher: submit to that (`ldmrt.serving.Batcher`), or close it first")
 
 
-def _strength(model: ModelRecord) -> float:
-    """How much of a picture is drawn anew where nothing is said: as diffusers' pipelines have it, but that SDXL's for inpainting leaves
-    out the first step.
-    """
-    if model.inpainting or model.upscaling is not None:
-        return 1.0
-    return 0.3 if model.kind.startswith("stable-diffusion-xl") else 0.8
-
-
 def _is_network(component: str) -> bool:
     """Whether a component's engines are the parts of a denoising network."""
     return component == "unet" or component.startswith(CONTROLNET)
@@ -772,93 +778,6 @@ def _is_network(component: str) -> bool:
 
 def _step(network: str) -> str:
     return STEP if network == "unet" else f"{network}.step"
-
-
-def _prompts(
-    prompt: str | Sequence[str], prompt_embeds: torch.Tensor | None, class_labels: ClassLabels | None
-) -> str | Sequence[str]:
-    """The prompts, empty ones for what is given in their place."""
-    if prompt == "" and prompt_embeds is not None:
-        return [""] * len(prompt_embeds)
-    return [""] * len(class_labels) if prompt == "" and isinstance(class_labels, list | tuple) else prompt
-
-
-def checked(
-    model: ModelRecord, defaults: Defaults, request: Request, **brought: Unpack[Brought]
-) -> tuple[Job, Material]:
-    """What is to be done for a request, checked without any engine: see `Pipeline.resolve`.
-
-    Raises:
-        BadRequest: a value cannot be used.
-    """
-    has_image, has_mask = (brought.get(key) is not None for key in ("image", "mask_image"))
-    job = resolve(replace(request, has_image=has_image, has_mask=has_mask), defaults)
-    _check_text(model, job, Given())
-    return job, resolve_material(model, job, **brought)
-
-
-def _check_text(model: ModelRecord, job: Job, given: Given) -> None:
-    if not model.tokenizers:
-        _check_unconditional(job, given, guided=model.null_class is not None)
-
-
-def _check_unconditional(job: Job, given: Given, *, guided: bool) -> None:
-    """Refuse what only a model that reads text takes.
-
-    Args:
-        job: what was asked.
-        given: embeddings of text.
-        guided: whether there is something else that guidance follows.
-
-    Raises:
-        BadRequest: there is a prompt, an embedding, or guidance.
-    """
-    if any((*job.prompts, *job.negative_prompts)) or given != Given():
-        raise BadRequest(
-            "this model reads no text, and draws what it was trained on; leave the prompt empty", param="prompt"
-        )
-    if job.do_cfg and not guided:
-        raise BadRequest(
-            f"guidance_scale is {job.guidance_scale:g}, and this model reads no text that it could follow; use 1",
-            param="guidance_scale",
-        )
-
-
-def _first_that_loads(load: Callable[[str | None], Pipeline], bundle: Bundle, engine: str | None) -> Pipeline:
-    """The pipeline on the engine kind that was asked for, or on one that may take its place; says so.
-
-    Raises:
-        EngineMismatch: none of them can run here; the last one's.
-    """
-    kinds = kinds_of(bundle)
-    order = kinds if engine is None else [engine, *kinds[kinds.index(engine) + 1 if engine in kinds else 0 :]]
-    for kind, following in pairwise([*order, None]):
-        try:
-            pipe = load(kind)
-            if pipe.memory_budget is None:  # within which engines come and go, and are torch's, which run everywhere
-                pipe._loader.load_all((pipe.defaults.width, pipe.defaults.height))
-        except EngineMismatch as error:
-            if following is None:
-                raise
-            warnings.warn(f"{following} runs instead of {kind}, which cannot: {error}", stacklevel=3)
-        else:
-            return pipe
-    return load(engine)  # there is none, and this says so
-
-
-def check_output_type(output_type: object) -> None:
-    """Check how pictures are to be delivered.
-
-    Raises:
-        BadRequest: it is none of the ways.
-    """
-    if output_type not in get_args(OutputType):
-        raise BadRequest(f"output_type is {output_type!r}, expected pil, np or latent", param="output_type")
-
-
-def delivered(images: torch.Tensor, output_type: OutputType) -> Any:
-    """Pictures as they were asked for."""
-    return pixels.to_float(images) if output_type == "np" else pixels.to_pil(pixels.to_uint8(images))
 
 
 def conditioning(embedding: Embedding, job: Job, score: float | None = None) -> dict[str, torch.Tensor]:
@@ -889,26 +808,3 @@ class _Clock:
         yield
         self._settle()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-def builtin_bundle() -> Path:
-    """The folder of the built-in shapes model, which is a diffusers model and a bundle at once."""
-    return Path(__file__).parent / "builtin" / "shapes"
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    """The device to run on.
-
-    Raises:
-        BadRequest: it is not one that ldmrt runs on, or it is not there.
-    """
-    name = parse_device("auto" if device is None else str(device))
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = torch.device(name)
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise BadRequest(
-            f"device {name!r} was asked for, and torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; use cpu",
-            param="device",
-        )
-    return found

@@ -13,7 +13,8 @@ import torch
 from ldmrt.bundle import MANIFEST, Bundle, EngineRecord
 from ldmrt.export.build import build_engines
 from ldmrt.graph import to_json
-from ldmrt.pipeline import Pipeline, builtin_bundle
+from ldmrt.opening import builtin_bundle
+from ldmrt.pipeline import Pipeline
 
 MOST_BYTES = 24_000_000
 

@@ -284,7 +284,7 @@ def test_a_driver_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_pipeline_on_a_gpu_takes_the_choices(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     choices.keep(choices.folder(os.environ), choices.machine_with(gpu), [geglu_entry()])
-    monkeypatch.setattr(pipeline, "_device", torch.device)
+    monkeypatch.setattr(pipeline, "device_of", torch.device)
 
     def stop(*_: object, **__: object) -> NoReturn:
         raise InterruptedError

@@ -12,7 +12,7 @@ from ldmrt.engines.torch import TorchEngine, packing
 from ldmrt.footprint import footprint
 from ldmrt.kernels import memory, native
 from ldmrt.network import sizes
-from ldmrt.pipeline import builtin_bundle
+from ldmrt.opening import builtin_bundle
 from ldmrt.rehearsal import weightless
 
 CPU = torch.device("cpu")

@@ -9,6 +9,7 @@ import torch
 
 from ldmrt.bundle import Bundle, EngineRecord
 from ldmrt.capture import Recorder
+from ldmrt.engines.captured import CapturedEngine
 from ldmrt.errors import EngineMismatch
 from ldmrt.loader import EngineLoader
 
@@ -94,3 +95,29 @@ def test_what_is_missing_is_named(bundle: Bundle) -> None:
         EngineLoader(Bundle(bundle.path, torch_only), CPU, "onnxruntime", None)
     with pytest.raises(EngineMismatch, match="float16"):
         EngineLoader(bundle, CPU, "torch", "float16").records("step")
+
+
+def test_a_component_set_apart_has_graphs_of_its_own(bundle: Bundle) -> None:
+    """Else what runs beside it would write over its tensors."""
+    shared = Recorder(torch.device("cuda"))
+    loader = EngineLoader(bundle, CPU, "torch", "float32", shared)
+    (first, *others) = loader.records("decoder")
+    before = loader.load(first)
+    loader.set_apart("decoder")
+    loader.set_apart("decoder")
+    recorders = {recorder_of(loader.load(record)) for record in (first, *others)}
+    assert loader.load(first) is before
+    assert len(recorders) == 1
+    assert shared not in recorders
+    assert recorder_of(loader.only("context")) is shared
+
+
+def recorder_of(engine: object) -> object:
+    assert isinstance(engine, CapturedEngine)
+    return engine._recorder
+
+
+def test_engines_that_share_their_memory_are_not_set_apart(bundle: Bundle) -> None:
+    loader = EngineLoader(bundle, CPU, "onnxruntime", None)
+    with pytest.raises(EngineMismatch, match=r"onnxruntime engines share the memory .* use the torch engine"):
+        loader.set_apart("decoder")

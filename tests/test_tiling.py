@@ -15,7 +15,8 @@ import ldmrt
 from ldmrt import residency
 from ldmrt.errors import BuildError
 from ldmrt.memory_plan import MemoryPlan, Need, Stage, plan
-from ldmrt.pipeline import Pipeline, builtin_bundle
+from ldmrt.opening import builtin_bundle
+from ldmrt.pipeline import Pipeline
 from ldmrt.tiling import Tiling
 
 PROMPTS = (

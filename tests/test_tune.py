@@ -25,7 +25,8 @@ from ldmrt.export import cubins
 from ldmrt.graph import Graph, Node
 from ldmrt.kernels import geglu, launch, ops, tuning
 from ldmrt.kernels.tuning import Call, Form
-from ldmrt.pipeline import Pipeline, builtin_bundle
+from ldmrt.opening import builtin_bundle
+from ldmrt.pipeline import Pipeline
 
 CUDA = torch.device("cuda", 0)
 MACHINE = Machine(gpu="A GPU", capability=89, driver="1.2", torch="2.13", triton="3.7", kernels={})

@@ -25,7 +25,7 @@ import ldmrt
 from degradation import FACTOR
 from edges import draw_edges
 from evaluate import PACKAGES, Score
-from ldmrt.pipeline import builtin_bundle
+from ldmrt.opening import builtin_bundle
 
 KINDS = ("add", "replace", "outpaint")
 STEPS, GUIDANCE = 20, 5.0

@@ -29,7 +29,7 @@ from evaluate_companions import (
     unseen_layouts,
 )
 from ldmrt.companions import companion
-from ldmrt.pipeline import builtin_bundle
+from ldmrt.opening import builtin_bundle
 
 COLUMNS = 6
 GAP = 4  # white pixels between pictures

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,6 +31,7 @@ from ldmrt.graph import dtype_of
 from ldmrt.samplers.registry import default_sampler, resolve
 
 Draw = Callable[[], Any]
+SD_CPP = "stable-diffusion.cpp"
 
 
 class Task(BaseModel):
@@ -51,6 +53,7 @@ class Task(BaseModel):
         width: in pixels.
         height: in pixels.
         num_images_per_prompt: images of a drawing.
+        sigmas: for stable-diffusion.cpp, the noise level of every step, over that of the picture, and the last one's end.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Task(BaseModel):
     width: int
     height: int
     num_images_per_prompt: int
+    sigmas: tuple[float, ...] = ()
 
 
 def diffusers(task: Task, _stack: ExitStack) -> Draw:
@@ -102,6 +106,38 @@ def openvino(task: Task, stack: ExitStack) -> Draw:
     return _exchanged(task, stack, lambda path: open_openvino(path, dtype))
 
 
+def stable_diffusion_cpp(task: Task, _stack: ExitStack) -> Draw:
+    """stable-diffusion.cpp's own pipeline on a CPU: float16 weights where ours have a half precision, since it has no kernels of bfloat16
+    there. Its `cpu` random numbers are torch's; given the noise levels, its Euler's method visits those of ours.
+    """
+    model = import_module("stable_diffusion_cpp").StableDiffusion(  # not there where nobody compares
+        model_path=str(task.model),
+        n_threads=task.threads,
+        wtype="f32" if task.dtype == "float32" else "f16",
+        rng_type="cpu",
+        sampler_rng_type="cpu",
+        diffusion_flash_attn=True,
+        vae_decode_only=True,
+        verbose=False,
+    )
+
+    def draw() -> Any:
+        images = model.generate_image(
+            prompt=task.prompt,
+            width=task.width,
+            height=task.height,
+            cfg_scale=task.guidance_scale,
+            sample_method="euler",
+            sample_steps=task.num_inference_steps,
+            sigmas=",".join(map(repr, task.sigmas)),
+            seed=task.seed,
+            batch_count=task.num_images_per_prompt,
+        )
+        return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
+
+    return draw
+
+
 def _exchanged(task: Task, stack: ExitStack, open_: Open) -> Draw:
     exact = task.model_copy(update={"dtype": "float32"})
     pipe = _opened(exact)
@@ -114,6 +150,7 @@ PROGRAMS: Mapping[str, Callable[[Task, ExitStack], Draw]] = {
     "torch.compile": compiled,
     "onnxruntime": onnxruntime,
     "openvino": openvino,
+    SD_CPP: stable_diffusion_cpp,
 }
 
 

@@ -17,9 +17,12 @@ import numpy as np
 import torch
 
 from ldmrt.bench.intervals import median_of_ratios
+from ldmrt.bench.peer import SD_CPP
 from ldmrt.bench.report import Peer, Series
 from ldmrt.errors import BadRequest, LdmrtError
 from ldmrt.pipeline import Pipeline
+from ldmrt.samplers.make import sampler_table
+from ldmrt.samplers.table import SamplerTable
 
 # Each with the packages that it needs, and how to install them.
 PEERS = {
@@ -27,19 +30,25 @@ PEERS = {
     "torch.compile": (("diffusers", "transformers"), "'ldmrt[export]'"),
     "onnxruntime": (("diffusers", "transformers", "onnxscript", "onnxruntime"), "'ldmrt[export,onnxruntime]'"),
     "openvino": (("diffusers", "transformers", "onnxscript", "openvino"), "'ldmrt[export]' openvino"),
+    SD_CPP: (("stable_diffusion_cpp",), "stable-diffusion-cpp-python"),
 }
-_ON_CPU_ALONE = ("onnxruntime", "openvino")
+_ON_CPU_ALONE = ("onnxruntime", "openvino", SD_CPP)
+# Samplers that are Euler's method in the noise levels, which is all that a list of them can say.
+_OF_LEVELS = ("ddim", "euler")
 # Pictures less alike than this, in dB, are of different computations. Half precisions part further over the steps of a loop.
 _ALIKE = {"float32": 40.0, "bfloat16": 20.0, "float16": 20.0}
 
 
-def check_peers(names: Sequence[str], model: Path | None, pipe: Pipeline, *, controlled: bool = False) -> None:
+def check_peers(
+    names: Sequence[str], model: Path | None, pipe: Pipeline, *, sampler: str, controlled: bool = False
+) -> None:
     """Check that other programs can draw what a pipeline draws.
 
     Args:
         names: of `PEERS`.
         model: the folder that the bundle was built from, if that is known.
         pipe: ours.
+        sampler: of the case, by its name in `ldmrt.samplers.registry`.
         controlled: whether a ControlNet steers it.
 
     Raises:
@@ -62,6 +71,11 @@ def check_peers(names: Sequence[str], model: Path | None, pipe: Pipeline, *, con
         if controlled and name in _ON_CPU_ALONE:
             raise BadRequest(
                 f"--against {name} is compared without ControlNets: choose diffusers or torch.compile", param="against"
+            )
+        if name == SD_CPP and sampler not in _OF_LEVELS:
+            raise BadRequest(
+                f"--against {name} is compared with the samplers {' and '.join(_OF_LEVELS)}, and this is {sampler}: add --sampler ddim",
+                param="against",
             )
         if not pipe.bundle.manifest.model.tokenizers:
             raise BadRequest(f"--against {name} is for models that read a text, and this one does not", param="against")
@@ -97,9 +111,10 @@ def beside(
     Raises:
         LdmrtError: it failed, or the pictures are not the same, so that their times mean nothing.
     """
+    start = _start(name, pipe, request)
 
     def ours() -> Any:
-        return pipe(**request, output_type="np").images
+        return pipe(**request, latents=start, output_type="np").images
 
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -117,7 +132,7 @@ def beside(
         return Peer(
             name=name,
             label=label,
-            dtype="float32" if name == "onnxruntime" else pipe.dtype,
+            dtype=_precision(name, pipe.dtype),
             psnr=round(alike, 2),
             setup_seconds=peer.setup_seconds,
             # Those that are exported first would answer with the memory of that.
@@ -126,6 +141,43 @@ def beside(
             theirs_seconds=Series(samples=seconds[1]),
             times_faster=median_of_ratios(seconds[1], seconds[0]),
         )
+
+
+def _precision(name: str, dtype: str) -> str:
+    """What another program computes in, where ours does in `dtype`."""
+    if name == SD_CPP:
+        return "float32" if dtype == "float32" else "float16"
+    return "float32" if name == "onnxruntime" else dtype
+
+
+def _table(pipe: Pipeline, request: dict[str, Any]) -> SamplerTable:
+    return sampler_table(request["sampler"], pipe.schedule, request["num_inference_steps"])
+
+
+def _levels(pipe: Pipeline, request: dict[str, Any]) -> tuple[float, ...]:
+    """The noise at the beginning of every step over the picture in it, and at the end of the last, where DDIM may leave some."""
+    *levels, last = (float(noise / picture) for picture, noise in _table(pipe, request).levels)
+    end = (1 / pipe.schedule.final_alpha_cumprod - 1) ** 0.5 if request["sampler"] == "ddim" else last
+    return (*levels, end)
+
+
+def _start(name: str, pipe: Pipeline, request: dict[str, Any]) -> torch.Tensor | None:
+    """What ours is to begin from so that both begin alike, (n, C, h, w); None where they do so by themselves. stable-diffusion.cpp begins
+    with noise of the first level's deviation, diffusers and we with that of all there is at that level.
+    """
+    if name != SD_CPP:
+        return None
+    table = _table(pipe, request)
+    scale = float(table.levels[0, 1]) / table.initial_noise_scale
+    seeds = range(request["seed"], request["seed"] + request["num_images_per_prompt"])
+    shape = latent_shape(pipe, request)
+    return torch.cat([scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def latent_shape(pipe: Pipeline, request: dict[str, Any]) -> tuple[int, int, int, int]:
+    """(1, C, h, w) of one image."""
+    model = pipe.bundle.manifest.model
+    return 1, model.latent_channels, request["height"] // model.downscale, request["width"] // model.downscale
 
 
 def in_turn(
@@ -203,7 +255,6 @@ def process(
     Raises:
         LdmrtError: it failed.
     """
-    record = pipe.bundle.manifest.model
     task = {
         **{key: value for key, value in request.items() if key != "control_image"},  # a peer draws it again
         "name": name,
@@ -212,12 +263,8 @@ def process(
         "device": str(pipe.device),
         "dtype": pipe.dtype,
         "threads": torch.get_num_threads(),
-        "latent_shape": (
-            1,
-            record.latent_channels,
-            request["height"] // record.downscale,
-            request["width"] // record.downscale,
-        ),
+        "latent_shape": latent_shape(pipe, request),
+        "sigmas": _levels(pipe, request) if name == SD_CPP else (),
     }
     log = folder / "log"
     with log.open("w") as errors:

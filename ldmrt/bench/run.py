@@ -26,7 +26,8 @@ from ldmrt.errors import BadRequest, EngineMismatch
 from ldmrt.graph import dtype_of
 from ldmrt.kernels import launch, native
 from ldmrt.loader import kinds_of
-from ldmrt.pipeline import Pipeline, builtin_bundle
+from ldmrt.opening import builtin_bundle
+from ldmrt.pipeline import Pipeline
 from ldmrt.request import Job, Request, resolve
 from ldmrt.samplers.make import sampler_table
 
@@ -110,7 +111,7 @@ def bench(subject: Subject, plan: Plan, on_progress: OnProgress = lambda what, d
     controlled = subject.controlnet is not None
     variants = [variant for pipe in pipes for variant in _variants(pipe, plan, controlled=controlled)]
     first = variants[0]
-    check_peers(plan.against, subject.model, first.pipe, controlled=controlled)
+    check_peers(plan.against, subject.model, first.pipe, sampler=first.job.sampler, controlled=controlled)
     with tempfile.TemporaryDirectory() as folder:
         cold = cold_starts(
             _generate(subject.bundle, first, Path(folder)),

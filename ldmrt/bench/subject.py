@@ -14,7 +14,7 @@ from ldmrt.bench.building import build_apart
 from ldmrt.bench.report import Build
 from ldmrt.bundle import MANIFEST, Bundle
 from ldmrt.errors import BuildError
-from ldmrt.pipeline import builtin_bundle
+from ldmrt.opening import builtin_bundle
 
 OnProgress = Callable[[str, int, int], None]
 

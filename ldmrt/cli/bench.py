@@ -66,7 +66,8 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Another program to draw the first case in turn with ours: diffusers, torch.compile, onnxruntime, openvino; repeatable.",
+            help="Another program to draw the first case in turn with ours: diffusers, torch.compile, onnxruntime, openvino, "
+            "stable-diffusion.cpp; repeatable.",
         ),
     ] = None,
     engine: Annotated[

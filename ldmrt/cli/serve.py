@@ -50,6 +50,13 @@ def serve(
             help="In which an engine that has work must make a step; else it is started anew.",
         ),
     ] = 120.0,
+    overlap: Annotated[
+        bool,
+        typer.Option(
+            "--overlap",
+            help="On a GPU: decode pictures beside the next steps of others, which takes more memory. Not yet run on a GPU.",
+        ),
+    ] = False,
     engine: EngineOption = EngineChoice.auto,
     dtype: DtypeOption = Dtype.auto,
     device: Device = None,
@@ -81,6 +88,7 @@ def serve(
             dtype=None if dtype is Dtype.auto else dtype.value,
             threads=config.threads,
             max_waiting=max_waiting,
+            overlap=overlap,
             step_seconds=step_timeout,
         )
         app = http.create_app(

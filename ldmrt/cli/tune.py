@@ -38,7 +38,7 @@ def tune(
     from ldmrt import choices
     from ldmrt.bundle import Bundle
     from ldmrt.config import from_env
-    from ldmrt.pipeline import builtin_bundle
+    from ldmrt.opening import builtin_bundle
     from ldmrt.tune import find_gpu, tune as tune_bundle
 
     gpu = find_gpu(device or from_env(os.environ).device)

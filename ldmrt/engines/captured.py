@@ -64,6 +64,11 @@ class CapturedEngine:
         """Run on the bound buffers, kernel by kernel."""
         self._engine.enqueue()
 
+    def record_with(self, recorder: Records) -> None:
+        """Let its graphs be made by another recorder, which may mean anew."""
+        self._recorder = recorder
+        self._recordings.clear()
+
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run on `inputs`, return new tensors.
 

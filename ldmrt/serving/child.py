@@ -139,7 +139,7 @@ def _serve(channel: Channel) -> None:
             torch.set_num_threads(given["threads"])
         pipe = Pipeline.from_bundle(given["path"], given["device"], engine=given["engine"], dtype=given["dtype"])
         _warm(pipe)
-        batcher = Batcher(pipe, max_waiting=_ROOM)
+        batcher = Batcher(pipe, max_waiting=_ROOM, overlap=given["overlap"])
     except Exception as error:  # noqa: BLE001 - the parent is told, whatever it is
         if not isinstance(error, LdmrtError):
             log.error("the engine cannot start", exc_info=error)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image as Pictures
 
-from ldmrt.conditioning import Picture
+from ldmrt.conditioning import Picture, read
 from ldmrt.pipeline import Result
 from ldmrt.request import Request
 from ldmrt.serving.channel import Message
@@ -122,5 +122,4 @@ def scaled(picture: Picture, size: tuple[int, int]) -> Pictures.Image:
         picture: as the caller gave it.
         size: (width, height) in pixels.
     """
-    opened = Pictures.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    return opened.convert("RGB").resize(size, Pictures.Resampling.LANCZOS)
+    return read(picture, param="image").resize(size, Pictures.Resampling.LANCZOS)

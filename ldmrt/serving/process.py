@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ldmrt.asking import checked
 from ldmrt.bundle import Bundle
 from ldmrt.conditioning import Picture
 from ldmrt.errors import Cancelled, EngineMismatch, LdmrtError, Unavailable
-from ldmrt.pipeline import builtin_bundle, checked
+from ldmrt.opening import builtin_bundle
 from ldmrt.request import Request
 from ldmrt.samplers.make import sampler_table
 from ldmrt.schedule import NoiseSchedule
@@ -47,6 +48,7 @@ class EngineProcess(Service):
         dtype: see there.
         threads: CPU threads for the model, 0 for torch's own choice.
         max_waiting: images that may wait.
+        overlap: as of `Batcher`.
         step_seconds: in which a process that has something to do must make a step.
         start_seconds: in which it must be ready.
 
@@ -63,6 +65,7 @@ class EngineProcess(Service):
         dtype: str | None = None,
         threads: int = 0,
         max_waiting: int = 64,
+        overlap: bool = False,
         step_seconds: float = 120.0,
         start_seconds: float = 900.0,
     ) -> None:
@@ -76,6 +79,7 @@ class EngineProcess(Service):
             "engine": engine,
             "dtype": dtype,
             "threads": threads,
+            "overlap": overlap,
         }
         self._step_seconds, self._start_seconds = step_seconds, start_seconds
         self._wakes, self._waking = socket.socketpair()

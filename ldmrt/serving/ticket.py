@@ -8,8 +8,8 @@ from functools import cached_property
 
 import torch
 
+from ldmrt.delivery import OutputType
 from ldmrt.material import Material
-from ldmrt.pipeline import OutputType
 from ldmrt.request import Job
 from ldmrt.samplers.table import SamplerTable
 from ldmrt.serving.handle import Handle, OnProgress

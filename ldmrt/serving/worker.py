@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
+from ldmrt.delivery import delivered
 from ldmrt.errors import LdmrtError, NumericalError
-from ldmrt.pipeline import Pipeline, Result, delivered
+from ldmrt.pipeline import Pipeline, Result
+from ldmrt.serving.aside import Aside, Pending, Tensors
 from ldmrt.serving.batch import Batch
 from ldmrt.serving.handle import Progress
 from ldmrt.serving.register import Errand, Register
 from ldmrt.serving.ticket import Image, Ticket
+
+# Images that may be decoded while others go on; each takes memory.
+_MOST_ASIDE = 16
 
 
 class _Stepped(NamedTuple):
@@ -25,7 +31,7 @@ class _Stepped(NamedTuple):
         step: which step it has made.
         latents: (C, h, w) float32 on the device, a copy.
         done: whether it has made the last one, and left.
-        wanted: what is to be decoded, if anything.
+        wanted: (C, h, w), what is to be decoded, if anything.
     """
 
     image: Image
@@ -35,6 +41,20 @@ class _Stepped(NamedTuple):
     wanted: torch.Tensor | None
 
 
+class _Shown(NamedTuple):
+    """A step that is to be told of, when what it shows is there.
+
+    Attributes:
+        stepped: the step.
+        pending: latents of several images and, if they are wanted, their pictures; None if nothing is shown.
+        row: which of them is this image's.
+    """
+
+    stepped: _Stepped
+    pending: Pending | None = None
+    row: int = 0
+
+
 class Worker:
     """Serves the requests of a register. All of it runs on one thread, to which the pipeline's engines are lent.
 
@@ -42,13 +62,22 @@ class Worker:
         pipeline: what makes the pictures.
         register: where requests come in, and are ended.
         batches: by size.
+        aside: decodes.
         alone: whether prompts and pictures go through the model one by one, so that they are the same in every crowd.
     """
 
     def __init__(
-        self, pipeline: Pipeline, register: Register, batches: Mapping[tuple[int, int], Batch], *, alone: bool
+        self,
+        pipeline: Pipeline,
+        register: Register,
+        batches: Mapping[tuple[int, int], Batch],
+        aside: Aside,
+        *,
+        alone: bool,
     ) -> None:
         self._pipeline, self._register, self._batches, self._alone = pipeline, register, batches, alone
+        self._aside = aside
+        self._showing: deque[_Shown] = deque()
         self._model_seconds = 0.0
         self._sound = True  # whether a step has succeeded since the last failure
         self._pending: list[torch.cuda.Event] = []
@@ -60,12 +89,15 @@ class Worker:
             Exception: the engines have failed twice, and nothing succeeded in between.
         """
         began, self._model_seconds = time.perf_counter(), 0.0
+        if errands:  # which may change the weights
+            self._tell_all(wait=True)
         for errand in errands:
             errand.run()
         self._register.expire()
         self._leave()
         self._join()
         made = sum(self._step(batch) for batch in self._batches.values() if batch.images)
+        self._tell_all(wait=not made)
         seconds = time.perf_counter() - began
         if made:
             self._register.worked(made, seconds)
@@ -73,6 +105,7 @@ class Worker:
 
     def stop(self) -> None:
         """Leave the slots free for others."""
+        self._showing.clear()
         for batch in self._batches.values():
             batch.clear()
 
@@ -138,10 +171,7 @@ class Worker:
         self._sound = True
         self._register.count(steps=1, evaluations=made)
         with self._model():
-            stepped = self._look(batch)
-            pictures = self._decoded(stepped)
-        for one in stepped:
-            self._tell(one, pictures.get(one.image))
+            self._showing += self._shown(self._look(batch))
         return made
 
     def _keep_pace(self) -> None:
@@ -170,43 +200,90 @@ class Worker:
             found.append(_Stepped(image, step, latents, done, wanted))
         return found
 
-    def _decoded(self, stepped: list[_Stepped]) -> dict[Image, torch.Tensor]:
-        """Pictures (3, H, W) on the CPU of those that are wanted, by image. A request whose pictures cannot be made has got an error."""
-        wanted = [one for one in stepped if one.wanted is not None and bool(one.wanted.isfinite().all())]
-        pictures: dict[Image, torch.Tensor] = {}
-        for group in [[one] for one in wanted] if self._alone else [wanted] if wanted else []:
-            latents = torch.stack([one.wanted for one in group if one.wanted is not None])
-            try:
-                decoded = self._pipeline.decode(latents, group[0].image.ticket.size).cpu()
-            except Exception as error:  # noqa: BLE001 - an engine may raise anything
-                for one in group:
-                    self._register.fail(one.image.ticket, known(error))
-            else:
-                pictures |= {one.image: picture for one, picture in zip(group, decoded, strict=True)}
-        return pictures
+    # ------------------------------------------------------------------------------------------------ what comes of a step
 
-    def _tell(self, one: _Stepped, picture: torch.Tensor | None) -> None:
-        """What a step means for its request."""
+    def _shown(self, stepped: Sequence[_Stepped]) -> list[_Shown]:
+        """Steps with what they show, which is begun: pictures of those that are wanted, and the latents of those that are done."""
+        decoded = [one for one in stepped if one.wanted is not None]
+        kept = [one for one in stepped if one.done and one.wanted is None]
+        groups = [[one] for one in decoded] if self._alone else [decoded] if decoded else []
+        shown: dict[Image, _Shown] = {}
+        for group in [*groups, *([kept] if kept else [])]:
+            pending = self._begun(group)
+            shown |= {one.image: _Shown(one, pending, row) for row, one in enumerate(group)}
+        return [shown.get(one.image, _Shown(one)) for one in stepped]
+
+    def _begun(self, group: Sequence[_Stepped]) -> Pending | None:
+        """The latents of some steps, and pictures of those that are to be decoded. None if it fails, with which their requests end."""
+
+        def work() -> Tensors:
+            latents = torch.stack([one.latents if one.wanted is None else one.wanted for one in group])
+            if group[0].wanted is None:
+                return (latents,)
+            return latents, self._pipeline.decode(latents, group[0].image.ticket.size)
+
+        try:
+            return self._aside.begin(work)
+        except Exception as error:  # noqa: BLE001 - an engine may raise anything
+            self._spoilt(group, error)
+            return None
+
+    def _spoilt(self, group: Sequence[_Stepped], error: Exception) -> None:
+        for one in group:
+            self._register.fail(one.image.ticket, known(error))
+
+    def _tell_all(self, *, wait: bool) -> None:
+        """Tell of steps, in the order in which they were made.
+
+        Args:
+            wait: for what they show, instead of leaving it to a later turn.
+        """
+        while self._showing:
+            first = self._showing[0]
+            behind = sum(one.pending is not None for one in self._showing)
+            if not (wait or behind > _MOST_ASIDE or first.pending is None or first.pending.ready()):
+                return
+            self._showing.popleft()
+            tensors: Tensors = ()
+            if first.pending is not None:
+                try:
+                    with self._model():
+                        tensors = first.pending.result()
+                except Exception as error:  # noqa: BLE001 - an engine may raise anything
+                    self._spoilt([first.stepped], error)
+            self._tell(first.stepped, *(tensor[first.row] for tensor in tensors))
+
+    def _tell(self, one: _Stepped, latents: torch.Tensor | None = None, picture: torch.Tensor | None = None) -> None:
+        """What a step means for its request.
+
+        Args:
+            one: the step.
+            latents: what is shown, (C, h, w) on the CPU.
+            picture: of it, (3, H, W).
+        """
         image, ticket = one.image, one.image.ticket
         if ticket.on_progress is not None and ticket.error is None and one.step >= 0:
             preview = None
-            if picture is not None and one.step in ticket.preview_steps:
-                (preview,) = delivered(picture[None], "pil")
-            latents = one.latents.clone() if one.done else one.latents  # a caller may write over its copy
+            finite = latents is not None and bool(latents.isfinite().all())
+            own = one.latents.clone() if one.done else one.latents  # a caller may write over its copy
             try:
-                ticket.on_progress(Progress(image.number, one.step, ticket.job.num_inference_steps, latents, preview))
-            except Exception as error:  # noqa: BLE001 - it is the caller's, who gets it back
+                if picture is not None and finite and one.step in ticket.preview_steps:
+                    (preview,) = delivered(picture[None], "pil")
+                ticket.on_progress(Progress(image.number, one.step, ticket.job.num_inference_steps, own, preview))
+            except Exception as error:  # noqa: BLE001 - it is the caller's, who gets it back; or there is NaN in the picture
                 self._register.fail(ticket, error)
         if one.done:
-            self._finish(one, picture)
+            self._finish(image, latents, picture)
 
-    def _finish(self, one: _Stepped, picture: torch.Tensor | None) -> None:
+    def _finish(self, image: Image, latents: torch.Tensor | None, picture: torch.Tensor | None) -> None:
         """Keep an image that is done; with the last of its request that is served."""
-        image, ticket = one.image, one.image.ticket
-        if one.latents.isfinite().all():
+        ticket = image.ticket
+        if latents is None:  # which could not be had: the request has an error
+            pass
+        elif latents.isfinite().all():
             # A tensor made in inference mode could not be used in a caller's own computation.
             with torch.inference_mode(mode=False):
-                ticket.latents[image.number] = torch.empty(one.latents.shape).copy_(one.latents)
+                ticket.latents[image.number] = torch.empty(latents.shape).copy_(latents)
             if picture is not None:
                 ticket.pictures[image.number] = picture
         else:

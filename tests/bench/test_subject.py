@@ -10,7 +10,8 @@ import pytest
 from ldmrt.bench.pictures import control_picture, work_of
 from ldmrt.bench.subject import Wish, subject
 from ldmrt.export import random_checkpoint
-from ldmrt.pipeline import Pipeline, builtin_bundle
+from ldmrt.opening import builtin_bundle
+from ldmrt.pipeline import Pipeline
 
 
 def test_a_bundle_is_taken_as_it_is(tiny_bundle: Path, tmp_path: Path) -> None:

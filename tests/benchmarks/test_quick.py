@@ -38,3 +38,10 @@ def test_a_ratio_is_how_many_times_faster_ours_is() -> None:
 def test_what_computes_something_else_has_no_ratio() -> None:
     with pytest.raises(AssertionError, match="results differ"):
         quick.measure(quick.Pair("a", lambda: torch.ones(8), lambda: torch.zeros(8) + 0.5, 1e-3), 0.01)
+
+
+def test_the_batcher_s_own_share_is_small() -> None:
+    """What is a tenth of the model's time at most here is far less where a step takes longer."""
+    ratio = quick.batcher(0.0)
+    assert ratio.low <= ratio.value <= ratio.high
+    assert ratio.value > 10  # of a tiny model on a busy machine

@@ -93,3 +93,13 @@ def test_inputs_that_do_not_fit(inputs: dict[str, torch.Tensor]) -> None:
     with pytest.raises(EngineMismatch, match="input 'x'"):
         captured.run(inputs)
     assert recorder.count == 0
+
+
+def test_another_recorder_makes_the_graphs_anew() -> None:
+    captured, plain, recorder, _ = engines()
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+    captured.run({"x": x})
+    other = Counting()
+    captured.record_with(other)
+    assert torch.equal(captured.run({"x": 2 * x})["z"], plain.run({"x": 2 * x})["z"])
+    assert (recorder.count, other.count) == (1, 1)

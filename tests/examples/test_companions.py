@@ -13,7 +13,7 @@ import ldmrt
 from ldmrt.companions import companion
 from ldmrt.enlarging import enlarge
 from ldmrt.errors import BadRequest
-from ldmrt.pipeline import builtin_bundle
+from ldmrt.opening import builtin_bundle
 
 detector = pytest.importorskip("detector")
 edges = pytest.importorskip("edges")

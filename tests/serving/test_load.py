@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from ldmrt.serving.aside import AtOnce
 from ldmrt.serving.register import Register
 from ldmrt.serving.ticket import Image, Ticket
 from ldmrt.serving.worker import Worker
@@ -83,7 +84,7 @@ def batcher(requests: Sequence[tuple[float, int]], cost: dict[int, float]) -> li
     """The latency and the steps of every request."""
     model, register = Model(cost), Register(len(requests))
     register.clock = lambda: model.now
-    worker = Worker(model, register, {SIZE: model}, alone=False)  # type: ignore[arg-type,dict-item]
+    worker = Worker(model, register, {SIZE: model}, AtOnce(), alone=False)  # type: ignore[arg-type,dict-item]
     latencies: list[tuple[float, int]] = []
 
     def arrive(at: float, steps: int) -> Ticket:

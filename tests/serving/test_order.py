@@ -102,3 +102,5 @@ def test_pictures_are_kept_as_they_are_used() -> None:
     wide = Image.new("RGBA", (200, 100), (255, 0, 0, 255))
     assert (scaled(wide, (128, 64)).size, scaled(wide, (128, 64)).mode) == ((128, 64), "RGB")
     assert scaled(np.zeros((10, 20, 3), np.uint8), (128, 64)).size == (128, 64)
+    deep = Image.fromarray(np.full((10, 20), 128 * 257, np.uint16))
+    assert np.unique(np.asarray(scaled(deep, (128, 64)))).tolist() == [128]

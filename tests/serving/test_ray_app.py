@@ -30,7 +30,8 @@ from PIL import Image
 from starlette.responses import Response
 from starlette.testclient import TestClient
 
-from ldmrt.pipeline import Pipeline, builtin_bundle
+from ldmrt.opening import builtin_bundle
+from ldmrt.pipeline import Pipeline
 from ldmrt.serving.engine import State
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -419,6 +420,25 @@ def test_a_node_that_is_killed_and_another_that_comes(
         fleet.until(lambda: fleet.running() == 2)
         clients.more(20)
     assert len(set(fleet.replicas().values())) == 2
+
+
+@pytest.mark.slow
+def test_replicas_come_with_requests_and_go_without(
+    deployed: Callable[..., Fleet], pictures: dict[int, np.ndarray[Any, Any]]
+) -> None:
+    """Autoscaling by requests that wait and run, on to the second node and back, each under load."""
+    scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 2}
+    scaling |= {"downscale_delay_s": 4, "metrics_interval_s": 1, "look_back_period_s": 4}
+    fleet = deployed({}, autoscaling_config=scaling)
+    assert fleet.running() == 1
+    with load(fleet, pictures, 8) as many:
+        fleet.until(lambda: fleet.running() == 2)
+        assert len(set(fleet.replicas().values())) == 2
+        many.more(20)
+    with load(fleet, pictures, 1) as few:
+        fleet.until(lambda: fleet.running() == 1 and len(fleet.replicas()) == 1)
+        few.more(3)
+    fleet.until(lambda: len(fleet.engines()) == 1)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from ldmrt import material
 from ldmrt.bundle import Bundle, ModelRecord
-from ldmrt.pipeline import builtin_bundle
+from ldmrt.opening import builtin_bundle
 from ldmrt.request import Defaults, Request, resolve
 from ldmrt.samplers.make import sampler_table
 from ldmrt.schedule import NoiseSchedule

@@ -66,9 +66,13 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=_MOST_CONNECTIONS)
+        listening = socket.create_server((host, port), family=family, backlog=_MOST_CONNECTIONS)
     except OSError as error:
         raise BadRequest(f"cannot listen at {host}, port {port} ({error.strerror or error}): choose another") from error
+    # Else the body of an answer, written behind its head, waits until the client has acknowledged that, which may take 40 ms. asyncio says so
+    # only of sockets whose protocol is told by number; those that are accepted here have it from this one.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
 
 
 def serve(app: FastAPI, listening: socket.socket, *, drain_seconds: float = 60.0) -> None:

@@ -264,6 +264,18 @@ def test_an_edit_is_the_pipeline_s_image_to_image(served: Served, shapes: Pipeli
     assert abs(pixels(picture(answer["data"][0]["b64_json"])) - pixels(wanted.images[0])).max() <= 1
 
 
+def test_greys_of_16_bits_are_those_of_8(served: Served) -> None:
+    """Pillow alone would make white of nearly all of them."""
+    grey = np.asarray(Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 20))
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert deep.mode == "I;16"
+    one, other = (
+        served.edit({"image": png(begin)}, prompt=PROMPT, seed="5", strength="0.5").json()
+        for begin in (Image.fromarray(grey), deep)
+    )
+    assert one["data"] == other["data"]
+
+
 @pytest.mark.parametrize("own", [True, False], ids=["transparent picture", "mask"])
 def test_an_edit_draws_where_it_is_transparent(served: Served, shapes: Pipeline, own: bool) -> None:
     begin = Image.effect_mandelbrot((128, 128), (-2, -1.5, 1, 1.5), 20).convert("RGB")

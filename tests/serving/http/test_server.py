@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ import httpx2
 import pytest
 
 from ldmrt.cli import app
-from ldmrt.pipeline import builtin_bundle
+from ldmrt.opening import builtin_bundle
 from ldmrt.serving.http import listen
 from ldmrt.serving.http.keys import VARIABLE
 
@@ -96,6 +97,14 @@ def in_background(one: Process, steps: int) -> tuple[threading.Thread, list[int]
     thread.start()
     one.until_metrics("ldmrt_requests_present 1.0")
     return thread, statuses
+
+
+def test_answers_are_sent_at_once() -> None:
+    """Else every other one comes 40 ms later: Nagle's algorithm and the client's delayed acknowledgement wait for each other."""
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_sigterm_loses_nothing_that_was_accepted() -> None:
