@@ -32,7 +32,7 @@ import hostile_graphs
 import ldmrt
 from damage import changed, damaged, tensors, text
 from fuzz_http import PICTURES
-from ldmrt.bundle import MANIFEST, Bundle, FileRecord
+from ldmrt.bundle import Bundle
 from ldmrt.conditioning import open_picture, read as read_picture
 from ldmrt.engines.torch import TorchEngine
 from ldmrt.errors import LdmrtError
@@ -43,6 +43,7 @@ from ldmrt.image import read_parameters
 from ldmrt.kernels import aot
 from ldmrt.kernels.variant import Variant
 from ldmrt.lora import Lora
+from ldmrt.manifest import MANIFEST, FileRecord
 from ldmrt.opening import builtin_bundle
 from ldmrt.pipeline import Pipeline
 from ldmrt.schedule import NoiseSchedule

@@ -18,21 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 import ldmrt
-from ldmrt.bundle import (
-    FORMAT,
-    AuditRecord,
-    Bundle,
-    Certificate,
-    ControlNetRecord,
-    Defaults,
-    EngineRecord,
-    FileRecord,
-    LoraRecord,
-    Manifest,
-    ModelRecord,
-    UpscalingRecord,
-    engine_key,
-)
+from ldmrt.bundle import Bundle
 from ldmrt.components import CONTROLLED_STEP, CONTROLNET, STEP, runs_once
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.engines.tensorrt import LIBRARIES
@@ -54,6 +40,20 @@ from ldmrt.export.source import LOW_RES_SCHEDULER, Checkpoint, Source
 from ldmrt.export.verify import reference_outputs
 from ldmrt.graph import Graph, dtype_of, rename_values, specialize, to_json
 from ldmrt.kernels.aot import write as write_cubins
+from ldmrt.manifest import (
+    FORMAT,
+    AuditRecord,
+    Certificate,
+    ControlNetRecord,
+    Defaults,
+    EngineRecord,
+    FileRecord,
+    LoraRecord,
+    Manifest,
+    ModelRecord,
+    UpscalingRecord,
+    engine_key,
+)
 from ldmrt.schedule import NoiseSchedule
 from ldmrt.verify import Trial
 from ldmrt.weights import WeightFile, sha256, write as write_weights

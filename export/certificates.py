@@ -9,13 +9,14 @@ from functools import partial
 
 import torch
 
-from ldmrt.bundle import Bundle, EngineRecord
+from ldmrt.bundle import Bundle
 from ldmrt.components import runs_once
 from ldmrt.engines.protocol import Engine
 from ldmrt.engines.tensorrt import LIBRARIES, gpu_at_hand
 from ldmrt.export.component import Component
 from ldmrt.export.folder import BundleFolder
 from ldmrt.export.source import Checkpoint
+from ldmrt.manifest import EngineRecord
 from ldmrt.verify import Tensors, Trial, certify, run_trials, unverified, write_trials
 
 

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ldmrt.bundle import FORMAT, MANIFEST, Bundle, FileRecord, Manifest, write_atomically, write_manifest
+from ldmrt.bundle import Bundle
 from ldmrt.errors import BuildError, BundleError
+from ldmrt.files import write_atomically
+from ldmrt.manifest import FORMAT, MANIFEST, FileRecord, Manifest, write_manifest
 from ldmrt.weights import sha256
 
 # Names that a build gives to its files. What bears one, and is not in the manifest, was left by a build that was killed.

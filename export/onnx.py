@@ -13,9 +13,9 @@ import onnx
 import onnx_ir
 import torch
 
-from ldmrt.bundle import write_atomically
 from ldmrt.errors import BuildError
 from ldmrt.export.plugins import NAMESPACE, Layer
+from ldmrt.files import write_atomically
 from ldmrt.graph import Argument, Dim, Graph, Ref, substitute
 from ldmrt.operators import resolve
 from ldmrt.weights import WeightFile

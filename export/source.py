@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ldmrt.bundle import LayoutRecord
 from ldmrt.errors import BadRequest, BuildError
 from ldmrt.lora import Lora, check_scale, fused
+from ldmrt.manifest import LayoutRecord
 from ldmrt.samplers.registry import default_sampler, resolve
 from ldmrt.weights import Entry, WeightFile
 

@@ -8,9 +8,9 @@ from typing import Unpack
 
 import torch
 
-from ldmrt.bundle import ModelRecord
 from ldmrt.classes import ClassLabels
 from ldmrt.errors import BadRequest
+from ldmrt.manifest import ModelRecord
 from ldmrt.material import Brought, Material, resolve as resolve_material
 from ldmrt.request import Defaults, Job, Request, resolve
 from ldmrt.text import Given

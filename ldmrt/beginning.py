@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ldmrt.bundle import ModelRecord
 from ldmrt.conditioning import Encode, Picture, rgb
 from ldmrt.errors import BadRequest
+from ldmrt.manifest import ModelRecord
 from ldmrt.noise import Noise
 from ldmrt.request import Job
 from ldmrt.samplers.table import SamplerTable

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ldmrt.bundle import ModelRecord
 from ldmrt.conditioning import Picture, mask
 from ldmrt.errors import BadRequest
+from ldmrt.manifest import ModelRecord
 from ldmrt.request import Job
 from ldmrt.slots import Blend
 

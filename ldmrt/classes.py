@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ldmrt.bundle import ModelRecord
 from ldmrt.components import CLASS_LABELS
 from ldmrt.errors import BadRequest
+from ldmrt.manifest import ModelRecord
 from ldmrt.request import Job
 
 ClassLabels = int | Sequence[int]

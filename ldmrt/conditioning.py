@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
-from ldmrt.bundle import ModelRecord
 from ldmrt.engines.protocol import Engine
 from ldmrt.errors import BadRequest
+from ldmrt.manifest import ModelRecord
 from ldmrt.rows import run_rows
 
 # Of a picture that is given: 8192 x 8192, which take 192 MiB.

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ldmrt.bundle import EngineRecord
 from ldmrt.components import CONTROLLED_STEP, STEP, controlnet, parts
 from ldmrt.decoding import Decoding
 from ldmrt.denoise import Denoiser
 from ldmrt.engines.protocol import Engine
 from ldmrt.errors import BadRequest, EngineMismatch
 from ldmrt.loader import EngineLoader
+from ldmrt.manifest import EngineRecord
 from ldmrt.network import Parts
 from ldmrt.request import Job
 

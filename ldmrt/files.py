@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,3 +25,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> str:
+    """Write a file to a temporary name, then rename it. Returns its SHA-256."""
+    with replacing(path) as file:
+        file.write(data)
+    return hashlib.sha256(data).hexdigest()

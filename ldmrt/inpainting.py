@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ldmrt.bundle import ModelRecord
 from ldmrt.conditioning import Encode, Picture, mask, rgb
 from ldmrt.errors import BadRequest
+from ldmrt.manifest import ModelRecord
 
 
 @dataclass(frozen=True, eq=False)

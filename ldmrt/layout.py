@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from ldmrt.bundle import LayoutRecord, ModelRecord
 from ldmrt.components import LAYOUT
 from ldmrt.errors import BadRequest
+from ldmrt.manifest import LayoutRecord, ModelRecord
 
 Layout = Sequence[Mapping[str, Any]]
 

@@ -6,7 +6,7 @@ from collections.abc import Set as AbstractSet
 
 import torch
 
-from ldmrt.bundle import Bundle, EngineRecord
+from ldmrt.bundle import Bundle
 from ldmrt.capture import Recorder
 from ldmrt.components import STEP, in_network, is_step, parts, runs_once
 from ldmrt.engines.captured import CapturedEngine
@@ -14,6 +14,7 @@ from ldmrt.engines.protocol import Engine
 from ldmrt.engines.staged import StagedEngine
 from ldmrt.engines.tensorrt import LIBRARIES
 from ldmrt.errors import EngineMismatch
+from ldmrt.manifest import EngineRecord
 from ldmrt.memory_plan import MemoryPlan
 
 # float16 is emulated on a CPU, bfloat16 on one without instructions for it.

@@ -10,12 +10,12 @@ import torch
 
 from ldmrt.beginning import Beginning, resolve as resolve_beginning
 from ldmrt.blending import Blending, resolve as resolve_blending
-from ldmrt.bundle import ModelRecord
 from ldmrt.classes import Classes, ClassLabels, resolve as resolve_classes
 from ldmrt.conditioning import Encode, Picture
 from ldmrt.errors import BadRequest
 from ldmrt.inpainting import Inpainting, resolve as resolve_inpainting
 from ldmrt.layout import Layout, resolve as resolve_layout
+from ldmrt.manifest import ModelRecord
 from ldmrt.noise import Generators, Noise, draw
 from ldmrt.overlay import Overlay, resolve as resolve_overlay
 from ldmrt.request import Job

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
-from ldmrt.bundle import EngineRecord
 from ldmrt.components import is_step
 from ldmrt.errors import BadRequest
+from ldmrt.manifest import EngineRecord
 
 Stage = Literal["encode", "picture", "denoise", "decode"]
 Size = tuple[int, int]

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ldmrt.bundle import EngineRecord
 from ldmrt.components import parts
 from ldmrt.denoisers import Denoisers, room_for
 from ldmrt.engines.torch import packing
 from ldmrt.footprint import Footprint, footprint
 from ldmrt.kernels.sampler import HISTORY
 from ldmrt.loader import EngineLoader
+from ldmrt.manifest import EngineRecord
 from ldmrt.memory_plan import Need, Size, Stage
 from ldmrt.rehearsal import weightless
 from ldmrt.tiling import Tiling

@@ -17,7 +17,7 @@ import torch
 from ldmrt import choices, control
 from ldmrt.adapters import Adapters
 from ldmrt.asking import check_text, checked, default_strength, prompts_of
-from ldmrt.bundle import REFINER, Bundle, EngineRecord
+from ldmrt.bundle import Bundle
 from ldmrt.capture import Recorder
 from ldmrt.classes import ClassLabels
 from ldmrt.components import CONTROLNET, STEP, parts
@@ -31,6 +31,7 @@ from ldmrt.guidance import embedding
 from ldmrt.layout import Layout
 from ldmrt.loader import EngineLoader
 from ldmrt.lora import Lora
+from ldmrt.manifest import REFINER, EngineRecord
 from ldmrt.material import Brought, Material, Start, resolve as resolve_material
 from ldmrt.memory_plan import MemoryPlan, Stage, parse_bytes
 from ldmrt.needs import Workload

@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldmrt.bundle import ModelRecord
 from ldmrt.components import SEGMENTATION
 from ldmrt.errors import BadRequest
+from ldmrt.manifest import ModelRecord
 
 SemanticMap = Image.Image | NDArray[np.integer]
 

@@ -18,7 +18,7 @@ import torch
 
 from ldmrt import choices
 from ldmrt.bench.measure import alternate
-from ldmrt.bundle import Bundle, EngineRecord
+from ldmrt.bundle import Bundle
 from ldmrt.capture import Recorder
 from ldmrt.choices import OPERATORS, Machine, machine_with
 from ldmrt.config import parse_device
@@ -27,6 +27,7 @@ from ldmrt.graph import Graph
 from ldmrt.kernels import launch, ops, tuning
 from ldmrt.kernels.tuning import Call, Form
 from ldmrt.loader import EngineLoader
+from ldmrt.manifest import EngineRecord
 from ldmrt.rehearsal import rehearse
 
 # By how much of the default's time another choice must be faster.

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ldmrt.bundle import ModelRecord
 from ldmrt.components import CLASS_LABELS
 from ldmrt.conditioning import Picture, rgb
 from ldmrt.errors import BadRequest
+from ldmrt.manifest import ModelRecord
 from ldmrt.network import LOW_RES
 from ldmrt.schedule import NoiseSchedule
 

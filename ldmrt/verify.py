@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from ldmrt.bundle import Bundle, Certificate, EngineRecord, FileRecord, write_manifest
+from ldmrt.bundle import Bundle
 from ldmrt.components import is_step, parts
 from ldmrt.engines.protocol import Engine, TensorSpec
 from ldmrt.errors import BuildError, BundleError
+from ldmrt.manifest import Certificate, EngineRecord, FileRecord, write_manifest
 from ldmrt.rows import axis, run_rows
 from ldmrt.weights import WeightFile, write
 

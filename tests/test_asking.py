@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from ldmrt.asking import check_text, checked, default_strength, prompts_of
-from ldmrt.bundle import Bundle, ModelRecord
+from ldmrt.bundle import Bundle
 from ldmrt.errors import BadRequest
+from ldmrt.manifest import ModelRecord
 from ldmrt.opening import builtin_bundle
 from ldmrt.pipeline import Pipeline
 from ldmrt.request import Request, resolve

@@ -17,8 +17,9 @@ import safetensors.torch
 import torch
 
 import ldmrt
-from ldmrt.bundle import MANIFEST, Bundle
+from ldmrt.bundle import Bundle
 from ldmrt.errors import BundleError, LdmrtError
+from ldmrt.manifest import MANIFEST
 from ldmrt.weights import WeightFile
 
 # A message that cures says one of these.

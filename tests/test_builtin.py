@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from ldmrt.bundle import MANIFEST, Bundle, EngineRecord
+from ldmrt.bundle import Bundle
 from ldmrt.export.build import build_engines
 from ldmrt.graph import to_json
+from ldmrt.manifest import MANIFEST, EngineRecord
 from ldmrt.opening import builtin_bundle
 from ldmrt.pipeline import Pipeline
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from ldmrt.bundle import FORMAT, MANIFEST, Bundle, engine_key, write_atomically, write_manifest
+from ldmrt.bundle import Bundle
 from ldmrt.errors import BundleError, EngineMismatch
 from ldmrt.graph import from_json
-from ldmrt.schedule import NoiseSchedule
+from ldmrt.manifest import FORMAT, MANIFEST
 from ldmrt.weights import sha256
 
 CPU = torch.device("cpu")
@@ -32,15 +32,6 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(data))
 
 
-def test_the_manifest_round_trip(folder: Path) -> None:
-    manifest = Bundle.open(folder).manifest
-    before = (folder / MANIFEST).read_bytes()
-    write_manifest(folder, manifest)
-    assert (folder / MANIFEST).read_bytes() == before
-    assert Bundle.open(folder).manifest == manifest
-    NoiseSchedule.from_dict(manifest.model.schedule)
-
-
 def test_find(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     assert [record.rows for record in bundle.find("step")] == [1, 2, 4]
@@ -50,12 +41,6 @@ def test_find(tiny_bundle: Path) -> None:
     assert not bundle.find("step", kind="onnxruntime")
     assert not bundle.find("step", dtype="float16")
     assert not bundle.find("upscaler")
-
-
-def test_labels(tiny_bundle: Path) -> None:
-    bundle = Bundle.open(tiny_bundle)
-    assert bundle.find("step")[-1].label == "step (torch, float32, 64x64, 4 rows)"
-    assert bundle.find("context")[0].label == "context (torch, float32)"
 
 
 def test_engines_of_one_bundle_share_their_weights(tiny_bundle: Path) -> None:
@@ -171,23 +156,3 @@ def test_each_file_is_hashed_once(tiny_bundle: Path, monkeypatch: pytest.MonkeyP
 
 
 # ---------------------------------------------------------------------------------------------------- writing
-
-
-def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    assert write_atomically(path, b"old") == sha256(path)
-
-    def fail(self: Path, target: Path) -> Path:
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", fail)
-        with pytest.raises(OSError, match="disk full"):
-            write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_keys_depend_on_what_is_said_and_not_on_the_order() -> None:
-    assert engine_key({"a": 1, "b": [2]}) == engine_key({"b": [2], "a": 1})
-    assert engine_key({"a": 1}) != engine_key({"a": "1"}) != engine_key({"b": 1})

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ldmrt import doctor
-from ldmrt.bundle import EngineRecord
+from ldmrt.manifest import EngineRecord
 
 CPUINFO = "processor\t: 0\nmodel name\t: A CPU\nflags\t\t: fpu avx2 avx512f avx512_bf16x\n\nprocessor\t: 1\n"
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldmrt.bundle import Bundle, EngineRecord
+from ldmrt.bundle import Bundle
 from ldmrt.engines.torch import TorchEngine, packing
 from ldmrt.footprint import footprint
 from ldmrt.kernels import memory, native
+from ldmrt.manifest import EngineRecord
 from ldmrt.network import sizes
 from ldmrt.opening import builtin_bundle
 from ldmrt.rehearsal import weightless

@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given, strategies
 
-from ldmrt.bundle import Bundle, LayoutRecord, ModelRecord
+from ldmrt.bundle import Bundle
 from ldmrt.cli import app
 from ldmrt.errors import BadRequest
 from ldmrt.layout import read, resolve
+from ldmrt.manifest import LayoutRecord, ModelRecord
 
 SIXTEENTHS = strategies.integers(0, 16)
 OBJECTS = strategies.tuples(strategies.integers(0, 8190), *[SIXTEENTHS] * 4).filter(

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldmrt.bundle import Bundle, EngineRecord
+from ldmrt.bundle import Bundle
 from ldmrt.capture import Recorder
 from ldmrt.engines.captured import CapturedEngine
 from ldmrt.errors import EngineMismatch
 from ldmrt.loader import EngineLoader
+from ldmrt.manifest import EngineRecord
 
 CPU = torch.device("cpu")
 

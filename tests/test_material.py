@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldmrt.bundle import Bundle, LayoutRecord, ModelRecord, UpscalingRecord
+from ldmrt.bundle import Bundle
 from ldmrt.errors import BadRequest
+from ldmrt.manifest import LayoutRecord, ModelRecord, UpscalingRecord
 from ldmrt.material import Start, resolve
 from ldmrt.request import Defaults, Job, Request, resolve as resolve_request
 from ldmrt.samplers.make import sampler_table

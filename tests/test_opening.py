@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldmrt.bundle import MANIFEST, Bundle
+from ldmrt.bundle import Bundle
 from ldmrt.errors import BadRequest, EngineMismatch
+from ldmrt.manifest import MANIFEST
 from ldmrt.opening import builtin_bundle, device_of, first_that_loads
 
 

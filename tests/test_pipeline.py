@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import ldmrt
-from ldmrt.bundle import Bundle, write_manifest
+from ldmrt.bundle import Bundle
 from ldmrt.errors import BadRequest, BundleError, Cancelled, EngineMismatch, NumericalError
+from ldmrt.manifest import write_manifest
 from ldmrt.pipeline import Pipeline
 from ldmrt.weights import WeightFile
 
@@ -408,7 +409,8 @@ def test_embeddings_of_any_count_of_tokens(pipe: Pipeline) -> None:
 
 def test_a_bundle_for_two_images_only(tiny_model: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     """One image runs in a batch of two, the other place left empty."""
-    from ldmrt.bundle import Bundle, write_manifest
+    from ldmrt.bundle import Bundle
+    from ldmrt.manifest import write_manifest
 
     path = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     manifest = Bundle.open(path).manifest

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldmrt.bundle import Bundle, ModelRecord
+from ldmrt.bundle import Bundle
 from ldmrt.errors import BadRequest
+from ldmrt.manifest import ModelRecord
 from ldmrt.segmentation import resolve
 
 LABELS = np.arange(12, dtype=np.uint8).reshape(3, 4)

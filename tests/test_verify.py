@@ -9,9 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ldmrt.bundle import Bundle, FileRecord, write_manifest
+from ldmrt.bundle import Bundle
 from ldmrt.cli import app
 from ldmrt.errors import BuildError, BundleError
+from ldmrt.manifest import FileRecord, write_manifest
 from ldmrt.verify import Trial, complete, read_trials, run_trials, waiting, write_trials
 
 CPU = torch.device("cpu")

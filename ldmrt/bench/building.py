@@ -66,6 +66,8 @@ def main() -> None:
     """The process."""
     replies = open_replies()
     task = json.loads(sys.stdin.read())
+    if task.get("sizes"):  # which JSON has made lists of
+        task["sizes"] = [tuple(size) for size in task["sizes"]]
 
     def tell(**message: Any) -> None:
         replies.write(json.dumps(message) + "\n")

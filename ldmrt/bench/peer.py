@@ -46,6 +46,7 @@ class Task(BaseModel):
         threads: torch's.
         latent_shape: (1, C, h, w), of one image.
         prompt: see `ldmrt.pipeline.Pipeline.__call__`, as for the others.
+        negative_prompt: empty for none.
         seed: of the first image.
         num_inference_steps: steps.
         guidance_scale: 1 for none.
@@ -64,6 +65,7 @@ class Task(BaseModel):
     threads: int
     latent_shape: tuple[int, int, int, int]
     prompt: str
+    negative_prompt: str = ""
     seed: int
     num_inference_steps: int
     guidance_scale: float
@@ -124,6 +126,7 @@ def stable_diffusion_cpp(task: Task, _stack: ExitStack) -> Draw:
     def draw() -> Any:
         images = model.generate_image(
             prompt=task.prompt,
+            negative_prompt=task.negative_prompt,
             width=task.width,
             height=task.height,
             cfg_scale=task.guidance_scale,
@@ -192,6 +195,7 @@ def _drawing(pipe: Any, task: Task) -> Draw:
         latents = torch.cat([torch.randn(task.latent_shape, generator=generator) for generator in generators])
         return pipe(
             task.prompt,
+            negative_prompt=task.negative_prompt or None,
             num_inference_steps=task.num_inference_steps,
             guidance_scale=task.guidance_scale,
             num_images_per_prompt=task.num_images_per_prompt,

@@ -254,6 +254,22 @@ class Peer(_Record):
     times_faster: Ratio
 
 
+class MlPerf(_Record):
+    """Two scenarios in the manner of MLPerf Inference; unofficial (`ldmrt.bench.mlperf`).
+
+    Attributes:
+        single_stream_p90_seconds: the 90th percentile of one picture's latency, from the prompt to a PNG file in memory.
+        single_stream_pictures: of so many.
+        offline_images_per_second: whole pictures a second.
+        offline_batch: drawn so many at a time.
+    """
+
+    single_stream_p90_seconds: float
+    single_stream_pictures: int
+    offline_images_per_second: float
+    offline_batch: int
+
+
 class Report(_Record):
     """All of a run.
 
@@ -265,6 +281,7 @@ class Report(_Record):
         cold: from nothing to the first picture, as in the first case.
         cases: the first is the one to quote.
         against: other programs.
+        mlperf: the two scenarios; None where they were not asked for.
         warnings: why the figures are not to be trusted; empty if nothing speaks against them.
         notes: what could not be measured.
         provenance: machine, versions, commit, command, date.
@@ -277,6 +294,7 @@ class Report(_Record):
     cold: Cold
     cases: tuple[Case, ...] = Field(min_length=1)
     against: tuple[Peer, ...] = ()
+    mlperf: MlPerf | None = None
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     provenance: dict[str, Any]

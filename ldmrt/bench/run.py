@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ldmrt.bench import mlperf
 from ldmrt.bench.cold import cold_starts
 from ldmrt.bench.intervals import FEWEST
 from ldmrt.bench.ledger import provenance
@@ -52,6 +53,7 @@ class Plan:
         sampler: None for the model's.
         runs: of each case.
         against: other programs, of `ldmrt.bench.peers.PEERS`.
+        mlperf: with the parameters of `ldmrt.bench.mlperf`, in the place of the sizes, steps, guidance scale and sampler.
     """
 
     device: str | None = None
@@ -64,6 +66,20 @@ class Plan:
     sampler: str | None = None
     runs: int = 9
     against: Sequence[str] = ()
+    mlperf: bool = False
+
+    def filled(self) -> Plan:
+        """With everything that MLPerf says, if it is asked for. A picture alone is always among its batches."""
+        if not self.mlperf:
+            return self
+        return replace(
+            self,
+            sizes=(mlperf.SIZE,),
+            batches=tuple(dict.fromkeys((1, *self.batches))),
+            steps=mlperf.STEPS,
+            guidance_scale=mlperf.GUIDANCE_SCALE,
+            sampler=mlperf.SAMPLER,
+        )
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,7 @@ class _Variant:
         control = {"control_image": control_picture(job.width, job.height)} if self.controlled else {}
         return control | {
             "prompt": job.prompts[0],
+            "negative_prompt": job.negative_prompts[0],
             "seed": SEED,
             "num_inference_steps": job.num_inference_steps,
             "guidance_scale": job.guidance_scale,
@@ -107,7 +124,10 @@ def bench(subject: Subject, plan: Plan, on_progress: OnProgress = lambda what, d
         EngineMismatch: the bundle has no such engine.
         LdmrtError: a process failed, or another program's pictures are not ours.
     """
+    plan = plan.filled()
     pipes, notes = _pipelines(subject.bundle, plan)
+    if plan.mlperf:
+        mlperf.check_model(pipes[0].bundle.manifest.model.kind)
     controlled = subject.controlnet is not None
     variants = [variant for pipe in pipes for variant in _variants(pipe, plan, controlled=controlled)]
     first = variants[0]
@@ -156,6 +176,7 @@ def bench(subject: Subject, plan: Plan, on_progress: OnProgress = lambda what, d
         cold=cold,
         cases=tuple(cases),
         against=tuple(peers),
+        mlperf=mlperf.scenarios([case for case in cases if case.engine == cases[0].engine]) if plan.mlperf else None,
         warnings=tuple(doubts(cases)),
         notes=tuple(notes) if missing is None else (*notes, missing),
         provenance=provenance(),
@@ -197,6 +218,7 @@ def _variants(pipe: Pipeline, plan: Plan, *, controlled: bool) -> list[_Variant]
         prompt = PROMPT if model.tokenizers else ""
         request = Request(
             prompt=prompt,
+            negative_prompt=mlperf.NEGATIVE_PROMPT if plan.mlperf and scale != 1 else None,
             seed=SEED,
             num_inference_steps=plan.steps,
             guidance_scale=scale,
@@ -231,6 +253,7 @@ def _generate(bundle: Path, variant: _Variant, folder: Path) -> list[str]:
     """The arguments of `ldmrt generate` for a case; a control image is written into `folder`."""
     job, pipe = variant.job, variant.pipe
     options: dict[str, object] = {
+        "--negative-prompt": job.negative_prompts[0],
         "--seed": SEED,
         "--steps": job.num_inference_steps,
         "--guidance-scale": job.guidance_scale,

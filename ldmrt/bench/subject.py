@@ -12,8 +12,9 @@ import torch
 
 from ldmrt.bench.building import build_apart
 from ldmrt.bench.report import Build
-from ldmrt.bundle import MANIFEST, Bundle
+from ldmrt.bundle import Bundle
 from ldmrt.errors import BuildError
+from ldmrt.manifest import MANIFEST
 from ldmrt.opening import builtin_bundle
 
 OnProgress = Callable[[str, int, int], None]

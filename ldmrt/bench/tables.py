@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ldmrt.bench.compare import Comparison
-from ldmrt.bench.report import Case, Report, Series
+from ldmrt.bench.report import Case, MlPerf, Report, Series
 
 _TIMES = ["p50", "p90", "p99", "min", "n"]
 
@@ -44,6 +44,8 @@ def tables(report: Report) -> Iterator[Table]:
         ["", "images/s", "it/s", "rows/s", "GFLOP", "loop of GEMM rate", "loop of copy rate", "best"],
         [_rates(case, best=case is report.best) for case in report.cases],
     )
+    if report.mlperf is not None:
+        yield Table("in the manner of MLPerf Inference, SDXL; unofficial", ["", ""], _scenarios(report.mlperf))
     yield Table("machine", ["", ""], [*_machine(report)])
     if report.against:
         yield Table(
@@ -71,6 +73,16 @@ def comparison_table(found: Comparison) -> Table:
         for each in found.differences
     ]
     return Table("milliseconds, p50", ["", "A", "B", "B / A (95 %)", "B is"], rows)
+
+
+def _scenarios(found: MlPerf) -> list[list[str]]:
+    return [
+        [
+            "single stream: 90th percentile of a picture",
+            f"{found.single_stream_p90_seconds:.3f} s, of {found.single_stream_pictures}",
+        ],
+        ["offline", f"{found.offline_images_per_second:.3f} images/s, {found.offline_batch} at a time"],
+    ]
 
 
 def _times(series: Series) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -70,6 +72,14 @@ def bench(
             "stable-diffusion.cpp; repeatable.",
         ),
     ] = None,
+    mlperf: Annotated[
+        bool,
+        typer.Option(
+            "--mlperf",
+            help="In the manner of MLPerf Inference's SDXL: 20 steps of euler at 1024x1024, guidance 8, its negative prompt; "
+            "single stream and offline (--batch N). Unofficial.",
+        ),
+    ] = False,
     engine: Annotated[
         EngineChoice, typer.Option(help="Which engines to measure. auto: every kind that the bundle has.")
     ] = EngineChoice.auto,
@@ -93,13 +103,10 @@ def bench(
     config = from_env(os.environ)
     if engines is not None and arch is not None:
         raise BadRequest(f"--engines {engines} and --arch {arch.value} were given: choose one")
-    for option, path in (("--output", output), ("--plot", plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise BadRequest(f"{option} {path}: there is no folder {path.parent}; make it, or choose another")
-    if plot is not None:
-        from ldmrt.bench.plot import check_plot
-
-        check_plot(plot)
+    if mlperf:
+        _check_alone({"--size": size, "--steps": steps, "--guidance-scale": guidance_scale, "--sampler": sampler})
+        arch = arch if engines or arch else Architecture.sdxl
+    _check_files({"--output": output, "--plot": plot})
 
     import torch
 
@@ -115,20 +122,23 @@ def bench(
         def on_progress(what: str, done: int, total: int) -> None:
             update(description=what, completed=done, total=total)
 
-        wish = Wish(sizes=size or (), batches=batch or (), dtype=precision, engine=kind)
-        chosen = subject(engines, arch and arch.value, config.cache, wish, on_progress)
         plan = Plan(
             device=device or config.device,
             engine=kind,
             dtype=precision,
             sizes=size or (),
-            batches=batch or (() if chosen.build is None else (1,)),
+            batches=batch or (),
             steps=steps,
             guidance_scale=guidance_scale,
             sampler=sampler,
             runs=runs,
             against=against or (),
-        )
+            mlperf=mlperf,
+        ).filled()
+        wish = Wish(sizes=plan.sizes, batches=plan.batches, dtype=precision, engine=kind)
+        chosen = subject(engines, arch and arch.value, config.cache, wish, on_progress)
+        if not plan.batches and chosen.build is not None:
+            plan = replace(plan, batches=(1,))
         report = measure(chosen, plan, on_progress)
     if output is not None:
         report.write(output)
@@ -144,6 +154,24 @@ def bench(
             rich_table(*table)
     for line in (*report.warnings, *report.notes):
         typer.echo(f"ldmrt: warning: {line}", err=True)
+
+
+def _check_alone(options: Mapping[str, object]) -> None:
+    """Refuse what --mlperf says itself."""
+    for option, value in options.items():
+        if value is not None:
+            raise BadRequest(f"{option} and --mlperf were given, which says that itself: leave one out")
+
+
+def _check_files(options: Mapping[str, Path | None]) -> None:
+    """Refuse files that cannot be written, before anything is measured."""
+    for option, path in options.items():
+        if path is not None and not path.absolute().parent.is_dir():
+            raise BadRequest(f"{option} {path}: there is no folder {path.parent}; make it, or choose another")
+    if (plot := options.get("--plot")) is not None:
+        from ldmrt.bench.plot import check_plot
+
+        check_plot(plot)
 
 
 def bench_compare(

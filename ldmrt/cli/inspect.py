@@ -13,7 +13,8 @@ from ldmrt.cli.output import bytes_text, print_json, size_text, table
 from ldmrt.errors import BundleError
 
 if TYPE_CHECKING:
-    from ldmrt.bundle import AuditRecord, Bundle, EngineRecord, FileRecord
+    from ldmrt.bundle import Bundle
+    from ldmrt.manifest import AuditRecord, EngineRecord, FileRecord
 
 
 def inspect(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,10 +11,11 @@ from ldmrt.bench.building import build_apart
 from ldmrt.errors import BuildError
 
 
-def test_an_error_of_the_build_is_raised_here(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"sizes": ((64, 64),), "batch_sizes": (1, 2), "dtype": "float32"}])
+def test_an_error_of_the_build_is_raised_here(tmp_path: Path, options: dict[str, Any]) -> None:
     seen: list[tuple[object, ...]] = []
     with pytest.raises(BuildError, match=str(tmp_path / "none")):
-        build_apart(tmp_path / "none", tmp_path / "bundle", {}, lambda *now: seen.append(now))
+        build_apart(tmp_path / "none", tmp_path / "bundle", options, lambda *now: seen.append(now))
     assert not (tmp_path / "bundle").exists()
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import ldmrt
-from ldmrt.bundle import MANIFEST, Bundle
+from ldmrt.bundle import Bundle
 from ldmrt.cli import app
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.engines.torch import TorchEngine
@@ -31,6 +31,7 @@ from ldmrt.export.onnx import write_onnx
 from ldmrt.export.passes.widen import widen
 from ldmrt.export.source import Checkpoint, Source
 from ldmrt.graph import Dim, Graph, Node, Ref, specialize
+from ldmrt.manifest import MANIFEST
 from ldmrt.verify import Trial, relative_error
 from ldmrt.weights import WeightFile, sha256, write
 

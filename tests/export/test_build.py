@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ldmrt
-from ldmrt.bundle import MANIFEST, Bundle, EngineRecord, FileRecord
+from ldmrt.bundle import Bundle
 from ldmrt.engines.protocol import TensorSpec
 from ldmrt.errors import BuildError
 from ldmrt.export.build import _Build, _Draft
@@ -24,6 +24,7 @@ from ldmrt.export.folder import BundleFolder
 from ldmrt.export.options import Options
 from ldmrt.export.source import Source
 from ldmrt.graph import Graph, Node, Ref
+from ldmrt.manifest import MANIFEST, EngineRecord, FileRecord
 from ldmrt.pipeline import Pipeline, Result
 
 

@@ -16,13 +16,14 @@ import pytest
 import torch
 import transformers
 
-from ldmrt.bundle import Bundle, EngineRecord
+from ldmrt.bundle import Bundle
 from ldmrt.errors import BuildError
 from ldmrt.export import architectures, certificates
 from ldmrt.export.certificates import certified
 from ldmrt.export.component import Component
 from ldmrt.export.folder import BundleFolder
 from ldmrt.export.source import Checkpoint, Source
+from ldmrt.manifest import EngineRecord
 from ldmrt.verify import Tensors, Trial, read_trials
 
 

@@ -19,7 +19,7 @@ import pytest
 from onnx import external_data_helper, helper, numpy_helper
 
 import ldmrt
-from ldmrt.bundle import MANIFEST, Bundle, FileRecord
+from ldmrt.bundle import Bundle
 from ldmrt.engines.tensorrt import LIBRARIES
 from ldmrt.errors import BuildError, EngineMismatch
 from ldmrt.export.build import _Build, _Draft
@@ -28,6 +28,7 @@ from ldmrt.export.options import Options
 from ldmrt.export.source import Source
 from ldmrt.export.tensorrt import _check_refittable, _in_a_thread, build_plan
 from ldmrt.graph import Graph
+from ldmrt.manifest import MANIFEST, FileRecord
 from ldmrt.pipeline import Pipeline
 from ldmrt.verify import read_trials, waiting
 from tests.engines.fake_tensorrt import Cuda, write_plan

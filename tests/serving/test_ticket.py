@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ldmrt import material
-from ldmrt.bundle import Bundle, ModelRecord
+from ldmrt.bundle import Bundle
+from ldmrt.manifest import ModelRecord
 from ldmrt.opening import builtin_bundle
 from ldmrt.request import Defaults, Request, resolve
 from ldmrt.samplers.make import sampler_table

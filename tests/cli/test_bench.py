@@ -63,6 +63,7 @@ def test_measured_written_and_compared(tiny_bundle: Path, tmp_path: Path) -> Non
         (["--arch", "sd15"], "choose one"),
         (["--engine", "tensorrt"], "has no tensorrt engine"),
         (["--steps", "5000"], "--steps is 5000"),
+        (["--mlperf", "--steps", "20"], "--steps and --mlperf were given"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(tiny_bundle: Path, options: list[str], words: str) -> None:
