@@ -34,12 +34,12 @@ from cpu_suite.contender import CONTENDERS, FOLDERS, UNCOMPARED
 from ldmrt.bench.flops import costs
 from ldmrt.bench.ledger import append, summary
 from ldmrt.bench.measure import gemm_rate
+from ldmrt.bench.original_layout import write_original_layout
 from ldmrt.bundle import Bundle
 from ldmrt.export.random_checkpoint import write_checkpoint
 from ldmrt.export.verify import noise
 from ldmrt.graph import dtype_of, specialize
 from ldmrt.verify import relative_error
-from original_layout import in_original_layout
 
 RESULTS = Path(__file__).parent / "results" / "cpu_unet.jsonl"
 CONTENDER = Path(__file__).parent / "cpu_suite" / "contender.py"
@@ -125,10 +125,7 @@ def prepare(arguments: argparse.Namespace, work: Path) -> None:
         command = [sys.executable, "-P", "-m", "ldmrt", "build-engines", str(work / "model"), "--out", str(bundle)]
         subprocess.run([*command, "--dtype", arguments.dtype, "--engine", "torch"], check=True)
     if ORIGINAL in arguments.contenders.split(",") and not (work / "original.safetensors").is_file():
-        save_file(
-            {name: each.contiguous() for name, each in in_original_layout(work / "model")},
-            work / "original.safetensors",
-        )
+        write_original_layout(work / "model", work / "original.safetensors")
     batch = arguments.batch
     config = json.loads((work / "model" / "unet" / "config.json").read_text())
     side = config["sample_size"]

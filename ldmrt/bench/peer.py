@@ -25,6 +25,7 @@ from pydantic import BaseModel
 
 from ldmrt.bench.memory import peak_resident
 from ldmrt.bench.onnx_networks import Open, exchange, open_onnxruntime, open_openvino
+from ldmrt.bench.original_layout import write_original_layout
 from ldmrt.bench.pictures import control_picture
 from ldmrt.bench.replies import open_replies
 from ldmrt.graph import dtype_of
@@ -108,12 +109,14 @@ def openvino(task: Task, stack: ExitStack) -> Draw:
     return _exchanged(task, stack, lambda path: open_openvino(path, dtype))
 
 
-def stable_diffusion_cpp(task: Task, _stack: ExitStack) -> Draw:
-    """stable-diffusion.cpp's own pipeline on a CPU: float16 weights where ours have a half precision, since it has no kernels of bfloat16
-    there. Its `cpu` random numbers are torch's; given the noise levels, its Euler's method visits those of ours.
+def stable_diffusion_cpp(task: Task, stack: ExitStack) -> Draw:
+    """stable-diffusion.cpp's own pipeline on a CPU, from one file of the original layout, whose names it knows: float16 weights where ours
+    have a half precision, since it has no kernels of bfloat16 there. Its `cpu` random numbers are torch's; given the noise levels, its Euler's method visits those of ours.
     """
+    checkpoint = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.safetensors"
+    write_original_layout(task.model, checkpoint)
     model = import_module("stable_diffusion_cpp").StableDiffusion(  # not there where nobody compares
-        model_path=str(task.model),
+        model_path=str(checkpoint),
         n_threads=task.threads,
         wtype="f32" if task.dtype == "float32" else "f16",
         rng_type="cpu",
@@ -136,7 +139,7 @@ def stable_diffusion_cpp(task: Task, _stack: ExitStack) -> Draw:
             seed=task.seed,
             batch_count=task.num_images_per_prompt,
         )
-        return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
+        return np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images])
 
     return draw
 

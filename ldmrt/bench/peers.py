@@ -54,6 +54,7 @@ def check_peers(
     Raises:
         BadRequest: one cannot.
     """
+    record = pipe.bundle.manifest.model
     for name in names:
         if name not in PEERS:
             raise BadRequest(f"--against is {name!r}, expected {', '.join(PEERS)}", param="against")
@@ -77,7 +78,11 @@ def check_peers(
                 f"--against {name} is compared with the samplers {' and '.join(_OF_LEVELS)}, and this is {sampler}: add --sampler ddim",
                 param="against",
             )
-        if not pipe.bundle.manifest.model.tokenizers:
+        if name == SD_CPP and (tuple(record.tokenizers) != ("text_encoder",) or record.kind != "stable-diffusion"):
+            raise BadRequest(
+                f"--against {name} is for Stable Diffusion 1.x, and this is {record.kind}", param="against"
+            )
+        if not record.tokenizers:
             raise BadRequest(f"--against {name} is for models that read a text, and this one does not", param="against")
         if model is None:
             raise BadRequest(

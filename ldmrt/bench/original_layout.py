@@ -1,11 +1,7 @@
-"""A Stable Diffusion 1.x checkpoint of the diffusers layout as one file of the original layout, for programs that read only that.
-
-python benchmarks/original_layout.py MODEL OUT.safetensors
-"""
+"""A Stable Diffusion 1.x checkpoint of the diffusers layout as one file of the original layout, for programs that read only that."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +11,17 @@ from torch import Tensor
 from ldmrt import original
 
 
-def in_original_layout(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def write_original_layout(folder: Path, out: Path) -> None:
+    """Write the file.
+
+    Args:
+        folder: a model in the diffusers layout, of one text encoder.
+        out: safetensors.
+    """
+    save_file({name: tensor.contiguous() for name, tensor in _in_original_layout(folder)}, out)
+
+
+def _in_original_layout(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a checkpoint by its original name."""
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     for name, called in original.unet(unet).items():
@@ -28,16 +34,3 @@ def in_original_layout(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in load_file(folder / "text_encoder" / "model.safetensors").items():
         # transformers has left the middle out since its version 5.
         yield f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}", tensor
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("out", type=Path)
-    arguments = parser.parse_args()
-    save_file({name: tensor.contiguous() for name, tensor in in_original_layout(arguments.model)}, arguments.out)
-
-
-if __name__ == "__main__":
-    main()
