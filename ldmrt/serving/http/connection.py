@@ -42,6 +42,14 @@ class Connection(H11Protocol):
         elif self._head is None:
             self._head = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
 
+    def send_400_response(self, msg: str) -> None:
+        """What the client has said last is no HTTP. Whoever answers what it had said before has nobody left to answer."""
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        super().send_400_response(msg)
+
     def on_response_complete(self) -> None:
         """A request has been answered."""
         self._idle_since = self.loop.time()

@@ -155,3 +155,33 @@ def test_who_takes_it_slowly_gets_all(served: Served) -> None:
             got += len(part)
             time.sleep(0.05)
         assert time.monotonic() - began > ANSWER_SECONDS
+
+
+CHUNKED = b"POST /v1/images/generations HTTP/1.1\r\nHost: %s\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "statuses"),
+    [
+        (CHUNKED % b"localhost" + b"what\r\n", [b"400"]),
+        (CHUNKED % b"elsewhere" + b"what\r\n", [b"400"]),
+        (POST[:-5] + b"\0", []),  # the client goes
+        (POST + b"\0what\r\n\r\n", [b"200", b"400"]),
+    ],
+    ids=["chunk", "chunk of what is refused", "half a body", "second request"],
+)
+def test_what_is_no_http_ends_what_was_asked_before_and_nothing_else(
+    served: Served, caplog: pytest.LogCaptureFixture, said: bytes, statuses: list[bytes]
+) -> None:
+    """Not with an exception, of which each would be lines in the log."""
+    heard = b""
+    with connect(served) as made, contextlib.suppress(ConnectionResetError):
+        made.sendall(said)
+        if not statuses:
+            made.shutdown(socket.SHUT_WR)
+        while more := made.recv(65536):
+            heard += more
+    assert [part[:3] for part in heard.split(b"HTTP/1.1 ")[1:]] == statuses
+    served.until(lambda: not served.engine.stats().present)
+    assert served.client.get("/health/ready").status_code == 200
+    assert [record for record in caplog.records if record.exc_info] == []
