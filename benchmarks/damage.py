@@ -52,11 +52,11 @@ def damaged(draw: random.Random, data: bytes, *, first: int | None = None) -> by
 
 def changed(draw: random.Random, value: Any, times: int | None = None) -> Any:
     """A copy of what JSON holds, with some of it another value, missing, renamed, there twice, or elsewhere."""
-    made = json.loads(json.dumps(value))
+    made = _copy(value)
     for _ in range(times or draw.choice((1, 1, 1, 2, 3))):
         places = _places(made)
         if not places:
-            return draw.choice(VALUES)
+            return _copy(draw.choice(VALUES))
         holder, key = draw.choice(places)
         way = draw.randrange(8)
         if way <= 3:
@@ -67,20 +67,25 @@ def changed(draw: random.Random, value: Any, times: int | None = None) -> Any:
                 if isinstance(holder[key], str)
                 else _OTHERS
             )
-            holder[key] = draw.choice(alike if draw.random() < 0.7 else VALUES)
+            holder[key] = _copy(draw.choice(alike if draw.random() < 0.7 else VALUES))
         elif way == 4:
             other, its = draw.choice(places)
-            holder[key] = json.loads(json.dumps(other[its]))
+            holder[key] = _copy(other[its])
         elif way == 5:
             del holder[key]
         elif isinstance(holder, dict):
             name = draw.choice(("surprise", "", "../x", "a\0", "\ud800", *holder))
-            holder[name] = holder.pop(key) if way == 6 else holder[key]
+            holder[name] = holder.pop(key) if way == 6 else _copy(holder[key])
         elif way == 6:
             draw.shuffle(holder)
         else:
-            holder.insert(key, holder[key])
+            holder.insert(key, _copy(holder[key]))
     return made
+
+
+def _copy(value: Any) -> Any:
+    """So that nothing is there twice, and is put into itself later."""
+    return json.loads(json.dumps(value))
 
 
 def text(draw: random.Random, value: Any) -> bytes:

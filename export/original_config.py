@@ -5,7 +5,6 @@ Rombach et al. 2022, arXiv 2112.10752. Its files: https://github.com/CompVis/lat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from ldmrt.export.source import (
     Source,
     read_json,
 )
+from ldmrt.export.values import is_number, is_whole
 from ldmrt.tokenizer import Tokenizer
 from ldmrt.weights import WeightFile
 
@@ -358,9 +358,9 @@ class _Reader:
     def whole(self, values: Mapping[str, Any], key: str, default: int | None = None) -> int:
         """A whole number above 0."""
         value = values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_whole(value):
             raise self._wrong(key, value, "a whole number, 1 or more")
-        return value
+        return int(value)
 
     def wholes(self, values: Mapping[str, Any], key: str, default: Sequence[int] | None = None) -> list[int]:
         """Several of them."""
@@ -372,7 +372,7 @@ class _Reader:
     def number(self, values: Mapping[str, Any], key: str, default: float) -> float:
         """A number."""
         value = values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not is_number(value):
             raise self._wrong(key, value, "a number")
         return float(value)
 

@@ -7,7 +7,6 @@ have is brought to this form in `export.resolve`.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from ldmrt.errors import BadRequest, BuildError
+from ldmrt.export.values import is_number, is_whole
 from ldmrt.lora import Lora, check_scale, fused
 from ldmrt.manifest import LayoutRecord
 from ldmrt.samplers.registry import default_sampler, resolve
@@ -327,12 +327,14 @@ class Source:
     @property
     def guidance_scale(self) -> float:
         """The guidance that it is used with where nothing else is asked for."""
-        return float(self.defaults.get("guidance_scale", 0.0 if self.is_turbo else self.kind.guidance_scale))
+        given = self.defaults.get("guidance_scale")
+        return float((0.0 if self.is_turbo else self.kind.guidance_scale) if given is None else given)
 
     @property
     def num_inference_steps(self) -> int:
         """The steps that it is used with where nothing else is asked for."""
-        return int(self.defaults.get("num_inference_steps", 4 if self.is_turbo else self.kind.num_inference_steps))
+        given = self.defaults.get("num_inference_steps")
+        return int((4 if self.is_turbo else self.kind.num_inference_steps) if given is None else given)
 
     @property
     def sampler(self) -> str:
@@ -666,11 +668,9 @@ def _check_values(
 
     def check(where: str, values: Mapping[str, Any], key: str, what: str, *, optional: bool = True) -> None:
         value = values.get(key)
-        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if value is None and optional:
             return
-        if not (whole if what == "a whole number" else number):
+        if not (is_whole if what == "a whole number" else is_number)(value):
             raise BuildError(f"{path / where}: {key} is {str(value)[:40]!r}, expected {what}; copy the model again")
 
     for folder in kind.tokenizers:
@@ -689,7 +689,7 @@ def _check_values(
         check("ldmrt-defaults.json", defaults, key, "a whole number")
     check("ldmrt-defaults.json", defaults, "guidance_scale", "a number")
     try:
-        resolve(str(defaults.get("sampler", "ddim")))
+        resolve(str(defaults.get("sampler") or "ddim"))
     except BadRequest as error:
         raise BuildError(f"{path / 'ldmrt-defaults.json'}: {error}") from error
     _check_layers(path, kind, configs)

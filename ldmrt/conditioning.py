@@ -46,9 +46,13 @@ def open_picture(path: str | os.PathLike[str], *, param: str) -> Image.Image:
     except BadRequest:
         raise
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise BadRequest(
-            f"{os.fspath(path)} cannot be read as a picture ({error}): expected PNG, JPEG or WebP", param=param
-        ) from error
+        raise _unreadable(path, error, param) from error
+    except MemoryError as error:  # a small file may ask for much of it
+        raise _unreadable(path, "it takes more memory than there is", param) from error
+
+
+def _unreadable(path: str | os.PathLike[str], why: object, param: str) -> BadRequest:
+    return BadRequest(f"{os.fspath(path)} cannot be read as a picture ({why}): expected PNG, JPEG or WebP", param=param)
 
 
 def rgb(picture: Picture, size: tuple[int, int], *, param: str) -> torch.Tensor:

@@ -17,6 +17,14 @@ from numpy.typing import NDArray
 from ldmrt.errors import BadRequest, BundleError
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
+_FLOATS = (
+    "beta_start",
+    "beta_end",
+    "clip_sample_range",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+    "timestep_scaling",
+)
 TimestepSpacing = Literal["leading", "linspace", "trailing"]
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 # Training timesteps: a thousand times those of any model.
@@ -104,6 +112,7 @@ class NoiseSchedule:
     alphas_cumprod: NDArray[np.float64] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self._make_floats()
         _one_of("prediction_type", self.prediction_type, get_args(PredictionType))
         if self.timestep_spacing is not None:
             _one_of("timestep_spacing", self.timestep_spacing, get_args(TimestepSpacing))
@@ -134,6 +143,11 @@ class NoiseSchedule:
             alphas_cumprod = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
         alphas_cumprod.flags.writeable = False
         object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
+
+    def _make_floats(self) -> None:
+        """A whole number that no float holds is refused here, and not where it is used."""
+        for name in _FLOATS:
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     def _betas(self) -> NDArray[np.float64]:
         """The variance added at each training step, float64 (train_steps,)."""

@@ -147,6 +147,18 @@ def test_nothing_is_decoded_of_a_picture_that_is_too_large(tmp_path: Path, monke
         read(image, param="image")
 
 
+def test_a_picture_for_which_there_is_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", full)
+    with pytest.raises(
+        BadRequest, match=r"a.png cannot be read as a picture \(it takes more memory than there is\)"
+    ) as caught:
+        open_picture(tmp_path / "a.png", param="image")
+    assert caught.value.param == "image"
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     for path in (tmp_path / "none.png", tmp_path):
         with pytest.raises(BadRequest, match="cannot be read as a picture"):

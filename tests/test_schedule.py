@@ -71,7 +71,16 @@ def test_dict_form_is_small_strict_json_and_comes_back() -> None:
         text = json.dumps(schedule.to_dict(), allow_nan=False)
         assert len(text) < 700
         assert NoiseSchedule.from_dict(json.loads(text)) == schedule
-    for bad in ({"wrong": 1}, {"train_steps": "many"}, {"prediction_type": "flow"}, {"clip_sample_range": -1.0}):
+    huge = 10**400
+    for bad in (
+        {"wrong": 1},
+        {"train_steps": "many"},
+        {"prediction_type": "flow"},
+        {"clip_sample_range": -1.0},
+        {"clip_sample_range": huge},
+        {"sample_max_value": huge},
+        {"timestep_scaling": huge},
+    ):
         with pytest.raises(BundleError, match="build the bundle again"):
             NoiseSchedule.from_dict(bad)
 

@@ -60,6 +60,21 @@ def test_the_makers_recommendations_are_read(model: Path) -> None:
     assert Source.open(model).defaults == {"guidance_scale": 5.0}
 
 
+def test_null_recommends_nothing(model: Path) -> None:
+    plain = Source.open(model)
+    (model / "ldmrt-defaults.json").write_text('{"guidance_scale": null, "num_inference_steps": null, "sampler": null}')
+    found = Source.open(model)
+    assert (found.guidance_scale, found.num_inference_steps) == (plain.guidance_scale, plain.num_inference_steps)
+    assert found.sampler == "pndm"
+
+
+@pytest.mark.parametrize("value", ["1" + 400 * "0", "1e999", '"5"', "true", "[5]"])
+def test_a_recommendation_is_a_number(model: Path, value: str) -> None:
+    (model / "ldmrt-defaults.json").write_text(f'{{"guidance_scale": {value}}}')
+    with pytest.raises(BuildError, match=r"guidance_scale is .*, expected a number; copy the model again"):
+        Source.open(model)
+
+
 def test_the_sampler_is_the_makers_or_that_of_the_scheduler(model: Path) -> None:
     recommended = model / "ldmrt-defaults.json"
     recommended.write_text('{"sampler": "DPM++ 2M Karras"}')

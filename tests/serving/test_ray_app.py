@@ -428,7 +428,7 @@ def test_replicas_come_with_requests_and_go_without(
 ) -> None:
     """Autoscaling by requests that wait and run, on to the second node and back, each under load."""
     scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 2}
-    scaling |= {"downscale_delay_s": 4, "look_back_period_s": 10}
+    scaling |= {"downscale_delay_s": 4, "look_back_period_s": 12}
     fleet = deployed({}, autoscaling_config=scaling)
     assert fleet.running() == 1
     with load(fleet, pictures, 8) as many:
