@@ -5,12 +5,15 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ldmrt.cli.options import Dtype, EngineChoice, Json, LoraChoice, Size, Verbose, lora_option, parse_size
 from ldmrt.cli.output import print_json, progress_bar, size_text, table
+
+if TYPE_CHECKING:
+    from ldmrt.manifest import ModelRecord
 
 
 def build_engines(
@@ -166,4 +169,11 @@ def build_engines(
     typer.echo(f"\n{len(engines)} engines in {out} after {seconds:.1f} s. Next:")
     if any(record.trials is not None and record.certificate.status != "verified" for record in engines):
         typer.echo(f"  ldmrt verify {shlex.quote(str(out))}   (on a machine with the GPU)")
-    typer.echo(f'  ldmrt generate "a prompt" --engines {shlex.quote(str(out))}')
+    typer.echo(f"  ldmrt generate {next_words(bundle.manifest.model)}--engines {shlex.quote(str(out))}")
+
+
+def next_words(model: ModelRecord) -> str:
+    """What a model draws from."""
+    brings = model.inpainting or model.upscaling is not None
+    words = {'"a prompt" ': bool(model.tokenizers), "--image FILE ": brings, "--mask FILE ": model.inpainting}
+    return "".join(word for word, wanted in words.items() if wanted)

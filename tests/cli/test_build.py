@@ -12,6 +12,8 @@ import pytest
 
 import ldmrt
 from ldmrt.bundle import Bundle
+from ldmrt.cli.build import next_words
+from ldmrt.manifest import UpscalingRecord
 
 from .conftest import Run, refused
 
@@ -108,3 +110,17 @@ def test_build_json(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_build_refuses(run: Run, tmp_path: Path) -> None:
     refused(run("build-engines", tmp_path, "--out", tmp_path / "out"), "not a model folder", "model_index.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, '"a prompt" '),
+        ({"inpainting": True}, '"a prompt" --image FILE --mask FILE '),
+        ({"tokenizers": {}}, ""),
+        ({"tokenizers": {}, "upscaling": UpscalingRecord()}, "--image FILE "),
+    ],
+)
+def test_the_next_command_is_one_that_works(tiny_bundle: Path, changes: dict[str, Any], wanted: str) -> None:
+    model = Bundle.open(tiny_bundle).manifest.model
+    assert next_words(model.model_copy(update=changes)) == wanted
