@@ -159,7 +159,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--growth", type=int, default=20, help="MiB")
+    parser.add_argument("--growth", type=int, default=32, help="MiB")
     parser.add_argument("--kinds", type=lambda text: text.split(","))
     parser.add_argument("--no-record", dest="record", action="store_false")
     given = parser.parse_args()

@@ -220,7 +220,7 @@ class ModelRecord(_Record):
     null_class: int | None = Field(default=None, ge=0)
     segments: int | None = Field(default=None, ge=1)
     layout: LayoutRecord | None = None
-    guidance_embedding: int | None = Field(default=None, ge=4)
+    guidance_embedding: int | None = Field(default=None, ge=4, le=1 << 16)
     scaling_factor: float = Field(default=0.18215, gt=0)
     shift_factor: float = 0.0
     schedule: dict[str, Any]

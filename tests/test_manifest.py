@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from ldmrt.bundle import Bundle
-from ldmrt.manifest import MANIFEST, FileRecord, engine_key, write_manifest
+from ldmrt.manifest import MANIFEST, FileRecord, ModelRecord, engine_key, write_manifest
 from ldmrt.schedule import NoiseSchedule
 
 
@@ -38,6 +38,13 @@ def test_a_hash_is_one(digest: str) -> None:
     assert FileRecord(file="a", sha256="a" * 64).sha256
     with pytest.raises(ValidationError):
         FileRecord(file="a", sha256=digest)
+
+
+def test_a_width_is_one_that_memory_holds(tiny_bundle: Path) -> None:
+    model = Bundle.open(tiny_bundle).manifest.model.model_dump()
+    assert ModelRecord.model_validate(model | {"guidance_embedding": 256}).guidance_embedding == 256
+    with pytest.raises(ValidationError):
+        ModelRecord.model_validate(model | {"guidance_embedding": 1 << 60})
 
 
 def test_keys_depend_on_what_is_said_and_not_on_the_order() -> None:
