@@ -205,6 +205,18 @@ def serving_http() -> Table:
     return latencies({what: f"serving over HTTP: {what}" for what in ("batcher", "over HTTP")})
 
 
+def replicas() -> Table:
+    """Pictures a second against servers, on the cores of one machine."""
+    table = [["", "1 replica, 1 thread", "2 replicas, 1 thread each", "1 replica, 2 threads"]]
+    for what, label in (("engines", "engine processes, asked by one program"), ("ray serve", "Ray Serve, over HTTP")):
+        rows = [
+            find("replicas", f"replicas: {what}", replicas=count, threads=threads)
+            for count, threads in ((1, 1), (2, 1), (1, 2))
+        ]
+        table.append([label, *(f"{row['images_per_second']:.2f} ({times(row['times_one'])})" for row in rows)])
+    return table
+
+
 def latencies(names: Mapping[str, str]) -> Table:
     """What clients saw of each way to serve, by the name of its row."""
     table = [["", "p50", "p95", "p99", "to the first preview, p50", "images/s"]]
@@ -650,6 +662,7 @@ TABLES: dict[str, Callable[[], Table]] = {
         gpu_sdxl,
         serving,
         serving_http,
+        replicas,
         soak,
         overload,
         cold_start,
