@@ -149,7 +149,7 @@ class Defaults(_Record):
     width: int = Field(ge=1)
     height: int = Field(ge=1)
     num_inference_steps: int = Field(ge=1)
-    guidance_scale: float = Field(ge=0)
+    guidance_scale: float = Field(ge=0, le=3.4028234663852886e38)  # of float32
     sampler: str = "ddim"
 
 

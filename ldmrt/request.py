@@ -21,6 +21,8 @@ T = TypeVar("T")
 LongPrompt = Literal["chunk", "cut"]
 
 _SEED_LIMIT = 2**63
+# Of float32, in which numbers reach the device.
+_LARGEST = 3.4028234663852886e38
 # Drawn seeds stay short enough for every tool that reads them back.
 _DRAWN_SEED_LIMIT = 2**32
 # In pixels; beyond it a mask is grey all over.
@@ -379,12 +381,17 @@ def _whole(name: str, value: object, *, low: int, high: int | None = None) -> in
 
 
 def _number(name: str, value: object, *, low: float, high: float = math.inf) -> float:
-    """A finite float from low to high; a bool is none."""
+    """A float32 from low to high, as a float; a bool is none."""
     wanted = f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a number, {low:g} or more"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise BadRequest(f"{name} is {value!r}, expected {wanted}", param=name)
-    number = float(value)
-    if not (math.isfinite(number) and low <= number <= high):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if number > _LARGEST:
+        raise BadRequest(f"{name} is {number}, expected {wanted}, that float32 holds", param=name)
+    if not low <= number <= high:
         raise BadRequest(f"{name} is {number}, expected {wanted}", param=name)
     return number
 

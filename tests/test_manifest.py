@@ -45,6 +45,8 @@ def test_a_width_is_one_that_memory_holds(tiny_bundle: Path) -> None:
     assert ModelRecord.model_validate(model | {"guidance_embedding": 256}).guidance_embedding == 256
     with pytest.raises(ValidationError):
         ModelRecord.model_validate(model | {"guidance_embedding": 1 << 60})
+    with pytest.raises(ValidationError):
+        ModelRecord.model_validate(model | {"defaults": model["defaults"] | {"guidance_scale": 1e39}})
 
 
 def test_keys_depend_on_what_is_said_and_not_on_the_order() -> None:

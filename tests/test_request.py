@@ -145,6 +145,12 @@ def test_variations_of_a_picture_have_its_seed() -> None:
         ({"guidance_scale": math.nan}, "guidance_scale", "guidance_scale is nan"),
         ({"guidance_scale": math.inf}, "guidance_scale", "guidance_scale is inf"),
         ({"guidance_scale": True}, "guidance_scale", "guidance_scale is True"),
+        (
+            {"guidance_scale": 1e39},
+            "guidance_scale",
+            "guidance_scale is 1e+39, expected a number, 0 or more, that float32 holds",
+        ),
+        ({"guidance_scale": 10**400}, "guidance_scale", "guidance_scale is inf"),
         ({"eta": 1.1}, "eta", "eta is 1.1, expected a number from 0 to 1"),
         ({"eta": math.nan}, "eta", "eta is nan"),
         ({"eta": None}, "eta", "eta is None"),

@@ -102,7 +102,7 @@ NOT_TAKEN: list[tuple[str, Any]] = [
     *[("size", value) for value in ("136x128", "64x64", "128X128")],
     *[("seed", value) for value in (-1, 2**63, 2**64, 1.0, "7")],
     *[("steps", value) for value in (0, 151, 10**30, "3", 2.5)],
-    *[("guidance_scale", value) for value in (-1, "5", [1])],
+    *[("guidance_scale", value) for value in (-1, "5", [1], 1e39)],
     ("sampler", "magic"),
     ("sampler", 3),
     ("prompt", LONG),
