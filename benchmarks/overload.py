@@ -23,7 +23,7 @@ import httpx2
 
 from catalogue import GENERATIONS, PROMPTS
 from ldmrt.bench.ledger import append, summary
-from served import Served, account, cpu_seconds, resident
+from served import Served, account, conclude, cpu_seconds, resident
 
 LEDGER = Path(__file__).resolve().parent / "results" / "soak.jsonl"
 WAITING = 64
@@ -154,9 +154,7 @@ def main() -> None:
         sys.stdout.write(f"{name}: {json.dumps(row)}\n")
         if not args.no_record:
             append(LEDGER, name, {**row, "device": args.device, "threads": args.threads})
-    for text in wrong[:20]:
-        sys.stdout.write(f"wrong: {text}\n")
-    sys.exit(1 if wrong else 0)
+    conclude(wrong)
 
 
 if __name__ == "__main__":

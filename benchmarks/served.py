@@ -10,9 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import httpx2
 
@@ -118,3 +118,10 @@ def account(before: dict[str, float], after: dict[str, float]) -> dict[str, int]
     names = {end: f'ldmrt_requests_total{{end="{end}"}}' for end in ("served", "failed", "rejected", "cancelled")}
     names |= {"received": "ldmrt_requests_received_total", "present": "ldmrt_requests_present"}
     return {name: int(after[metric] - before[metric]) for name, metric in names.items()}
+
+
+def conclude(wrong: Sequence[str]) -> NoReturn:
+    """Say what is wrong, and end with exit code 1 if anything is."""
+    for text in wrong[:20]:
+        sys.stdout.write(f"wrong: {text}\n")
+    sys.exit(1 if wrong else 0)

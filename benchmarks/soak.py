@@ -20,7 +20,6 @@ import random
 import signal
 import socket
 import statistics
-import sys
 import threading
 import time
 from collections import Counter
@@ -37,7 +36,7 @@ from rich.table import Table
 from catalogue import BAD, GENERATIONS, Item, Pixels, catalogue, decibels, decoded
 from ldmrt.bench.ledger import append, summary
 from ldmrt.pipeline import Pipeline
-from served import Served, account, resident
+from served import Served, account, conclude, resident
 
 LEDGER = Path(__file__).resolve().parent / "results" / "soak.jsonl"
 RIGHT_DECIBELS = 50.0
@@ -389,9 +388,7 @@ def main() -> None:
     Console(width=160).print(name, table(figures))
     if not args.no_record:
         append(LEDGER, name, {**figures, "device": args.device, "threads": args.threads})
-    for text in wrong[:20]:
-        sys.stdout.write(f"wrong: {text}\n")
-    sys.exit(1 if wrong else 0)
+    conclude(wrong)
 
 
 if __name__ == "__main__":

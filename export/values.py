@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 def is_whole(value: object) -> bool:
     """Whether it is a whole number above 0."""
@@ -12,4 +14,4 @@ def is_number(value: object) -> bool:
     """Whether it is a number that a float holds, and a finite one: of whole numbers there are larger ones."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return abs(value) <= 1.7976931348623157e308
+    return abs(value) <= sys.float_info.max

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ldmrt.components import CONTROLNET_NAME
@@ -18,6 +19,8 @@ MANIFEST = "ldmrt.json"
 # The kind of a model that finishes what another has begun.
 REFINER = "stable-diffusion-xl-refiner"
 
+# Of float32, in which numbers reach the device.
+LARGEST = float(np.finfo(np.float32).max)
 Pixels = Annotated[int, Field(ge=1, le=1 << 16)]
 
 
@@ -149,7 +152,7 @@ class Defaults(_Record):
     width: int = Field(ge=1)
     height: int = Field(ge=1)
     num_inference_steps: int = Field(ge=1)
-    guidance_scale: float = Field(ge=0, le=3.4028234663852886e38)  # of float32
+    guidance_scale: float = Field(ge=0, le=LARGEST)
     sampler: str = "ddim"
 
 

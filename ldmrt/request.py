@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from ldmrt.errors import BadRequest
+from ldmrt.manifest import LARGEST
 from ldmrt.samplers.registry import Choice, resolve as find_sampler
 from ldmrt.samplers.span import Span
 
@@ -21,8 +22,6 @@ T = TypeVar("T")
 LongPrompt = Literal["chunk", "cut"]
 
 _SEED_LIMIT = 2**63
-# Of float32, in which numbers reach the device.
-_LARGEST = 3.4028234663852886e38
 # Drawn seeds stay short enough for every tool that reads them back.
 _DRAWN_SEED_LIMIT = 2**32
 # In pixels; beyond it a mask is grey all over.
@@ -389,7 +388,7 @@ def _number(name: str, value: object, *, low: float, high: float = math.inf) -> 
         number = float(value)
     except OverflowError:
         number = math.inf
-    if number > _LARGEST:
+    if number > LARGEST:
         raise BadRequest(f"{name} is {number}, expected {wanted}, that float32 holds", param=name)
     if not low <= number <= high:
         raise BadRequest(f"{name} is {number}, expected {wanted}", param=name)

@@ -240,8 +240,7 @@ class Worker:
         """
         while self._showing:
             first = self._showing[0]
-            behind = sum(one.pending is not None for one in self._showing)
-            if not (wait or behind > _MOST_ASIDE or first.pending is None or first.pending.ready()):
+            if not (wait or first.pending is None or first.pending.ready() or self._behind() > _MOST_ASIDE):
                 return
             self._showing.popleft()
             tensors: Tensors = ()
@@ -252,6 +251,10 @@ class Worker:
                 except Exception as error:  # noqa: BLE001 - an engine may raise anything
                     self._spoilt([first.stepped], error)
             self._tell(first.stepped, *(tensor[first.row] for tensor in tensors))
+
+    def _behind(self) -> int:
+        """How many images are being decoded, or are to be told of."""
+        return sum(one.pending is not None for one in self._showing)
 
     def _tell(self, one: _Stepped, latents: torch.Tensor | None = None, picture: torch.Tensor | None = None) -> None:
         """What a step means for its request.

@@ -12,7 +12,6 @@ from fastapi import APIRouter, Request
 from PIL import Image
 from starlette.responses import JSONResponse, Response
 
-from ldmrt.conditioning import read
 from ldmrt.errors import Cancelled, EngineMismatch, LdmrtError
 from ldmrt.pipeline import Result
 from ldmrt.serving.handle import Handle
@@ -94,13 +93,10 @@ async def edits(request: Request) -> Response:
         raise bad_request(f"mask has {_size(mask.size)} pixels, expected the image's {_size(image.size)}", "mask")
     if mask is None and here.engine.facts.takes_mask and image.has_transparency_data:
         mask = image
-    try:
-        given = await here.aside(
-            lambda: {"image": read(image, param="image"), **({} if mask is None else {"mask_image": mask_of(mask)})}
-        )
-    except LdmrtError as error:
-        raise of(error) from error
-    return await _answer(request, fields, "image_edit", **given)
+    pictures = {"image": image}
+    if mask is not None:
+        pictures["mask_image"] = await here.aside(partial(mask_of, mask))
+    return await _answer(request, fields, "image_edit", **pictures)
 
 
 async def _answer(request: Request, fields: Fields, kind: str, **pictures: Image.Image) -> Response:
